@@ -1,0 +1,136 @@
+"""Absorbing-state discrete diffusion over grids of codes (arXiv 2308.10187, section 4; D3PM, arXiv 2107.03006).
+
+A token is masked by timestep t with probability t/T and stays masked; a denoiser learns to predict masked tokens. This
+file knows no network and no image: a denoiser is passed in.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSSES = ("reweighted_elbo", "elbo")
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""Tokens `[N,h,w]` and timesteps `[N]` to logits `[N,K,h,w]`."""
+
+LocalDenoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Tokens `[N,h,w]`, timesteps `[N]` and wanted positions, bool `[N,h,w]` with P set, to their logits `[P,K]`."""
+
+
+class SamplingNoise(NamedTuple):
+    """All that is random in drawing N samples: when each token is revealed, and the number that picks its code.
+
+    `reveal_times` int64 `[N,h,w]` in 1..T, `uniforms` float64 `[N,h,w]` in [0,1).
+    """
+
+    reveal_times: Tensor
+    uniforms: Tensor
+
+
+class AbsorbingDiffusion:
+    """Forward process, losses and sampler for codes 0..codebook_size-1; the mask token is `codebook_size`."""
+
+    def __init__(self, codebook_size: int, num_timesteps: int):
+        self.mask_token = codebook_size
+        self.num_timesteps = num_timesteps
+
+    def q_sample(self, codes: Tensor, t: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Mask each token of `codes [N,h,w]` with probability `t/T`, `t [N]`; returns tokens and mask `[N,h,w]`."""
+        uniforms = torch.rand(codes.shape, generator=generator, device=codes.device)
+        mask = uniforms < (t / self.num_timesteps).view(-1, 1, 1)
+        return torch.where(mask, self.mask_token, codes), mask
+
+    def cross_entropy(self, logits: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
+        """Cross-entropy in nats summed over the masked tokens of each image: `[N]`."""
+        nll = F.cross_entropy(logits, codes, reduction="none")  # [N,h,w]
+        return (nll * mask).flatten(1).sum(1)
+
+    def weighted_loss(self, cross_entropy: Tensor, t: Tensor, kind: str = "reweighted_elbo") -> Tensor:
+        """Batch mean of the loss in bits per token, from `cross_entropy [N]` and `t [N]`.
+
+        "elbo": `CE / t * T / (T ln 2)`. "reweighted_elbo": `(1 - t/T) CE / (T ln 2)`, whose weight is 0 at t = T, so
+        the very first prediction of sampling is never trained directly; this is the release's default and kept.
+        """
+        total = self.num_timesteps
+        weights = {"reweighted_elbo": 1 - t / total, "elbo": total / t}
+        return (weights[kind] * cross_entropy).mean() / (math.log(2) * total)
+
+    def loss(
+        self, denoiser: Denoiser, codes: Tensor, generator: torch.Generator, kind: str = "reweighted_elbo"
+    ) -> Tensor:
+        """Training loss for `codes [N,h,w]`, t drawn uniformly from 1..T for each image."""
+        t = torch.randint(1, self.num_timesteps + 1, (len(codes),), generator=generator, device=codes.device)
+        tokens, mask = self.q_sample(codes, t, generator)
+        logits = denoiser(tokens, t)
+        return self.weighted_loss(self.cross_entropy(logits, codes, mask), t, kind)
+
+    def noise(self, seed: int, samples: Iterable[int], grid: tuple[int, int]) -> SamplingNoise:
+        """The noise of the samples with these numbers; sample i has the same whatever it is drawn together with."""
+        generators = [np.random.default_rng((seed, i)) for i in samples]
+        times = np.stack([g.integers(1, self.num_timesteps + 1, grid) for g in generators])
+        uniforms = np.stack([g.random(grid) for g in generators])
+        return SamplingNoise(torch.from_numpy(times), torch.from_numpy(uniforms))
+
+    def reveal_schedule(self, reveal_times: Tensor, sample_steps: int | None = None) -> Tensor:
+        """Reveal times rounded up to the next of `sample_steps` timesteps that are spread evenly over 1..T."""
+        steps = self.num_timesteps if sample_steps is None else sample_steps
+        if not 1 <= steps <= self.num_timesteps:
+            raise ValueError(f"sample_steps must lie in 1..{self.num_timesteps}, got {steps}")
+        j = torch.arange(1, steps + 1, device=reveal_times.device)
+        timesteps = (j * self.num_timesteps + steps - 1) // steps
+        return timesteps[torch.searchsorted(timesteps, reveal_times)]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        denoiser: LocalDenoiser,
+        noise: SamplingNoise,
+        temperature: float = 1.0,
+        sample_steps: int | None = None,
+    ) -> Tensor:
+        """Draw codes int64 `[N,h,w]`.
+
+        At t = T..1 a token that is still masked is revealed with probability 1/t, hence at a time uniform on 1..T. A
+        timestep that reveals nothing in an image changes nothing, so each image goes straight to its next reveal:
+        images of one batch are at different t, and only logits of revealed tokens are asked for.
+        """
+        times = self.reveal_schedule(noise.reveal_times, sample_steps)
+        tokens = torch.full_like(times, self.mask_token)
+        active = torch.arange(len(tokens), device=tokens.device)
+        while len(active):
+            hidden = tokens[active] == self.mask_token
+            t = torch.where(hidden, times[active], 0).flatten(1).amax(1)
+            active, t = active[t > 0], t[t > 0]
+            where = times[active] == t.view(-1, 1, 1)
+            if len(active):
+                logits = denoiser(tokens[active], t, where)
+                revealed = tokens[active]
+                revealed[where] = draw(logits, noise.uniforms[active][where], temperature)
+                tokens[active] = revealed
+        return tokens
+
+    @torch.no_grad()
+    def sample_every_timestep(self, denoiser: Denoiser, noise: SamplingNoise, temperature: float = 1.0) -> Tensor:
+        """The sampler written out: all T timesteps, the whole grid at each. Same codes as `sample`, for comparison."""
+        tokens = torch.full_like(noise.reveal_times, self.mask_token)
+        for t in range(self.num_timesteps, 0, -1):
+            logits = denoiser(tokens, torch.full((len(tokens),), t, device=tokens.device))
+            where = noise.reveal_times == t
+            tokens[where] = draw(logits.permute(0, 2, 3, 1)[where], noise.uniforms[where], temperature)
+        return tokens
+
+    def trajectory(self, codes: Tensor, noise: SamplingNoise, t: int, sample_steps: int | None = None) -> Tensor:
+        """Tokens `[N,h,w]` as they were after timestep t of the run that drew `codes` from `noise` (t = T+1: none)."""
+        revealed = self.reveal_schedule(noise.reveal_times, sample_steps) >= t
+        return torch.where(revealed, codes, self.mask_token)
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """Codes int64 `[P]` from `softmax(logits / temperature)`, `[P,K]`, by inverting its sum at `uniforms [P]`."""
+    probabilities = torch.softmax(logits.double() / temperature, 1)
+    return (probabilities.cumsum(1) < uniforms[:, None]).sum(1).clamp_max(logits.shape[1] - 1)

@@ -1,0 +1,38 @@
+"""How close reconstructions are to their pictures: MSE and SSIM, over all pictures and in [0,1]."""
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+
+def mse(images: Tensor, reconstructions: Tensor) -> float:
+    """Mean squared error over every value of every picture.
+
+    Both are float [N,C,H,W] in [0,1]; raises ValueError where they are not alike.
+    """
+    _check_pair(images, reconstructions)
+    return (images - reconstructions).square().mean(dtype=torch.float64).item()
+
+
+def ssim(images: Tensor, reconstructions: Tensor, batch_size: int = 256) -> float:
+    """Structural similarity (Wang et al. 2004, Gaussian window 11 wide), the mean over pictures; 1 is best.
+
+    Both are float [N,C,H,W] in [0,1]; raises ValueError where they are not alike. `batch_size` bounds the
+    memory and does not change the value.
+    """
+    _check_pair(images, reconstructions)
+    batches = zip(reconstructions.split(batch_size), images.split(batch_size), strict=True)
+    per_image = [
+        structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none").reshape(-1)
+        for ours, theirs in batches
+    ]
+    return torch.cat(per_image).mean(dtype=torch.float64).item()
+
+
+def _check_pair(images: Tensor, reconstructions: Tensor) -> None:
+    if images.shape != reconstructions.shape or images.dim() != 4 or not len(images):
+        raise ValueError(
+            f"two equal shapes [N,C,H,W] expected, not {list(images.shape)}, {list(reconstructions.shape)}"
+        )
+    if not (images.is_floating_point() and reconstructions.is_floating_point()):
+        raise ValueError(f"floats in [0,1] expected, not {images.dtype} and {reconstructions.dtype}")

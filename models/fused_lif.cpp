@@ -1,0 +1,229 @@
+// Batch norm followed by a leaky integrate-and-fire neuron, over all spike steps in one pass.
+//
+// The neuron (tau 2, threshold 1, hard reset to 0):  H = V + (y - V) / 2,  s = [H >= 1],  V = H (1 - s);
+// surrogate gradient ds/dH = 1 / (1 + (pi (H - 1))^2), the reset is not detached.
+// Tensors are channels-last: x [S, P, C] with P = batch * height * width, or [P, C] when the input is the
+// same at every step. With `readout` weights [S] only sum_s readout[s] * spikes[s] is written, [P, C].
+// fused_lif.py compiles this file and is its only caller.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float load(float v) { return v; }
+inline double load(double v) { return v; }
+inline float load(bfloat16 v) {
+    uint32_t wide = uint32_t(v.bits) << 16;
+    float result;
+    std::memcpy(&result, &wide, 4);
+    return result;
+}
+
+inline void store(float& to, float v) { to = v; }
+inline void store(double& to, double v) { to = v; }
+inline void store(bfloat16& to, float v) {  // round to nearest even
+    uint32_t wide;
+    std::memcpy(&wide, &v, 4);
+    to.bits = uint16_t((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
+}
+
+template <class T> struct Accumulator { using type = float; };
+template <> struct Accumulator<double> { using type = double; };
+
+constexpr long TILE = 512;  // elements a thread carries through all spike steps while they stay in its L1 cache
+
+// Per-channel values repeated over the rows of a tile, so that inner loops run over one flat index.
+template <class A> std::vector<A> repeat(const A* values, long channels, long rows) {
+    std::vector<A> result(channels * rows);
+    for (long r = 0; r < rows; ++r) std::copy(values, values + channels, result.begin() + r * channels);
+    return result;
+}
+
+// Runs body(first element, number of elements, thread) over all tiles of whole rows.
+template <class Body> void for_tiles(long positions, long channels, int threads, Body body) {
+    const long rows = std::max(1L, TILE / channels), tiles = (positions + rows - 1) / rows;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int thread = 0; thread < threads; ++thread)  // one share a thread: sums are the same in every run
+        body.run(tiles * thread / threads * rows, std::min(positions, tiles * (thread + 1) / threads * rows), rows,
+                 thread);
+}
+
+template <class X> struct Moments {
+    using A = typename Accumulator<X>::type;
+    const X* x;
+    long channels;
+    double* sums;  // [threads, 2, C]
+    void run(long begin, long end, long rows, int thread) {
+        double* total = sums + thread * 2 * channels;
+        std::vector<A> sum(rows * channels), square(rows * channels);
+        for (long row = begin; row < end;) {
+            std::fill(sum.begin(), sum.end(), A(0));
+            std::fill(square.begin(), square.end(), A(0));
+            for (int k = 0; k < 8 && row < end; ++k) {  // short runs in A, long sums in double
+                const long n = std::min(rows, end - row) * channels;
+                const X* in = x + row * channels;
+                for (long j = 0; j < n; ++j) {
+                    const A v = load(in[j]);
+                    sum[j] += v;
+                    square[j] += v * v;
+                }
+                row += rows;
+            }
+            for (long j = 0, c = 0; j < rows * channels; ++j, c = c + 1 == channels ? 0 : c + 1) {
+                total[c] += sum[j];
+                total[channels + c] += square[j];
+            }
+        }
+    }
+};
+
+template <class X, class Y> struct Forward {
+    using A = typename Accumulator<X>::type;
+    const X* x;
+    const A *scale, *shift, *readout;
+    long steps, positions, channels;
+    bool constant;
+    Y* out;
+    void run(long begin, long end, long rows, int) {
+        const auto a = repeat(scale, channels, rows), b = repeat(shift, channels, rows);
+        std::vector<A> voltage(rows * channels), sum(rows * channels);
+        const long stride = positions * channels;
+        for (long row = begin; row < end; row += rows) {
+            const long n = std::min(rows, end - row) * channels, at = row * channels;
+            std::fill(voltage.begin(), voltage.end(), A(0));
+            std::fill(sum.begin(), sum.end(), A(0));
+            for (long s = 0; s < steps; ++s) {
+                const X* in = x + at + (constant ? 0 : s * stride);
+                Y* to = out + at + s * stride;
+                for (long j = 0; j < n; ++j) {
+                    const A y = load(in[j]) * a[j] + b[j];
+                    const A h = voltage[j] + (y - voltage[j]) * A(0.5);
+                    const bool spike = h >= A(1);
+                    voltage[j] = spike ? A(0) : h;
+                    if (readout)
+                        sum[j] += spike ? readout[s] : A(0);
+                    else
+                        store(to[j], spike ? A(1) : A(0));
+                }
+            }
+            if (readout)
+                for (long j = 0; j < n; ++j) store(out[at + j], sum[j]);
+        }
+    }
+};
+
+template <class X, class Y> struct Backward {
+    using A = typename Accumulator<X>::type;
+    const X* x;
+    const A *scale, *shift, *mean, *invstd, *readout;
+    long steps, positions, channels;
+    bool constant;
+    const Y* grad_out;
+    X* grad;       // gradient of batch norm's output, shaped like x
+    double* sums;  // [threads, 2, C]: sum of that gradient, and of its product with the normalised input
+    void run(long begin, long end, long rows, int thread) {
+        const auto a = repeat(scale, channels, rows), b = repeat(shift, channels, rows);
+        const auto m = repeat(mean, channels, rows), i = repeat(invstd, channels, rows);
+        const long width = rows * channels, stride = positions * channels;
+        std::vector<A> h(steps * width), voltage(width), dv(width), total(width), product(width);
+        double* out_sums = sums + thread * 2 * channels;
+        for (long row = begin; row < end; row += rows) {
+            const long n = std::min(rows, end - row) * channels, at = row * channels;
+            std::fill(voltage.begin(), voltage.end(), A(0));
+            std::fill(dv.begin(), dv.end(), A(0));
+            std::fill(total.begin(), total.end(), A(0));
+            std::fill(product.begin(), product.end(), A(0));
+            for (long s = 0; s < steps; ++s) {
+                const X* in = x + at + (constant ? 0 : s * stride);
+                A* hs = h.data() + s * width;
+                for (long j = 0; j < n; ++j) {
+                    const A y = load(in[j]) * a[j] + b[j];
+                    hs[j] = voltage[j] + (y - voltage[j]) * A(0.5);
+                    voltage[j] = hs[j] >= A(1) ? A(0) : hs[j];
+                }
+            }
+            for (long s = steps - 1; s >= 0; --s) {
+                const A* hs = h.data() + s * width;
+                const X* in = x + at + (constant ? 0 : s * stride);
+                const Y* from = grad_out + at + (readout ? 0 : s * stride);
+                X* to = grad + at + (constant ? 0 : s * stride);
+                const A weight = readout ? readout[s] : A(1);
+                for (long j = 0; j < n; ++j) {
+                    const A u = A(3.14159265358979323846) * (hs[j] - A(1));
+                    const A surrogate = A(1) / (A(1) + u * u);
+                    const A keep = hs[j] >= A(1) ? A(0) : A(1);
+                    const A dh = weight * load(from[j]) * surrogate + dv[j] * (keep - hs[j] * surrogate);
+                    const A g = dh * A(0.5);
+                    dv[j] = g;
+                    total[j] += g;
+                    product[j] += g * ((load(in[j]) - m[j]) * i[j]);
+                    if (!constant) store(to[j], g);
+                }
+            }
+            if (constant)
+                for (long j = 0; j < n; ++j) store(grad[at + j], total[j]);
+            for (long j = 0, c = 0; j < n; ++j, c = c + 1 == channels ? 0 : c + 1) {
+                out_sums[c] += total[j];
+                out_sums[channels + c] += product[j];
+            }
+        }
+    }
+};
+
+// Batch norm's backward pass, in place and element by element: grad = a grad + b x + c.
+template <class X> struct Affine {
+    using A = typename Accumulator<X>::type;
+    const X* x;
+    const A *a, *b, *c;
+    long channels;
+    X* grad;
+    void run(long begin, long end, long rows, int) {
+        const auto ra = repeat(a, channels, rows), rb = repeat(b, channels, rows), rc = repeat(c, channels, rows);
+        for (long row = begin; row < end; row += rows) {
+            const long n = std::min(rows, end - row) * channels, at = row * channels;
+            for (long j = 0; j < n; ++j)
+                store(grad[at + j], ra[j] * load(grad[at + j]) + rb[j] * load(x[at + j]) + rc[j]);
+        }
+    }
+};
+
+}  // namespace
+
+#define INPUT_KERNELS(NAME, X, A)                                                                            \
+    extern "C" void moments_##NAME(const X* x, long positions, long channels, double* sums, int threads) {   \
+        for_tiles(positions, channels, threads, Moments<X>{x, channels, sums});                              \
+    }                                                                                                        \
+    extern "C" void affine_##NAME(const X* x, const A* a, const A* b, const A* c, long positions,            \
+                                  long channels, X* grad, int threads) {                                     \
+        for_tiles(positions, channels, threads, Affine<X>{x, a, b, c, channels, grad});                      \
+    }
+
+#define LIF_KERNELS(NAME, X, Y, A)                                                                           \
+    extern "C" void forward_##NAME(const X* x, const A* scale, const A* shift, const A* readout, long steps, \
+                                   long positions, long channels, bool constant, Y* out, int threads) {      \
+        for_tiles(positions, channels, threads,                                                              \
+                  Forward<X, Y>{x, scale, shift, readout, steps, positions, channels, constant, out});       \
+    }                                                                                                        \
+    extern "C" void backward_##NAME(const X* x, const A* scale, const A* shift, const A* mean,               \
+                                    const A* invstd, const A* readout, long steps, long positions,           \
+                                    long channels, bool constant, const Y* grad_out, X* grad, double* sums,  \
+                                    int threads) {                                                           \
+        for_tiles(positions, channels, threads,                                                              \
+                  Backward<X, Y>{x, scale, shift, mean, invstd, readout, steps, positions, channels,         \
+                                 constant, grad_out, grad, sums});                                           \
+    }
+
+INPUT_KERNELS(float32, float, float)
+INPUT_KERNELS(float64, double, double)
+INPUT_KERNELS(bfloat16, bfloat16, float)
+LIF_KERNELS(float32_float32, float, float, float)
+LIF_KERNELS(float64_float64, double, double, double)
+LIF_KERNELS(float32_bfloat16, float, bfloat16, float)
+LIF_KERNELS(bfloat16_bfloat16, bfloat16, bfloat16, float)
+LIF_KERNELS(bfloat16_float32, bfloat16, float, float)

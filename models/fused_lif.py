@@ -1,0 +1,172 @@
+"""Batch norm and LIF over all spike steps in one compiled pass on the CPU.
+
+On the CPU, SpikingJelly's multi-step LIF is a loop of tensor operations over the spike steps, each of which reads
+and writes the whole activation. `fused_lif.cpp` keeps the membrane potential in registers instead. It is compiled by
+the system's C++ compiler on first use and kept in the user's cache folder; where nothing can be compiled,
+`available()` says so once and the networks run on SpikingJelly's neuron. Same mathematics, same gradients.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = (
+    *("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno"),
+    *("-fno-trapping-math", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
+)
+NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: a cache folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _compile() -> Path:
+    """Compile the kernels, or find them compiled. Raises OSError or subprocess.CalledProcessError."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("no C++ compiler found")
+    key = "\n".join((compiler, *FLAGS, platform.machine(), _processor(), SOURCE.read_text()))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spiking-diffusion"
+    library = cache / f"fused_lif-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            fresh = Path(folder) / library.name
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(fresh)], check=True, capture_output=True, text=True)
+            fresh.replace(library)
+    return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(_compile()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
+        warnings.warn(f"fused LIF not compiled ({reason}); using SpikingJelly's LIFNode, several times slower", stacklevel=2)
+        return None
+
+
+def available() -> bool:
+    """Whether the compiled kernels can be used on this machine; warns once when they cannot."""
+    return _library() is not None
+
+
+def _call(name: str, *arguments: Tensor | int | bool | None) -> None:
+    converted = []
+    for argument in arguments:
+        if isinstance(argument, bool):
+            converted.append(ctypes.c_bool(argument))
+        elif isinstance(argument, int):
+            converted.append(ctypes.c_long(argument))
+        else:
+            converted.append(ctypes.c_void_p(None if argument is None else argument.data_ptr()))
+    getattr(_library(), name)(*converted, ctypes.c_int(torch.get_num_threads()))
+
+
+def _empty_sums(channels: int) -> Tensor:
+    return torch.zeros(torch.get_num_threads(), 2, channels, dtype=torch.float64)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, float64 `[C]`, of channels-last `x [B,C,H,W]`."""
+    channels = x.shape[1]
+    positions = x.numel() // channels
+    sums = _empty_sums(channels)
+    _call(f"moments_{NAMES[x.dtype]}", x, positions, channels, sums)
+    mean, square = sums.sum(0) / positions
+    return mean, (square - mean.square()).clamp_min(0)
+
+
+class _NormLIF(torch.autograd.Function):
+    """Normalise with given statistics, then fire; differentiates through batch statistics when `training`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, invstd, spike_steps, constant, readout, dtype, training):
+        scale = weight.double() * invstd
+        shift = bias.double() - mean * scale
+        accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scale, shift, mean, invstd = (v.to(accumulator) for v in (scale, shift, mean, invstd))
+        readout = None if readout is None else readout.to(accumulator)
+        samples = x.shape[0] if constant else x.shape[0] // spike_steps
+        positions, channels = samples * x.shape[2] * x.shape[3], x.shape[1]
+        shape = (samples if readout is not None else samples * spike_steps, *x.shape[1:])
+        out = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+        ctx.kernel = f"{NAMES[x.dtype]}_{NAMES[dtype]}"
+        sizes = (spike_steps, positions, channels, constant)
+        _call(f"forward_{ctx.kernel}", x, scale, shift, readout, *sizes, out)
+        ctx.save_for_backward(x, weight, scale, shift, mean, invstd, readout)
+        ctx.sizes, ctx.training = sizes, training
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        x, weight, scale, shift, mean, invstd, readout = ctx.saved_tensors
+        _, positions, channels, constant = ctx.sizes
+        grad_out = grad_out.contiguous(memory_format=torch.channels_last)
+        grad = torch.empty_like(x)
+        sums = _empty_sums(channels)
+        _call(f"backward_{ctx.kernel}", x, scale, shift, mean, invstd, readout, *ctx.sizes, grad_out, grad, sums)
+        grad_bias, grad_weight = sums.sum(0)
+        # dx = scale * (g - mean(g) - xhat * mean(g * xhat)), written as a g + b x + c
+        rows = x.numel() // channels
+        a = scale.double()
+        b = -a * invstd.double() * grad_weight / rows if ctx.training else torch.zeros_like(a)
+        c = -a * grad_bias / rows - b * mean.double() if ctx.training else b
+        a, b, c = (v.to(scale.dtype) for v in (a, b, c))
+        _call(f"affine_{NAMES[x.dtype]}", x, a, b, c, rows, channels, grad)
+        return grad, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 7
+
+
+def norm_lif(
+    x: Tensor,
+    norm: nn.BatchNorm2d,
+    spike_steps: int,
+    *,
+    constant: bool,
+    readout: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Batch norm, then LIF (tau 2, threshold 1, hard reset, ATan surrogate) from rest over all spike steps.
+
+    Args:
+        x: `[S*N,C,H,W]`, the spike step varying slowest, or `[N,C,H,W]` when `constant` over the spike steps.
+        norm: its parameters and running statistics are used and, in training mode, updated as if a `constant`
+            input had been normalised at each of the S steps.
+        readout: weights `[S]`; given, only `sum_s readout[s] * spikes[s]` is computed.
+        dtype: of the result; that of `x` when None.
+
+    Returns:
+        Spikes `[S*N,C,H,W]`, or the readout `[N,C,H,W]`; channels-last.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    if norm.training:
+        with torch.no_grad():
+            mean, variance = moments(x)
+            count = x.numel() // x.shape[1] * (spike_steps if constant else 1)
+            norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
+            norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var), norm.momentum)
+            norm.num_batches_tracked += 1
+    else:
+        mean, variance = norm.running_mean.double(), norm.running_var.double()
+    invstd = (variance + norm.eps).rsqrt()
+    return _NormLIF.apply(
+        x, norm.weight, norm.bias, mean, invstd, spike_steps, constant, readout, dtype or x.dtype, norm.training
+    )

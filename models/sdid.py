@@ -1,0 +1,90 @@
+"""SDID: the spiking diffusion image decoder's denoiser (arXiv 2308.10187, section 4)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.spiking import SpikingStack, apply_head, gather, tap_weights, weighted_sum
+
+
+class SDID(nn.Module):
+    """Predicts the codes from a partly masked grid and the timestep.
+
+    The network sees two planes, the token index as a number (the mask token is `codebook_size`) and the timestep as a
+    number: raw, as in the release.
+
+    Args:
+        codebook_size: number of codes K.
+        spike_steps: S.
+        width: channels of the first block; the others have 2, 4, 8 and 4 times as many.
+    """
+
+    def __init__(self, codebook_size: int = 128, spike_steps: int = 16, width: int = 64):
+        super().__init__()
+
+        def block(inputs: int, outputs: int) -> SpikingStack:
+            return SpikingStack(nn.Conv2d(inputs, outputs, 3, padding=1), spike_steps=spike_steps)
+
+        self.spike_steps = spike_steps
+        self.conv1 = block(2, width)
+        self.conv2 = block(width, 2 * width)
+        self.conv3 = block(2 * width, 4 * width)
+        self.conv4 = block(4 * width, 8 * width)
+        self.conv5 = block(8 * width, 4 * width)
+        self.conv6 = nn.Sequential(nn.Conv2d(5 * width, codebook_size, 3, padding=1))
+
+    def _embed(self, tokens: Tensor, t: Tensor) -> Tensor:
+        """Spikes of the first block, `[S,N,width,h,w]`."""
+        planes = torch.stack((tokens, t.view(-1, 1, 1).expand_as(tokens)), 1)  # [N,2,h,w]
+        return self.conv1(planes.to(self.conv6[0].weight.dtype))
+
+    def _mean_weights(self) -> Tensor:
+        weight = self.conv6[0].weight
+        return torch.full((self.spike_steps,), 1 / self.spike_steps, dtype=weight.dtype, device=weight.device)
+
+    def forward(self, tokens: Tensor, t: Tensor) -> Tensor:
+        """Tokens int `[N,h,w]` in 0..K (K = mask) and timesteps int `[N]` to logits `[N,K,h,w]`."""
+        mean = self._mean_weights()
+        first = self._embed(tokens, t)
+        x = self.conv4(self.conv3(self.conv2(first)))
+        if self.conv5.plain:
+            return apply_head(self.conv6[0], torch.cat((self.conv5(x), first), 2), mean)
+        return apply_head(self.conv6[0], torch.cat((self.conv5(x, mean), weighted_sum(mean, first)), 1), mean)
+
+    def logits_at(self, tokens: Tensor, t: Tensor, where: Tensor) -> Tensor:
+        """`forward(tokens, t)` in evaluation mode at the P positions set in `where [N,h,w]` only: `[P,K]`.
+
+        A logit depends on 3x3 positions of the last hidden block, 5x5 of the one before, and so on; only those are
+        computed. Features are kept as `[S, positions, C]`; a convolution is a matrix product of gathered neighbours.
+        """
+        if self.training:
+            raise RuntimeError("logits_at needs evaluation mode: batch statistics take the whole grid")
+        blocks = (self.conv5, self.conv4, self.conv3, self.conv2)
+        needed = [where]
+        for _ in blocks:
+            needed.append(_dilate(needed[-1]))
+        first = self._embed(tokens, t).permute(0, 1, 3, 4, 2).flatten(1, 3)  # [S,N,C,h,w] -> [S,N*h*w,C]
+        x, held = first, torch.ones_like(where)
+        for block, wanted in zip(reversed(blocks), reversed(needed[1:]), strict=True):
+            x = block.fire_at(x, _neighbours(held, wanted), self._mean_weights() if block is self.conv5 else None)
+            held = wanted
+        rate = weighted_sum(self._mean_weights(), first[:, held.flatten()])
+        summed = torch.cat((x, rate), 1)  # [positions,5*width]
+        head = self.conv6[0]
+        return F.linear(gather(summed[None], _neighbours(held, where))[0], tap_weights(head), head.bias)
+
+
+def _dilate(mask: Tensor) -> Tensor:
+    """Set the 3x3 neighbourhoods of what is set: bool `[N,h,w]` to bool `[N,h,w]`."""
+    return F.max_pool2d(mask.float(), 3, stride=1, padding=1) > 0
+
+
+def _neighbours(held: Tensor, wanted: Tensor) -> Tensor:
+    """For each position set in `wanted [N,h,w]`, the rows of its 3x3 neighbours among those set in `held`: `[P,9]`.
+
+    A neighbour outside the grid has the row one past the last, which `gather` fills with zeros.
+    """
+    rows = torch.where(held, held.flatten().cumsum(0).view_as(held) - 1, 0)
+    padded = F.pad(rows, (1, 1, 1, 1), value=int(held.sum()))
+    windows = padded.unfold(1, 3, 1).unfold(2, 3, 1)  # [N,h,w,3,3]
+    return windows[wanted].flatten(1)

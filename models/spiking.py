@@ -1,0 +1,160 @@
+"""Spiking building blocks shared by the two networks: stacks of convolution, batch norm and LIF, and readouts.
+
+Tensors over spike steps are `[S,N,C,H,W]`. A tensor without the first axis, `[N,C,H,W]`, is an input that is the same
+at every spike step (direct coding).
+"""
+
+import torch
+import torch.nn.functional as F
+from spikingjelly.activation_based import neuron, surrogate
+from torch import Tensor, nn
+
+from models import fused_lif
+
+MEMBRANE_DECAY = 0.8
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Context in which autocast leaves operations on the device of `x` alone: sums and distances keep their digits."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class LIF(neuron.LIFNode):
+    """SpikingJelly's multi-step LIF as the paper uses it: tau 2, threshold 1, hard reset to 0, ATan surrogate.
+
+    `H = V + (X - V) / 2`, spike `[H >= 1]`, `V = H (1 - spike)`. Starts from rest at every call.
+    """
+
+    def __init__(self):
+        super().__init__(tau=2.0, surrogate_function=surrogate.ATan(2.0), step_mode="m")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input currents `[S,...]` to spikes `[S,...]`."""
+        self.reset()
+        spikes = super().forward(x)
+        self.reset()
+        return spikes
+
+
+def postsynaptic_potential(spikes: Tensor) -> Tensor:
+    """Filter `u_i = u_(i-1) + (x_i - u_(i-1)) / 2` from 0 along the spike steps. `[S,...]` to `[S,...]`."""
+    steps = torch.arange(len(spikes), device=spikes.device)
+    lag = steps[:, None] - steps  # [S,S]
+    impulse_response = torch.where(lag >= 0, 0.5 ** (lag.clamp_min(0) + 1.0), 0.0).to(spikes.dtype)
+    with full_precision(spikes):
+        return (impulse_response @ spikes.flatten(1)).view_as(spikes)
+
+
+def membrane_weights(spike_steps: int, like: Tensor) -> Tensor:
+    """Weights `0.8^(S-1-i)` of the membrane readout, `[S]`, with the device and float type of `like`.
+
+    The powers are taken in float32, as in the release, whatever the type: its figures agree to the last digits.
+    """
+    exponents = torch.arange(spike_steps - 1, -1, -1)
+    return (torch.tensor(MEMBRANE_DECAY, dtype=torch.float32) ** exponents).to(like)
+
+
+def weighted_sum(weights: Tensor, spikes: Tensor) -> Tensor:
+    """Sum of `weights[s] * spikes[s]`: `[S]` and `[S,...]` to `[...]`."""
+    with full_precision(spikes):
+        return torch.tensordot(weights, spikes.to(weights.dtype), 1)
+
+
+def apply_head(head: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
+    """Output of a plain convolution summed over the spike steps with `weights [S]`: `[N,C',H',W']`.
+
+    `x` is the spikes `[S,N,C,H,W]`, and the convolution runs at every step; or their weighted sum `[N,C,H,W]`, and it
+    runs once, which is the same because it is linear (its bias counts `sum(weights)` times).
+    """
+    if x.dim() == 5:
+        return weighted_sum(weights, head(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+    with full_precision(x):
+        return head(x) + (weights.sum() - 1) * head.bias.view(-1, 1, 1)
+
+
+class SpikingStack(nn.Sequential):
+    """Convolutions, each followed by batch norm and LIF; optionally ends in a plain convolution, the head.
+
+    Parameter names are the release's: "0.weight" a convolution, "1.weight" its batch norm, "3.weight" the next
+    convolution, and so on. `plain` switches the exact savings off: then every layer runs at every spike step on
+    SpikingJelly's neuron.
+    """
+
+    def __init__(self, *convolutions: nn.Module, spike_steps: int, head: nn.Module | None = None):
+        layers = [layer for conv in convolutions for layer in (conv, nn.BatchNorm2d(conv.out_channels), LIF())]
+        super().__init__(*layers, *([] if head is None else [head]))
+        self.spike_steps = spike_steps
+        self.plain = False
+
+    def forward(self, x: Tensor, readout: Tensor | None = None) -> Tensor:
+        """Spikes `[S,N,C,H,W]` or constant input `[N,C,H,W]` to spikes `[S,N,C',H',W']`.
+
+        With `readout` weights `[S]`: to `sum_s readout[s] * output[s]`, `[N,C',H',W']`, through the head if any.
+        """
+        has_head = len(self) % 3 == 1
+        layers = list(self)
+        triples = [layers[i : i + 3] for i in range(0, len(layers) - has_head, 3)]
+        for triple in triples[:-1]:
+            x = self._spikes(*triple, x)
+        if readout is None:
+            return self._spikes(*triples[-1], x)
+        if self.plain:
+            x = self._spikes(*triples[-1], x)
+            return apply_head(self[-1], x, readout) if has_head else weighted_sum(readout, x)
+        x = self._spikes(*triples[-1], x, readout)
+        return apply_head(self[-1], x, readout) if has_head else x
+
+    def _spikes(self, conv, norm, lif, x: Tensor, readout: Tensor | None = None) -> Tensor:
+        constant = x.dim() == 4
+        if constant and self.plain:
+            x, constant = x.expand(self.spike_steps, *x.shape), False
+        if constant:  # once, not at every step; and with all digits, since token and timestep enter as raw numbers
+            with full_precision(x):
+                x = conv(x)
+        else:
+            x = conv(x.flatten(0, 1))
+        return self.fire(norm, lif, x, readout, constant)
+
+    def fire(self, norm, lif, x: Tensor, readout: Tensor | None = None, constant: bool = False) -> Tensor:
+        """Batch norm and LIF: `[S*N,C,H,W]`, or `[N,C,H,W]` if `constant`, to spikes `[S,N,C,H,W]` or a readout."""
+        steps = self.spike_steps
+        if not self.plain and x.device.type == "cpu" and fused_lif.available():
+            x = fused_lif.norm_lif(x, norm, steps, constant=constant, readout=readout, dtype=_spike_dtype(x, readout))
+            return x if readout is not None else x.unflatten(0, (steps, -1))
+        x = x.repeat(steps, 1, 1, 1) if constant else x
+        spikes = lif(norm(x).unflatten(0, (steps, -1)))
+        return spikes if readout is None else weighted_sum(readout, spikes)
+
+    def fire_at(self, x: Tensor, neighbours: Tensor, readout: Tensor | None = None) -> Tensor:
+        """A stack of one 3x3 block at chosen positions: `[S,R,C]` features, `[P,9]` rows to `[S,P,C']` spikes.
+
+        With `readout` weights `[S]`: to their weighted sum `[P,C']`.
+        """
+        conv, norm, lif = self
+        x = F.linear(gather(x, neighbours), tap_weights(conv), conv.bias)  # [S,P,C']
+        return self.fire(norm, lif, x.flatten(0, 1)[:, :, None, None], readout).flatten(-3)
+
+
+def gather(x: Tensor, rows: Tensor) -> Tensor:
+    """Features `[S,R,C]` at `rows [P,9]`, side by side: `[S,P,9C]`; row R stands for zero padding."""
+    padded = F.pad(x, (0, 0, 0, 1))
+    return padded[:, rows.flatten()].view(len(x), len(rows), -1)
+
+
+def tap_weights(conv: nn.Conv2d) -> Tensor:
+    """A convolution's weight `[C',C,3,3]` as the matrix `[C',9C]` that multiplies gathered neighbours."""
+    return conv.weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _spike_dtype(x: Tensor, readout: Tensor | None) -> torch.dtype:
+    """Spikes are 0 or 1, exact in the type that autocast computes the next convolution in; readouts are not."""
+    if readout is not None:
+        return readout.dtype
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def set_plain(model: nn.Module, plain: bool) -> None:
+    """Switch every stack of `model` to the literal computation (see `SpikingStack`), or back."""
+    for module in model.modules():
+        if isinstance(module, SpikingStack):
+            module.plain = plain

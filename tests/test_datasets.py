@@ -1,0 +1,342 @@
+"""Data sets: only files written here, and no network."""
+
+import pickle
+import struct
+import urllib.request
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from datasets import DATASETS, ImageData, load_dataset
+from errors import UserError
+
+MNIST_FILES = [
+    f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise URLError("no network here")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_idx(folder, prefix, images):
+    folder.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(">4i", 2051, *images.shape)
+    (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    labels = struct.pack(">2i", 2049, len(images)) + bytes(len(images))
+    (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
+
+
+def write_pictures(folder, pictures):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, pixels in enumerate(pictures):
+        Image.fromarray(pixels).save(folder / f"{i:03}.png")
+
+
+def complaint(*args, **options):
+    """The message of the UserError that loading raises: one line."""
+    with pytest.raises(UserError) as caught:
+        load_dataset(*args, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---- the table, the record, the options every set shares ----
+
+
+def test_table_has_the_names_of_the_command_line():
+    assert list(DATASETS) == ["MNIST", "FMNIST", "KMNIST", "Letters", "CIFAR10", "Digits", "ImageFolder"]
+
+
+def test_unknown_name_lists_the_valid_ones(tmp_path):
+    message = complaint("mnist", tmp_path)
+    assert all(name in message for name in DATASETS)
+
+
+@pytest.mark.parametrize("shape", [(50, 1, 28, 28), (7, 3, 5, 9)])
+def test_variance_is_that_of_float64(shape):
+    images = noise(*shape) // 3
+    data = ImageData("noise", torch.from_numpy(images), torch.from_numpy(images[:1]))
+    assert data.variance == pytest.approx((images / np.float64(255)).var(), rel=1e-13)
+    assert data.shape == shape[1:]
+
+
+def test_variance_of_a_transposed_view_and_of_a_constant():
+    view = torch.from_numpy(noise(4, 8, 6, 3)).permute(0, 3, 1, 2)
+    assert ImageData("view", view, view).variance == pytest.approx((view.numpy() / 255).var(), rel=1e-13)
+    flat = torch.full((3, 1, 4, 4), 7, dtype=torch.uint8)
+    assert ImageData("flat", flat, flat).variance == 0
+
+
+@pytest.mark.parametrize("option", [{"image_size": 32}, {"channels": 3}])
+def test_size_and_channels_are_for_image_folders_only(tmp_path, option):
+    message = complaint("Digits", tmp_path, **option)
+    assert "ImageFolder" in message and next(iter(option)) in message
+
+
+@pytest.mark.parametrize("count", [-1, 0, 1438])
+def test_train_images_out_of_range_says_how_many_there_are(tmp_path, count):
+    assert "1437" in complaint("Digits", tmp_path, train_images=count)
+
+
+# ---- Digits ----
+
+
+def test_digits_split_range_and_determinism(tmp_path):
+    data, again = load_dataset("Digits", tmp_path / "absent"), load_dataset("Digits", tmp_path)
+    assert data.train.shape == (1437, 1, 28, 28) and data.test.shape == (360, 1, 28, 28)
+    assert data.train.dtype == data.test.dtype == torch.uint8
+    assert data.train.min() == 0 and data.train.max() == 255
+    assert torch.equal(data.train, again.train) and torch.equal(data.test, again.test)
+    assert not (tmp_path / "absent").exists()
+
+
+def test_digits_are_the_bundled_ones_in_order(tmp_path):
+    from sklearn.datasets import load_digits
+
+    small = torch.from_numpy(load_digits().images)[:, None] * 255 / 16
+    data = load_dataset("Digits", tmp_path)
+    for images, source in ((data.test, small[::5]), (data.train[:4], small[1:5])):
+        shrunk = torch.nn.functional.interpolate(images.double(), size=(8, 8), mode="area")
+        assert (shrunk - source).abs().mean() < 20  # another image's distance is about 80
+
+
+def test_digits_train_images_is_a_prefix(tmp_path):
+    whole, part = load_dataset("Digits", tmp_path), load_dataset("Digits", tmp_path, train_images=5)
+    assert torch.equal(part.train, whole.train[:5]) and torch.equal(part.test, whole.test)
+
+
+# ---- sets of torchvision ----
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("MNIST", "MNIST"), ("FMNIST", "FashionMNIST"), ("KMNIST", "KMNIST")]
+)
+def test_idx_files_present_load_without_network(tmp_path, name, folder):
+    train, test = noise(6, 28, 28), noise(2, 28, 28, seed=1)
+    write_idx(tmp_path / folder / "raw", "train", train)
+    write_idx(tmp_path / folder / "raw", "t10k", test)
+    data = load_dataset(name, str(tmp_path), train_images=4)
+    assert np.array_equal(data.train, train[:4, None]) and np.array_equal(data.test, test[:, None])
+    assert data.train.dtype == torch.uint8 and data.name == name and data.shape == (1, 28, 28)
+
+
+def test_letters_stand_upright(tmp_path):
+    upright = np.zeros((3, 28, 28), np.uint8)
+    upright[:, 4, 4:20] = 255  # a bar along the top
+    upright[:, 4:9, 4] = 128  # and a short one down the left
+    for prefix in ("emnist-letters-train", "emnist-letters-test"):
+        write_idx(tmp_path / "EMNIST" / "raw", prefix, upright.transpose(0, 2, 1))
+    data = load_dataset("Letters", tmp_path)
+    assert np.array_equal(data.train, upright[:, None]) and np.array_equal(data.test, upright[:, None])
+    assert data.train.is_contiguous()
+
+
+def test_cifar10_has_its_colours_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)  # checksums of the real files
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    pixels = noise(6, 2, 3, 32, 32)
+    for (file, _), batch in zip(CIFAR10.train_list + CIFAR10.test_list, pixels, strict=True):
+        entry = {"data": batch.reshape(2, -1), "labels": [0, 1]}
+        (folder / file).write_bytes(pickle.dumps(entry))
+    data = load_dataset("CIFAR10", tmp_path)
+    assert np.array_equal(data.train, pixels[:5].reshape(10, 3, 32, 32))
+    assert np.array_equal(data.test, pixels[5]) and data.train.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "files"),
+    [
+        ("MNIST", "MNIST/raw", MNIST_FILES),
+        ("FMNIST", "FashionMNIST/raw", MNIST_FILES),
+        ("KMNIST", "KMNIST/raw", MNIST_FILES),
+        (
+            "Letters",
+            "EMNIST/raw",
+            ["emnist-letters-train-images-idx3-ubyte", "emnist-letters-test-labels-idx1-ubyte"],
+        ),
+        ("CIFAR10", "cifar-10-batches-py", ["data_batch_1", "test_batch", "batches.meta"]),
+    ],
+)
+def test_missing_and_no_network_names_files_and_folder(tmp_path, capsys, name, folder, files):
+    message = complaint(name, tmp_path / "new")
+    assert str(tmp_path / "new" / folder) in message and "no network here" in message
+    assert all(file in message for file in files)
+    assert capsys.readouterr().out == ""
+
+
+def test_only_the_missing_file_is_asked_for(tmp_path):
+    for prefix in ("train", "t10k"):
+        write_idx(tmp_path / "MNIST" / "raw", prefix, noise(2, 28, 28))
+    (tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
+    message = complaint("MNIST", tmp_path)
+    assert "t10k-labels-idx1-ubyte" in message and "train-images" not in message
+
+
+@pytest.mark.parametrize("kept", [0, 3, 10, 16, 1000])
+def test_truncated_idx_names_the_folder(tmp_path, kept):
+    for prefix in ("train", "t10k"):
+        write_idx(tmp_path / "MNIST" / "raw", prefix, noise(3, 28, 28))
+    damaged = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    damaged.write_bytes(damaged.read_bytes()[:kept])
+    message = complaint("MNIST", tmp_path)
+    assert str(damaged.parent) in message and damaged.name in message and "damaged" in message
+
+
+def test_data_path_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    assert str(tmp_path / "file") in complaint("MNIST", tmp_path / "file")
+
+
+# ---- ImageFolder ----
+
+
+def test_grey_pictures_are_found_sorted_and_split(tmp_path):
+    pictures = noise(23, 32, 32)
+    write_pictures(tmp_path / "a", pictures[:12])
+    write_pictures(tmp_path / "b" / "deep", pictures[12:])
+    (tmp_path / "b" / "notes.txt").write_text("no picture")
+    (tmp_path / "b" / "._000.png").write_bytes(b"left by a file manager")
+    data = load_dataset("ImageFolder", tmp_path)
+    held_out = np.arange(23) % 10 == 0
+    assert data.shape == (1, 32, 32)
+    assert np.array_equal(data.test, pictures[held_out, None])
+    assert np.array_equal(data.train, pictures[~held_out, None])
+
+
+def test_train_and_test_folders_are_the_splits(tmp_path):
+    train, test = noise(3, 32, 32, 3), noise(2, 32, 32, 3, seed=1)
+    write_pictures(tmp_path / "train" / "cats", train)
+    write_pictures(tmp_path / "test" / "cats", test)
+    data = load_dataset("ImageFolder", tmp_path)
+    assert np.array_equal(data.train, train.transpose(0, 3, 1, 2))
+    assert np.array_equal(data.test, test.transpose(0, 3, 1, 2))
+    assert data.train.is_contiguous() and data.train.dtype == torch.uint8
+
+
+def test_channels_follow_the_training_pictures_or_the_wish(tmp_path):
+    write_pictures(tmp_path / "train", [noise(32, 32), np.full((32, 32, 3), (255, 0, 0), np.uint8)])
+    write_pictures(tmp_path / "test", [noise(32, 32)])
+    assert load_dataset("ImageFolder", tmp_path).shape == (3, 32, 32)
+    grey = load_dataset("ImageFolder", tmp_path, channels=1)
+    assert grey.shape == (1, 32, 32) and (grey.train[1] == 76).all()  # 0.299 * 255
+    assert load_dataset("ImageFolder", tmp_path, train_images=1).shape == (1, 32, 32)
+    tripled = load_dataset("ImageFolder", tmp_path, train_images=1, channels=3).train
+    assert (tripled == tripled[:, :1]).all()
+
+
+def test_centre_is_kept_and_downsampling_averages(tmp_path):
+    wide = np.zeros((64, 192), np.uint8)
+    wide[:, 64:128] = np.indices((64, 64)).sum(0) % 2 * 255  # a chequered centre between black sides
+    write_pictures(tmp_path, [wide, wide.T.copy()])
+    data = load_dataset("ImageFolder", tmp_path, image_size=16)
+    for image in (data.train[0, 0], data.test[0, 0]):
+        assert image.shape == (16, 16)
+        assert (image[2:-2, 2:-2].int() - 127).abs().max() <= 6  # without antialiasing 0 or 255
+
+
+def test_transparent_pixels_are_white(tmp_path):
+    rgba = np.zeros((32, 32, 4), np.uint8)
+    rgba[..., 0], rgba[:16, :, 3] = 200, 255  # red, opaque in the upper half only
+    write_pictures(tmp_path, [rgba, rgba])
+    palette = Image.fromarray(np.indices((32, 32))[0].astype(np.uint8) // 16).convert("P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    image, indexed = load_dataset("ImageFolder", tmp_path).train
+    assert image[:, 3, 3].tolist() == [200, 0, 0] and image[:, 28, 3].tolist() == [255, 255, 255]
+    assert indexed[:, 3, 3].tolist() == [10, 20, 30] and indexed[:, 28, 3].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, ending):
+    levels = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    for i in range(2):
+        Image.fromarray(levels).save(tmp_path / f"{i}.{ending}")
+    data = load_dataset("ImageFolder", tmp_path)
+    assert data.shape == (1, 32, 32)
+    assert np.array_equal(data.train[0, 0], np.round(levels / 257))
+
+
+def test_black_and_white_and_rotated_pictures(tmp_path):
+    pixels = noise(32, 32)
+    Image.fromarray(pixels).convert("1", dither=Image.Dither.NONE).save(tmp_path / "0.png")
+    turned = Image.fromarray(pixels)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # the camera lay on its side: turn a quarter clockwise to view
+    turned.save(tmp_path / "1.png", exif=exif)
+    data = load_dataset("ImageFolder", tmp_path)
+    assert np.array_equal(data.test[0, 0], np.where(pixels > 127, 255, 0))
+    assert np.array_equal(data.train[0, 0], np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "gif"])
+def test_truncated_picture_is_named(tmp_path, ending):
+    for i in range(3):
+        Image.fromarray(noise(64, 64)).save(tmp_path / f"{i}.{ending}")
+    damaged = tmp_path / f"1.{ending}"
+    damaged.write_bytes(damaged.read_bytes()[:-900])
+    assert str(damaged) in complaint("ImageFolder", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>"])
+def test_foreign_file_is_named(tmp_path, content):
+    write_pictures(tmp_path, noise(3, 32, 32))
+    (tmp_path / "002.png").write_bytes(content)
+    assert str(tmp_path / "002.png") in complaint("ImageFolder", tmp_path)
+
+
+def test_float_pixels_are_refused(tmp_path):
+    write_pictures(tmp_path, noise(2, 32, 32))
+    Image.fromarray(np.zeros((32, 32), np.float32)).save(tmp_path / "depth.tiff")
+    assert "depth.tiff" in complaint("ImageFolder", tmp_path)
+
+
+def test_pictures_beyond_train_images_are_not_read(tmp_path):
+    pictures = noise(6, 32, 32)
+    write_pictures(tmp_path, pictures)
+    (tmp_path / "005.png").write_bytes(b"damaged")
+    data = load_dataset("ImageFolder", tmp_path, train_images=4)
+    assert np.array_equal(data.train, pictures[1:5, None])
+    assert "5" in complaint("ImageFolder", tmp_path, train_images=6)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_pictures(tmp_path, count):
+    write_pictures(tmp_path, noise(count, 32, 32))
+    assert f"{tmp_path} holds {count} pictures" in complaint("ImageFolder", tmp_path)
+
+
+def test_empty_test_folder(tmp_path):
+    write_pictures(tmp_path / "train", noise(3, 32, 32))
+    (tmp_path / "test").mkdir()
+    assert str(tmp_path / "test") in complaint("ImageFolder", tmp_path)
+
+
+def test_folder_missing_or_not_a_folder(tmp_path):
+    assert str(tmp_path / "absent") in complaint("ImageFolder", tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in complaint("ImageFolder", tmp_path / "file")
+
+
+@pytest.mark.parametrize("size", [-4, 0, 2, 30])
+def test_image_size_must_be_a_multiple_of_four(tmp_path, size):
+    assert str(size) in complaint("ImageFolder", tmp_path, image_size=size)
+
+
+def test_channels_must_be_one_or_three(tmp_path):
+    assert "channels is 2" in complaint("ImageFolder", tmp_path, channels=2)
