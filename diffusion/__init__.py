@@ -1,0 +1,1 @@
+"""Absorbing-state discrete diffusion: forward process, losses, sampler."""

@@ -32,9 +32,7 @@ def load_inception(weights: Path | None, device: torch.device | str) -> nn.Modul
 
 def _read(weights: Path | None) -> dict[str, Tensor]:
     if weights is None:
-        return load_state_dict_from_url(
-            FID_WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True
-        )
+        return load_state_dict_from_url(FID_WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
     return torch.load(weights, map_location="cpu", weights_only=True)
 
 

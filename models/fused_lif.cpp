@@ -68,6 +68,7 @@ template <class X> struct Moments {
             for (int k = 0; k < 8 && row < end; ++k) {  // short runs in A, long sums in double
                 const long n = std::min(rows, end - row) * channels;
                 const X* in = x + row * channels;
+#pragma omp simd
                 for (long j = 0; j < n; ++j) {
                     const A v = load(in[j]);
                     sum[j] += v;
@@ -101,6 +102,7 @@ template <class X, class Y> struct Forward {
             for (long s = 0; s < steps; ++s) {
                 const X* in = x + at + (constant ? 0 : s * stride);
                 Y* to = out + at + s * stride;
+#pragma omp simd
                 for (long j = 0; j < n; ++j) {
                     const A y = load(in[j]) * a[j] + b[j];
                     const A h = voltage[j] + (y - voltage[j]) * A(0.5);
@@ -113,6 +115,7 @@ template <class X, class Y> struct Forward {
                 }
             }
             if (readout)
+#pragma omp simd
                 for (long j = 0; j < n; ++j) store(out[at + j], sum[j]);
         }
     }
@@ -142,6 +145,7 @@ template <class X, class Y> struct Backward {
             for (long s = 0; s < steps; ++s) {
                 const X* in = x + at + (constant ? 0 : s * stride);
                 A* hs = h.data() + s * width;
+#pragma omp simd
                 for (long j = 0; j < n; ++j) {
                     const A y = load(in[j]) * a[j] + b[j];
                     hs[j] = voltage[j] + (y - voltage[j]) * A(0.5);
@@ -154,6 +158,7 @@ template <class X, class Y> struct Backward {
                 const Y* from = grad_out + at + (readout ? 0 : s * stride);
                 X* to = grad + at + (constant ? 0 : s * stride);
                 const A weight = readout ? readout[s] : A(1);
+#pragma omp simd
                 for (long j = 0; j < n; ++j) {
                     const A u = A(3.14159265358979323846) * (hs[j] - A(1));
                     const A surrogate = A(1) / (A(1) + u * u);
@@ -167,6 +172,7 @@ template <class X, class Y> struct Backward {
                 }
             }
             if (constant)
+#pragma omp simd
                 for (long j = 0; j < n; ++j) store(grad[at + j], total[j]);
             for (long j = 0, c = 0; j < n; ++j, c = c + 1 == channels ? 0 : c + 1) {
                 out_sums[c] += total[j];
@@ -187,6 +193,7 @@ template <class X> struct Affine {
         const auto ra = repeat(a, channels, rows), rb = repeat(b, channels, rows), rc = repeat(c, channels, rows);
         for (long row = begin; row < end; row += rows) {
             const long n = std::min(rows, end - row) * channels, at = row * channels;
+#pragma omp simd
             for (long j = 0; j < n; ++j)
                 store(grad[at + j], ra[j] * load(grad[at + j]) + rb[j] * load(x[at + j]) + rc[j]);
         }

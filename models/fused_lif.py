@@ -49,7 +49,9 @@ def _compile() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             fresh = Path(folder) / library.name
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(fresh)], check=True, capture_output=True, text=True)
+            subprocess.run(
+                [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)], check=True, capture_output=True, text=True
+            )
             fresh.replace(library)
     return library
 
@@ -60,7 +62,10 @@ def _library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_compile()))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
-        warnings.warn(f"fused LIF not compiled ({reason}); using SpikingJelly's LIFNode, several times slower", stacklevel=2)
+        warnings.warn(
+            f"fused LIF not compiled ({reason}); using SpikingJelly's LIFNode, several times slower",
+            stacklevel=2,
+        )
         return None
 
 
@@ -96,10 +101,13 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _NormLIF(torch.autograd.Function):
-    """Normalise with given statistics, then fire; differentiates through batch statistics when `training`."""
+    """Normalise with given statistics, then fire; differentiates through batch statistics when `training`.
+
+    `offset` was left out of `x` and of `mean`, from both of which it would cancel in training mode.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, invstd, spike_steps, constant, readout, dtype, training):
+    def forward(ctx, x, offset, weight, bias, mean, invstd, spike_steps, constant, readout, dtype, training):
         scale = weight.double() * invstd
         shift = bias.double() - mean * scale
         accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -119,7 +127,7 @@ class _NormLIF(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         x, weight, scale, shift, mean, invstd, readout = ctx.saved_tensors
-        _, positions, channels, constant = ctx.sizes
+        channels = x.shape[1]
         grad_out = grad_out.contiguous(memory_format=torch.channels_last)
         grad = torch.empty_like(x)
         sums = _empty_sums(channels)
@@ -130,13 +138,15 @@ class _NormLIF(torch.autograd.Function):
         a = scale.double()
         b = -a * invstd.double() * grad_weight / rows if ctx.training else torch.zeros_like(a)
         c = -a * grad_bias / rows - b * mean.double() if ctx.training else b
-        a, b, c = (v.to(scale.dtype) for v in (a, b, c))
-        _call(f"affine_{NAMES[x.dtype]}", x, a, b, c, rows, channels, grad)
-        return grad, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 7
+        coefficients = (v.to(scale.dtype) for v in (a, b, c))
+        _call(f"affine_{NAMES[x.dtype]}", x, *coefficients, rows, channels, grad)
+        grad_offset = torch.zeros_like(weight) if ctx.training else (a * grad_bias).to(weight.dtype)
+        return grad, grad_offset, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 7
 
 
 def norm_lif(
     x: Tensor,
+    offset: Tensor,
     norm: nn.BatchNorm2d,
     spike_steps: int,
     *,
@@ -148,6 +158,7 @@ def norm_lif(
 
     Args:
         x: `[S*N,C,H,W]`, the spike step varying slowest, or `[N,C,H,W]` when `constant` over the spike steps.
+        offset: bias `[C]` of the convolution that made `x` without it.
         norm: its parameters and running statistics are used and, in training mode, updated as if a `constant`
             input had been normalised at each of the S steps.
         readout: weights `[S]`; given, only `sum_s readout[s] * spikes[s]` is computed.
@@ -161,12 +172,11 @@ def norm_lif(
         with torch.no_grad():
             mean, variance = moments(x)
             count = x.numel() // x.shape[1] * (spike_steps if constant else 1)
-            norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
+            norm.running_mean.lerp_((mean + offset).to(norm.running_mean), norm.momentum)
             norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var), norm.momentum)
             norm.num_batches_tracked += 1
     else:
-        mean, variance = norm.running_mean.double(), norm.running_var.double()
+        mean, variance = norm.running_mean.double() - offset.detach(), norm.running_var.double()
     invstd = (variance + norm.eps).rsqrt()
-    return _NormLIF.apply(
-        x, norm.weight, norm.bias, mean, invstd, spike_steps, constant, readout, dtype or x.dtype, norm.training
-    )
+    statistics = (offset, norm.weight, norm.bias, mean, invstd)
+    return _NormLIF.apply(x, *statistics, spike_steps, constant, readout, dtype or x.dtype, norm.training)

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.spiking import SpikingStack, full_precision, membrane_weights, postsynaptic_potential, weighted_sum
+from models.spiking import (
+    SpikingStack,
+    full_precision,
+    membrane_weights,
+    postsynaptic_potential,
+    weighted_sum,
+)
 
 COMMITMENT = 0.25
 

@@ -105,22 +105,23 @@ class SpikingStack(nn.Sequential):
         return apply_head(self[-1], x, readout) if has_head else x
 
     def _spikes(self, conv, norm, lif, x: Tensor, readout: Tensor | None = None) -> Tensor:
-        constant = x.dim() == 4
-        if constant and self.plain:
-            x, constant = x.expand(self.spike_steps, *x.shape), False
-        if constant:  # once, not at every step; and with all digits, since token and timestep enter as raw numbers
-            with full_precision(x):
-                x = conv(x)
-        else:
-            x = conv(x.flatten(0, 1))
-        return self.fire(norm, lif, x, readout, constant)
+        if self.plain:
+            x = x if x.dim() == 5 else x.expand(self.spike_steps, *x.shape)
+            return lif(norm(conv(x.flatten(0, 1))).unflatten(0, (self.spike_steps, -1)))
+        if x.dim() == 5:
+            return self._fire(conv.bias, norm, lif, convolve(conv, x.flatten(0, 1)), readout)
+        with full_precision(x):  # once, not at every step; token and timestep enter as raw numbers, with all digits
+            x = convolve(conv, x)
+        return self._fire(conv.bias, norm, lif, x, readout, constant=True)
 
-    def fire(self, norm, lif, x: Tensor, readout: Tensor | None = None, constant: bool = False) -> Tensor:
-        """Batch norm and LIF: `[S*N,C,H,W]`, or `[N,C,H,W]` if `constant`, to spikes `[S,N,C,H,W]` or a readout."""
+    def _fire(self, bias: Tensor, norm, lif, x: Tensor, readout: Tensor | None, constant: bool = False) -> Tensor:
+        """Bias, batch norm, LIF: `[S*N,C,H,W]`, or `[N,C,H,W]` if `constant`, to spikes `[S,N,C,H,W]` or a readout."""
         steps = self.spike_steps
-        if not self.plain and x.device.type == "cpu" and fused_lif.available():
-            x = fused_lif.norm_lif(x, norm, steps, constant=constant, readout=readout, dtype=_spike_dtype(x, readout))
+        if x.device.type == "cpu" and fused_lif.available():
+            dtype = _spike_dtype(x, readout)
+            x = fused_lif.norm_lif(x, bias, norm, steps, constant=constant, readout=readout, dtype=dtype)
             return x if readout is not None else x.unflatten(0, (steps, -1))
+        x = x + bias.to(x.dtype).view(-1, 1, 1)
         x = x.repeat(steps, 1, 1, 1) if constant else x
         spikes = lif(norm(x).unflatten(0, (steps, -1)))
         return spikes if readout is None else weighted_sum(readout, spikes)
@@ -131,8 +132,18 @@ class SpikingStack(nn.Sequential):
         With `readout` weights `[S]`: to their weighted sum `[P,C']`.
         """
         conv, norm, lif = self
-        x = F.linear(gather(x, neighbours), tap_weights(conv), conv.bias)  # [S,P,C']
-        return self.fire(norm, lif, x.flatten(0, 1)[:, :, None, None], readout).flatten(-3)
+        x = F.linear(gather(x, neighbours), tap_weights(conv))  # [S,P,C']
+        return self._fire(conv.bias, norm, lif, x.flatten(0, 1)[:, :, None, None], readout).flatten(-3)
+
+
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution, plain or transposed, without its bias.
+
+    Batch norm takes the bias out again, so its gradient is zero, and computing that zero is slow on the CPU.
+    """
+    if isinstance(conv, nn.ConvTranspose2d):
+        return F.conv_transpose2d(x, conv.weight, None, conv.stride, conv.padding, conv.output_padding)
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
 
 
 def gather(x: Tensor, rows: Tensor) -> Tensor:

@@ -71,6 +71,8 @@ class VQSVAE(nn.Module):
         hidden: channels of the first hidden layer; the second has twice as many.
     """
 
+    downsampling = 4  # side of an image over side of its grid of codes
+
     def __init__(
         self,
         channels: int = 1,
@@ -80,6 +82,7 @@ class VQSVAE(nn.Module):
         hidden: int = 32,
     ):
         super().__init__()
+        self.channels, self.codebook_size = channels, codebook_size
         self.encoder = Encoder(channels, hidden, embedding_dim, spike_steps)
         self.vq_layer = SpikingQuantizer(codebook_size, embedding_dim, spike_steps)
         self.decoder = Decoder(channels, hidden, embedding_dim, spike_steps)

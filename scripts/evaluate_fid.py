@@ -20,6 +20,7 @@ from datasets import load_dataset
 from errors import UserError
 from metrics.fid import check_enough, fid
 from metrics.inception import load_inception
+from pipeline.machine import find_device
 
 PICTURE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -67,21 +68,6 @@ def evaluate(args: argparse.Namespace) -> str:
         f"real: {len(real)} images, {real_name} | "
         f"features: pytorch-fid Inception pool3, weights {args.fid_weights or 'downloaded'}"
     )
-
-
-def find_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first CUDA device, or else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device takes auto, cpu, cuda or cuda:N, not {name}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def load_split(run_folder: Path, split: str) -> tuple[Tensor, str]:

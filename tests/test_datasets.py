@@ -14,9 +14,7 @@ from torchvision.datasets import CIFAR10
 from datasets import DATASETS, ImageData, load_dataset
 from errors import UserError
 
-MNIST_FILES = [
-    f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
-]
+MNIST_FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
 @pytest.fixture(autouse=True)
@@ -122,9 +120,7 @@ def test_digits_train_images_is_a_prefix(tmp_path):
 # ---- sets of torchvision ----
 
 
-@pytest.mark.parametrize(
-    ("name", "folder"), [("MNIST", "MNIST"), ("FMNIST", "FashionMNIST"), ("KMNIST", "KMNIST")]
-)
+@pytest.mark.parametrize(("name", "folder"), [("MNIST", "MNIST"), ("FMNIST", "FashionMNIST"), ("KMNIST", "KMNIST")])
 def test_idx_files_present_load_without_network(tmp_path, name, folder):
     train, test = noise(6, 28, 28), noise(2, 28, 28, seed=1)
     write_idx(tmp_path / folder / "raw", "train", train)

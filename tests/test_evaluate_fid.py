@@ -66,9 +66,7 @@ def test_folder_and_npz_give_the_same_figure(tmp_path, monkeypatch, capsys):
     line = capsys.readouterr().out
     in_memory = (torch.from_numpy(pictures).permute(0, 3, 1, 2) for pictures in (generated, real))
     expected = fid(*in_memory, load_inception(weights, "cpu"))
-    assert (
-        float(re.match(r"FID (\S+) ", line).group(1)) == pytest.approx(expected, rel=1e-3) and expected > 0.1
-    )
+    assert float(re.match(r"FID (\S+) ", line).group(1)) == pytest.approx(expected, rel=1e-3) and expected > 0.1
     for part in ("generated: 3 images", "real: 3 images", str(folder), str(archive), str(weights)):
         assert part in line
 

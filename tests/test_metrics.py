@@ -54,9 +54,7 @@ def test_ssim_of_identical_images_is_one():
 
 def test_ssim_does_not_depend_on_the_batch_size():
     images = torch.rand(5, 1, 28, 28)
-    reconstructions = (images + 0.2 * torch.rand(images.shape)).clamp(0, 1) * torch.linspace(0, 1, 5).view(
-        5, 1, 1, 1
-    )
+    reconstructions = (images + 0.2 * torch.rand(images.shape)).clamp(0, 1) * torch.linspace(0, 1, 5).view(5, 1, 1, 1)
     one_by_one = np.mean([ssim(a[None], b[None]) for a, b in zip(images, reconstructions, strict=True)])
     for batch_size in (2, 4, 256):
         assert ssim(images, reconstructions, batch_size) == pytest.approx(one_by_one, abs=1e-6)
@@ -84,9 +82,7 @@ def test_codebook_with_one_code():
     assert perplexity(codes, 16) == pytest.approx(1)
 
 
-@pytest.mark.parametrize(
-    "codes", [torch.tensor([[[16]]]), torch.tensor([[[-1]]]), torch.zeros(0, 4, 4).long()]
-)
+@pytest.mark.parametrize("codes", [torch.tensor([[[16]]]), torch.tensor([[[-1]]]), torch.zeros(0, 4, 4).long()])
 def test_codes_outside_the_codebook_are_refused(codes):
     with pytest.raises(ValueError, match=r"0\.\.15"):
         perplexity(codes, 16)
@@ -160,9 +156,7 @@ def test_weights_without_network_tell_where_to_get_them(monkeypatch):
 
 
 def test_local_weights_never_touch_the_network(weights, monkeypatch):
-    monkeypatch.setattr(
-        torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("went to the network")
-    )
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("went to the network"))
     network = load_inception(weights, "cpu")
     assert not network.training and not any(p.requires_grad for p in network.parameters())
 
@@ -195,9 +189,7 @@ def test_wrong_weights_are_one_line(content, tmp_path):
 
 
 def test_fid_of_too_few_images_is_refused():
-    enough, few = (
-        torch.zeros(count, 1, 1, 1, dtype=torch.uint8) for count in (FEWEST_IMAGES, FEWEST_IMAGES - 1)
-    )
+    enough, few = (torch.zeros(count, 1, 1, 1, dtype=torch.uint8) for count in (FEWEST_IMAGES, FEWEST_IMAGES - 1))
     with pytest.raises(UserError, match="2048 generated images, not 2047"):
         fid(few, enough, torch.nn.Identity())
     with pytest.raises(UserError, match="2048 real images, not 2047"):

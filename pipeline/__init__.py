@@ -1,0 +1,1 @@
+"""What happens between the command line and the mathematics: training, sampling, evaluation, and the run folder."""

@@ -1,0 +1,86 @@
+"""The figures of a run, each with its protocol, and the table that is printed at the end."""
+
+import json
+from typing import Any
+
+from torch import Tensor, nn
+
+from errors import UserError
+from metrics.codebook import perplexity, usage
+from metrics.fid import check_enough, fid
+from metrics.inception import load_inception
+from metrics.reconstruction import mse, ssim
+from pipeline.machine import Machine
+from pipeline.pictures import to_float
+from pipeline.run_folder import RunFolder, write_whole
+from pipeline.sampling import decode_codes, encode_images
+
+METRICS = ("fid", "mse", "ssim", "codebook")
+FID_IMAGES = 10_000  # generated for FID, as is usual
+
+
+def record(name: str, value: float, protocol: str, *, split: str, real: int, generated: int = 0, seed: int) -> dict:
+    """One figure of metrics.json; everything that is needed to compare it is beside it."""
+    counts = {"num_generated": generated, "num_real": real}
+    return {"name": name, "value": value, "protocol": protocol, "split": split, **counts, "seed": seed}
+
+
+def load_fid_network(options: Any, real: Tensor, machine: Machine) -> nn.Module | None:
+    """The Inception network if FID is wanted and can be had; otherwise None, after one line that says why.
+
+    Asked for before anything is drawn, so that no thousands of images are drawn for a figure that cannot be computed.
+    """
+    if "fid" not in options.metrics:
+        return None
+    if options.num_samples is not None and options.num_samples < FID_IMAGES:
+        print(f"no FID: --num_samples {options.num_samples} is fewer than the {FID_IMAGES} images it is defined on")
+        return None
+    try:
+        check_enough(real, real)
+        return load_inception(options.fid_weights, machine.device)
+    except UserError as error:
+        print(f"no FID: {error}")
+        return None
+
+
+def reconstruction_figures(model: nn.Module, test: Tensor, options: Any, machine: Machine) -> list[dict]:
+    """MSE, SSIM and codebook figures of the autoencoder on all of `test`, uint8 `[N,C,H,W]`."""
+    codes = encode_images(model, test, machine, options.eval_batch_size)
+    reconstructions = decode_codes(model, codes, machine, options.eval_batch_size)
+    computed = {
+        "mse": lambda: {"mse": mse(to_float(test), to_float(reconstructions))},
+        "ssim": lambda: {"ssim": ssim(to_float(test), to_float(reconstructions))},
+        "codebook": lambda: {
+            "codebook_usage": usage(codes, model.codebook_size),
+            "codebook_perplexity": perplexity(codes, model.codebook_size),
+        },
+    }
+    protocols = {
+        "mse": "reconstructions as 8-bit images, pixels in [0,1], mean over all pixels",
+        "ssim": "reconstructions as 8-bit images in [0,1], torchmetrics, mean over images",
+        "codebook_usage": f"share of the {model.codebook_size} codes that occur",
+        "codebook_perplexity": "exp of the entropy of code frequencies in nats",
+    }
+    figures = {
+        name: value for metric in computed if metric in options.metrics for name, value in computed[metric]().items()
+    }
+    about = {"split": "test", "real": len(test), "seed": options.seed}
+    return [record(name, value, protocols[name], **about) for name, value in figures.items()]
+
+
+def fid_figure(generated: Tensor, real: Tensor, inception: nn.Module, options: Any) -> dict:
+    """FID of `generated` against `real`, both uint8 `[N,C,H,W]`."""
+    protocol = f"pytorch-fid Inception pool3, weights {options.fid_weights or 'as published'}, full test split"
+    value = fid(generated, real, inception)
+    return record("fid", value, protocol, split="test", real=len(real), generated=len(generated), seed=options.seed)
+
+
+def write_figures(run: RunFolder, figures: list[dict]) -> None:
+    """Write metrics.json and print the table."""
+    write_whole(run.metrics, (json.dumps(figures, indent=1) + "\n").encode())
+    width = max(len(figure["name"]) for figure in figures)
+    print(f"\n{'figure':{width}}  {'value':>10}  protocol")
+    for figure in figures:
+        against = f"{figure['num_real']} {figure['split']} images"
+        counts = f"{figure['num_generated']} generated, {against}" if figure["num_generated"] else against
+        print(f"{figure['name']:{width}}  {figure['value']:10.4f}  {figure['protocol']} ({counts})")

@@ -1,0 +1,49 @@
+"""The device and the precision a run computes with."""
+
+from dataclasses import dataclass
+
+import torch
+
+from errors import UserError
+
+PRECISIONS = ("auto", "float32", "bf16")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how precisely the networks run; weights and optimizer are float32 either way."""
+
+    device: torch.device
+    bf16: bool
+
+    def autocast(self) -> torch.autocast:
+        """Context in which convolutions compute in bfloat16 if that was chosen."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the first CUDA device, or else the CPU. Raises UserError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device takes auto, cpu, cuda or cuda:N, not {name}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 products are done by the hardware; elsewhere they are slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
+def choose_machine(device: str, precision: str) -> Machine:
+    """The machine for `--device` and `--precision`: "auto" is bf16 where the hardware has it. Raises UserError."""
+    found = find_device(device)
+    return Machine(found, precision == "bf16" or (precision == "auto" and has_fast_bf16(found)))

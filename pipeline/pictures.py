@@ -1,0 +1,67 @@
+"""Pictures for people: grids of images, originals over reconstructions, a denoising trajectory."""
+
+import colorsys
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from pipeline.run_folder import write_whole
+
+GREY = 128
+ZOOM = 3  # screen pixels per image pixel
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [0,1] to uint8, rounded, of any shape."""
+    return (images * 255).round().clamp(0, 255).byte()
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Images uint8 to [0,1] in the default float type, of any shape."""
+    return images.to(torch.get_default_dtype()) / 255
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
+    """Images uint8 `[N,C,H,W]` side by side, row by row: uint8 `[3,H',W']`, enlarged for the screen."""
+    enlarged = images.repeat_interleave(ZOOM, 2).repeat_interleave(ZOOM, 3)
+    return make_grid(enlarged, columns, padding=ZOOM, pad_value=GREY)
+
+
+def encode_png(picture: Tensor) -> bytes:
+    """The PNG file of a picture, uint8 `[C,H,W]` with C = 1 or 3."""
+    pixels = picture.permute(1, 2, 0).numpy()  # [C,H,W] -> [H,W,C]
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def save_png(path: Path, picture: Tensor) -> None:
+    """Write a picture, uint8 `[C,H,W]`."""
+    write_whole(path, encode_png(picture))
+
+
+def code_colours(codebook_size: int) -> Tensor:
+    """A colour for each code and black for the mask token, uint8 `[K+1,3]`; neighbours in number look different."""
+    golden = 0.618033988749895
+    colours = [colorsys.hsv_to_rgb(k * golden % 1, 0.55 + 0.3 * (k % 2), 0.95) for k in range(codebook_size)]
+    return to_uint8(torch.tensor([*colours, (0.0, 0.0, 0.0)]))
+
+
+def trajectory_picture(tokens: Tensor, image: Tensor, codebook_size: int) -> Tensor:
+    """Two rows over L moments: the grid of tokens (mask black), and what it means in the finished image.
+
+    Args:
+        tokens: `[L,h,w]`, from all masked to finished; the mask token is `codebook_size`.
+        image: uint8 `[C,H,W]`, the finished image; the cells of masked tokens are shown grey.
+        codebook_size: K.
+    """
+    cell = image.shape[1] // tokens.shape[1]
+    pixels = tokens.repeat_interleave(cell, 1).repeat_interleave(cell, 2)  # [L,h,w] -> [L,H,W]
+    colours = code_colours(codebook_size)[pixels].permute(0, 3, 1, 2)  # [L,H,W,3] -> [L,3,H,W]
+    masked = (pixels == codebook_size)[:, None]
+    revealed = torch.where(masked, GREY, image.expand(len(tokens), 3, *image.shape[1:]))
+    return grid(torch.cat((colours, revealed.byte())), len(tokens))

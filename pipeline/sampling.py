@@ -1,0 +1,93 @@
+"""Running trained networks over many images: encode, draw codes, decode; and the files of `samples/`."""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
+from models import SDID
+from pipeline.machine import Machine
+from pipeline.pictures import encode_png, grid, save_png, to_float, to_uint8, trajectory_picture
+from pipeline.run_folder import RunFolder, write_whole
+
+GRID_IMAGES = 64
+TRAJECTORY_MOMENTS = 12
+
+
+def _batches(tensor: Tensor, batch_size: int, title: str) -> Iterable[Tensor]:
+    """Parts of a tensor, with a progress bar if there are many."""
+    with tqdm(total=len(tensor), desc=title, unit=" images", disable=None if len(tensor) > 1000 else True) as bar:
+        for part in tensor.split(batch_size):
+            yield part
+            bar.update(len(part))
+
+
+@torch.no_grad()
+def encode_images(model: nn.Module, images: Tensor, machine: Machine, batch_size: int = 64) -> Tensor:
+    """Codes of `images`, uint8 `[N,C,H,W]`, as the smallest integer type that holds them: `[N,h,w]` on the CPU."""
+    model.eval()
+    codes = []
+    with machine.autocast():
+        for part in _batches(images, batch_size, "encoding"):
+            codes.append(model.encode(to_float(part.to(machine.device))).cpu().to(torch.int16))
+    return torch.cat(codes)
+
+
+@torch.no_grad()
+def decode_codes(model: nn.Module, codes: Tensor, machine: Machine, batch_size: int = 64) -> Tensor:
+    """Images of `codes [N,h,w]`, uint8 `[N,C,H,W]` on the CPU."""
+    model.eval()
+    with machine.autocast():
+        parts = _batches(codes, batch_size, "decoding")
+        return torch.cat([to_uint8(model.decode(part.to(machine.device).long())).cpu() for part in parts])
+
+
+def draw_codes(
+    denoiser: SDID,
+    diffusion: AbsorbingDiffusion,
+    noise: SamplingNoise,
+    machine: Machine,
+    *,
+    temperature: float,
+    sample_steps: int | None = None,
+    batch_size: int = 64,
+) -> Tensor:
+    """Codes int64 `[N,h,w]` on the CPU, one grid for each of the N samples of `noise`."""
+    denoiser.eval()
+    codes = []
+    with machine.autocast():
+        for part in _batches(torch.arange(len(noise.uniforms)), batch_size, "sampling"):
+            here = SamplingNoise(*(values[part].to(machine.device) for values in noise))
+            codes.append(diffusion.sample(denoiser.logits_at, here, temperature, sample_steps).cpu())
+    return torch.cat(codes)
+
+
+def write_samples(folder: Path, images: Tensor, single_files: bool) -> None:
+    """`grid.png` and `images.npz` (uint8 `[N,H,W,C]`, key "images") of `images`, uint8 `[N,C,H,W]`; PNGs if wanted."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, images=images.permute(0, 2, 3, 1).numpy())  # [N,C,H,W] -> [N,H,W,C]
+    write_whole(folder / "images.npz", buffer.getvalue())
+    save_png(folder / "grid.png", grid(images[:GRID_IMAGES], 8))
+    if single_files:
+        for i, image in enumerate(images):
+            write_whole(folder / "png" / f"{i:05d}.png", encode_png(image))
+
+
+def write_trajectory(
+    run: RunFolder,
+    diffusion: AbsorbingDiffusion,
+    codes: Tensor,
+    noise: SamplingNoise,
+    image: Tensor,
+    steps: int | None,
+) -> None:
+    """`trajectory.png`: how sample 0 of `codes` and `noise` came about; `image`, uint8 `[C,H,W]`, is its decoding."""
+    first = SamplingNoise(*(values[:1] for values in noise))
+    moments = torch.linspace(diffusion.num_timesteps + 1, 1, TRAJECTORY_MOMENTS).round().int().tolist()
+    tokens = torch.cat([diffusion.trajectory(codes[:1], first, t, steps) for t in moments])
+    save_png(run.samples / "trajectory.png", trajectory_picture(tokens, image, diffusion.mask_token))
