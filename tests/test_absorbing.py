@@ -1,0 +1,148 @@
+"""The diffusion process, without any network."""
+
+import math
+
+import pytest
+import torch
+
+from diffusion.absorbing import AbsorbingDiffusion, draw
+
+K, SIDE = 12, 6
+T = SIDE * SIDE
+
+
+@pytest.fixture
+def diffusion():
+    return AbsorbingDiffusion(K, T)
+
+
+def random_codes(samples=4):
+    return torch.randint(0, K, (samples, SIDE, SIDE), generator=torch.Generator().manual_seed(0))
+
+
+def oracle(code):
+    """A local denoiser that is certain of `code [h,w]`, and the list of what it was asked: (t, where)."""
+    asked = []
+
+    def denoiser(tokens, t, where):
+        asked.append((t, where))
+        assert (tokens[where] == K).all(), "only masked tokens are asked for"
+        assert ((tokens == code) | (tokens == K)).all(), "what was revealed stays"
+        return torch.nn.functional.one_hot(code.expand_as(tokens)[where], K) * 1000.0
+
+    return denoiser, asked
+
+
+def test_q_sample_masks_a_share_of_t_over_T(diffusion):
+    codes = random_codes(3000)
+    for t in (1, 9, 27):
+        tokens, mask = diffusion.q_sample(codes, torch.full((3000,), t), torch.Generator().manual_seed(t))
+        share = mask.double().mean().item()
+        assert share == pytest.approx(t / T, abs=5 * math.sqrt(0.25 / mask.numel()))
+        assert torch.equal(tokens, torch.where(mask, K, codes))
+
+
+def test_q_sample_masks_everything_at_T(diffusion):
+    tokens, mask = diffusion.q_sample(random_codes(200), torch.full((200,), T))
+    assert mask.all() and (tokens == K).all()
+
+
+def test_loss_weights(diffusion):
+    cross_entropy, t = torch.tensor([3.0, 5.0]), torch.tensor([T, T // 4])
+    elbo = (3.0 * 1 + 5.0 * 4) / 2 / (math.log(2) * T)
+    assert diffusion.weighted_loss(cross_entropy, t, "elbo").item() == pytest.approx(elbo)
+    reweighted = (0 + 5.0 * 0.75) / 2 / (math.log(2) * T)
+    assert diffusion.weighted_loss(cross_entropy, t, "reweighted_elbo").item() == pytest.approx(reweighted)
+
+
+def test_loss_of_a_uniform_denoiser(diffusion):
+    """Every token costs log2 K bits, so the ELBO's expectation is log2 K bits a token."""
+    codes = random_codes(4000)
+    loss = diffusion.loss(
+        lambda x, t: torch.zeros(len(x), K, SIDE, SIDE), codes, torch.Generator().manual_seed(0), "elbo"
+    )
+    assert loss.item() == pytest.approx(math.log2(K), rel=0.03)
+
+
+def test_loss_repeats_with_its_generator(diffusion):
+    def loss(seed):
+        logits = torch.linspace(-1, 1, K).view(1, K, 1, 1).expand(4, K, SIDE, SIDE)
+        return diffusion.loss(lambda x, t: logits, random_codes(), torch.Generator().manual_seed(seed)).item()
+
+    assert loss(1) == loss(1) != loss(2)
+
+
+@pytest.mark.parametrize("steps", [None, 1, 5, T])
+def test_sampler_returns_the_codes_of_an_oracle(diffusion, steps):
+    code = random_codes()[0]
+    denoiser, _ = oracle(code)
+    noise = diffusion.noise(3, range(5), (SIDE, SIDE))
+    drawn = diffusion.sample(denoiser, noise, temperature=0.7, sample_steps=steps)
+    assert torch.equal(drawn, code.expand_as(drawn))
+    assert (drawn != diffusion.mask_token).all()
+
+
+def test_sampler_visits_only_timesteps_that_reveal(diffusion):
+    denoiser, asked = oracle(random_codes()[0])
+    noise = diffusion.noise(0, [7], (SIDE, SIDE))
+    diffusion.sample(denoiser, noise)
+    expected = sorted(set(noise.reveal_times.flatten().tolist()), reverse=True)
+    assert [int(t) for t, _ in asked] == expected
+    assert sum(int(where.sum()) for _, where in asked) == T
+
+
+def test_no_mask_token_is_ever_drawn(diffusion):
+    """A denoiser that knows nothing: codes are spread over all of 0..K-1 and nothing else."""
+    noise = diffusion.noise(0, range(300), (SIDE, SIDE))
+    drawn = diffusion.sample(lambda x, t, where: torch.zeros(int(where.sum()), K), noise)
+    counts = torch.bincount(drawn.flatten(), minlength=K + 1)
+    assert counts[K] == 0
+    assert counts[:K].double().sub(drawn.numel() / K).abs().max() < 5 * math.sqrt(drawn.numel() / K)
+
+
+def test_skipping_sampler_equals_every_timestep(diffusion):
+    """With a denoiser that depends on tokens and t, so that order and timing matter."""
+
+    def logits(tokens, t):
+        field = tokens.roll(1, 1) + 2 * tokens.roll(1, 2) + t.view(-1, 1, 1)
+        return torch.stack([torch.sin(field * (k + 1.0)) for k in range(K)], 1)
+
+    noise = diffusion.noise(5, range(20), (SIDE, SIDE))
+    skipping = diffusion.sample(lambda x, t, where: logits(x, t).permute(0, 2, 3, 1)[where], noise, 0.5)
+    assert torch.equal(skipping, diffusion.sample_every_timestep(logits, noise, 0.5))
+
+
+def test_a_sample_has_its_own_noise(diffusion):
+    together = diffusion.noise(1, range(10), (SIDE, SIDE))
+    alone = diffusion.noise(1, [7], (SIDE, SIDE))
+    assert all(torch.equal(a[7:8], b) for a, b in zip(together, alone, strict=True))
+    other_seed = diffusion.noise(2, [7], (SIDE, SIDE))
+    assert not torch.equal(alone.uniforms, other_seed.uniforms)
+    assert together.reveal_times.min() >= 1 and together.reveal_times.max() <= T
+
+
+def test_fewer_steps_are_spread_over_all_timesteps(diffusion):
+    times = torch.arange(1, T + 1)
+    assert diffusion.reveal_schedule(times, 4).unique().tolist() == [9, 18, 27, 36]
+    assert torch.equal(diffusion.reveal_schedule(times), times)
+    with pytest.raises(ValueError, match=r"1\.\.36"):
+        diffusion.reveal_schedule(times, T + 1)
+
+
+def test_trajectory_goes_from_all_masked_to_finished(diffusion):
+    codes, noise = random_codes(), diffusion.noise(0, range(4), (SIDE, SIDE))
+    masked = [int((diffusion.trajectory(codes, noise, t) == K).sum()) for t in range(T + 1, 0, -1)]
+    assert masked[0] == codes.numel() and masked[-1] == 0
+    assert masked == sorted(masked, reverse=True)
+
+
+def test_draw_inverts_the_cumulative_sum():
+    logits = torch.tensor([[0.2, 0.3, 0.5]]).log().repeat(5, 1)
+    uniforms = torch.tensor([0.0, 0.19, 0.21, 0.51, 0.999999], dtype=torch.float64)
+    assert draw(logits, uniforms, 1.0).tolist() == [0, 0, 1, 2, 2]
+
+
+def test_low_temperature_takes_the_likeliest():
+    logits = torch.randn(50, K, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(50, generator=torch.Generator().manual_seed(1)).double()
+    assert torch.equal(draw(logits, uniforms, 1e-3), logits.argmax(1))

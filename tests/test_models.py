@@ -1,0 +1,170 @@
+"""Properties of the networks: no state between calls, gradients, and fast against plain, block by block."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from models import SDID, VQSVAE, build_model, fused_lif
+from models.spiking import LIF, SpikingStack, membrane_weights, set_plain
+
+KERNELS = pytest.mark.skipif(not fused_lif.available(), reason="no C++ compiler")
+
+
+def small_autoencoder(channels=1):
+    torch.manual_seed(0)
+    return VQSVAE(channels, codebook_size=10, embedding_dim=6, spike_steps=4, hidden=5)
+
+
+def small_denoiser():
+    """An SDID whose running statistics have seen data, so that its neurons fire in evaluation mode."""
+    torch.manual_seed(0)
+    model = SDID(codebook_size=10, spike_steps=4, width=4)
+    with torch.no_grad():
+        for _ in range(30):
+            model(*random_tokens())
+    return model.eval()
+
+
+def random_tokens(samples=6, side=5):
+    return torch.randint(0, 11, (samples, side, side)), torch.randint(1, side * side + 1, (samples,))
+
+
+def test_unknown_model_names_the_valid_ones():
+    with pytest.raises(ValueError, match="snn-vq-vae"):
+        build_model("snn-vq-vea")
+
+
+def test_lif_by_hand():
+    current = torch.tensor([1.5, 1.5, 1.5, 3.0])
+    # H: 0.75, 1.125 -> fires and resets, 0.75, 1.875 -> fires
+    assert LIF()(current[:, None]).flatten().tolist() == [0, 1, 0, 1]
+
+
+def test_lif_surrogate_gradient():
+    """One step: H = x / 2 and ds/dH = 1 / (1 + (pi (H - 1))^2)."""
+    x = torch.tensor([[0.8, 2.0, 3.4]], dtype=torch.float64, requires_grad=True)
+    LIF()(x).sum().backward()
+    h = x.detach() / 2
+    torch.testing.assert_close(x.grad, 0.5 / (1 + (torch.pi * (h - 1)) ** 2))
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "fast"])
+@torch.no_grad()
+def test_no_state_survives_a_call(plain):
+    model, denoiser = small_autoencoder().eval(), small_denoiser()
+    for network in (model, denoiser):
+        set_plain(network, plain)
+    images, (tokens, t) = torch.rand(6, 1, 12, 12), random_tokens()
+    codes = model.encode(images)
+    for call in (
+        lambda: model.encode(images),
+        lambda: model.decode(codes),
+        lambda: model(images).loss,
+        lambda: denoiser(tokens, t),
+        lambda: denoiser.logits_at(tokens, t, tokens == 10),
+    ):
+        assert torch.equal(call(), call())
+
+
+@torch.no_grad()
+def test_an_image_does_not_depend_on_its_batch():
+    model = small_autoencoder(channels=3).double().eval()
+    images = torch.rand(5, 3, 16, 12, dtype=torch.float64)
+    codes = model.encode(images)
+    assert codes.shape == (5, 4, 3)
+    assert torch.equal(model.encode(images[2:3]), codes[2:3])
+    torch.testing.assert_close(model.decode(codes)[2:3], model.decode(codes[2:3]))
+
+
+@torch.no_grad()
+def test_reconstruction_is_the_decoding_of_the_codes():
+    model = small_autoencoder().double().eval()
+    images = torch.rand(4, 1, 12, 12, dtype=torch.float64)
+    out = model(images)
+    torch.testing.assert_close(model.decode(out.codes), out.images)
+    assert torch.equal(model.encode(images), out.codes)
+    assert out.images.min() >= 0 and out.images.max() <= 1
+
+
+@KERNELS
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "spikes"])
+@pytest.mark.parametrize("readout", [True, False], ids=["readout", "all_steps"])
+@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", "convolution"])
+def test_fast_block_equals_plain(training, constant, readout, transposed):
+    """Forward, backward and running statistics of each kind of block, in float64."""
+    torch.manual_seed(1)
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    stack = SpikingStack(kind(3, 33, 3, padding=1), kind(33, 7, 3, padding=1), spike_steps=5).double()
+    stack.train(training)
+    for norm in (stack[1], stack[4]):
+        nn.init.uniform_(norm.weight, 1, 3)
+        nn.init.uniform_(norm.bias, 0.5, 1.5)
+    x = torch.rand(4, 3, 9, 8, dtype=torch.float64)
+    x = x if constant else (torch.rand(5, *x.shape) < 0.4).double()
+    weights = membrane_weights(5, like=x) if readout else None
+    state = {name: value.clone() for name, value in stack.state_dict().items()}
+    results = []
+    for plain in (True, False):
+        stack.load_state_dict(state)
+        set_plain(stack, plain)
+        stack.zero_grad()
+        inputs = x.clone().requires_grad_()
+        out = stack(inputs, weights)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        gradients = [inputs.grad, *(p.grad.clone() for p in stack.parameters())]
+        results.append([out.detach(), *gradients, *(b.double().clone() for b in stack.buffers())])
+    for plain_value, fast_value in zip(*results, strict=True):
+        torch.testing.assert_close(fast_value, plain_value, rtol=1e-6, atol=1e-6 * max(1.0, plain_value.abs().max()))
+    assert results[0][0].any(), "the block fires"
+
+
+@torch.no_grad()
+def test_logits_at_chosen_positions():
+    """Only part of the grid is computed, and the logits there are the same; including corners and empty samples."""
+    denoiser = small_denoiser().double()
+    tokens, t = random_tokens(samples=8, side=7)
+    logits = denoiser(tokens, t)
+    assert logits.std() > 0
+    where = torch.rand(tokens.shape) < 0.05
+    where[0], where[1, 0, 0], where[2] = False, True, True
+    expected = logits.permute(0, 2, 3, 1)[where]
+    torch.testing.assert_close(denoiser.logits_at(tokens, t, where), expected)
+
+
+def test_logits_at_refuses_training_mode():
+    with pytest.raises(RuntimeError, match="evaluation mode"):
+        small_denoiser().train().logits_at(*random_tokens(), torch.ones(6, 5, 5, dtype=torch.bool))
+
+
+@torch.no_grad()
+def test_falls_back_to_spikingjelly_where_nothing_compiles(monkeypatch):
+    """Without a compiler: one warning however many calls, and the same result."""
+    model = small_autoencoder().double().eval()
+    images = torch.rand(4, 1, 12, 12, dtype=torch.float64)
+    expected = model(images).images
+    fused_lif._library.cache_clear()
+    monkeypatch.setattr(fused_lif, "_compile", lambda: (_ for _ in ()).throw(OSError("no C++ compiler found")))
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.testing.assert_close(model(images).images, expected)
+            model(images)
+        assert [str(w.message) for w in caught if "fused LIF" in str(w.message)] == [str(caught[0].message)]
+    finally:
+        fused_lif._library.cache_clear()
+
+
+@KERNELS
+def test_bfloat16_stays_close_to_float32():
+    """Spikes are exact in bfloat16; what differs is the rounding of weights and currents."""
+    model = small_autoencoder()
+    images = torch.rand(16, 1, 12, 12)
+    losses = []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            losses.append(float(model(images).loss.detach()))
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
