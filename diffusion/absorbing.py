@@ -56,9 +56,9 @@ class AbsorbingDiffusion:
         "elbo": `CE / t * T / (T ln 2)`. "reweighted_elbo": `(1 - t/T) CE / (T ln 2)`, whose weight is 0 at t = T, so
         the very first prediction of sampling is never trained directly; this is the release's default and kept.
         """
-        total, t = self.num_timesteps, t.to(cross_entropy.dtype)
-        weights = {"reweighted_elbo": 1 - t / total, "elbo": total / t}
-        return (weights[kind] * cross_entropy).mean() / (math.log(2) * total)
+        total = self.num_timesteps
+        weighted = {"reweighted_elbo": (1 - t / total) * cross_entropy, "elbo": cross_entropy / t * total}
+        return weighted[kind].mean() / (math.log(2) * total)
 
     def loss(
         self, denoiser: Denoiser, codes: Tensor, generator: torch.Generator, kind: str = "reweighted_elbo"
