@@ -16,14 +16,14 @@ def build_model(name: str, **options: int) -> nn.Module:
 
 
 def autoencoder_options(weights: dict[str, Tensor]) -> dict[str, int]:
-    """What a state dict tells of its autoencoder: all options but `spike_steps`. KeyError if it is of something else."""
+    """All options of an autoencoder but `spike_steps`, read off its weights. KeyError if they are of something else."""
     hidden, channels = weights["encoder.snn_convs.0.weight"].shape[:2]
     codebook_size, embedding_dim = weights["vq_layer.embeddings.weight"].shape
     return dict(channels=channels, hidden=hidden, codebook_size=codebook_size, embedding_dim=embedding_dim)
 
 
 def denoiser_options(weights: dict[str, Tensor]) -> dict[str, int]:
-    """What a state dict tells of its SDID: all options but `spike_steps`. KeyError if it is of something else."""
+    """All options of an SDID but `spike_steps`, read off its weights. KeyError if they are of something else."""
     return dict(codebook_size=len(weights["conv6.0.weight"]), width=len(weights["conv1.0.weight"]))
 
 

@@ -1,10 +1,10 @@
-"""SDID: the spiking diffusion image decoder's denoiser (arXiv 2308.10187, section 4)."""
+"""SDID, the spiking diffusion image decoder: the denoiser of the codes (arXiv 2308.10187, section 4)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.spiking import SpikingStack, apply_head, gather, tap_weights, weighted_sum
+from models.spiking import SpikingStack, apply_head, full_precision, gather, tap_weights, weighted_sum
 
 
 class SDID(nn.Module):
@@ -59,19 +59,21 @@ class SDID(nn.Module):
         """
         if self.training:
             raise RuntimeError("logits_at needs evaluation mode: batch statistics take the whole grid")
-        blocks = (self.conv5, self.conv4, self.conv3, self.conv2)
-        needed = [where]
-        for _ in blocks:
+        mean = self._mean_weights()
+        blocks = (self.conv2, self.conv3, self.conv4, self.conv5)
+        needed = [_dilate(where)]  # of conv5, then of conv4, and so on
+        for _ in blocks[1:]:
             needed.append(_dilate(needed[-1]))
         first = self._embed(tokens, t).permute(0, 1, 3, 4, 2).flatten(1, 3)  # [S,N,C,h,w] -> [S,N*h*w,C]
         x, held = first, torch.ones_like(where)
-        for block, wanted in zip(reversed(blocks), reversed(needed[1:]), strict=True):
-            x = block.fire_at(x, _neighbours(held, wanted), self._mean_weights() if block is self.conv5 else None)
+        for block, wanted in zip(blocks, reversed(needed), strict=True):
+            x = block.fire_at(x, _neighbours(held, wanted), mean if block is self.conv5 else None)
             held = wanted
-        rate = weighted_sum(self._mean_weights(), first[:, held.flatten()])
-        summed = torch.cat((x, rate), 1)  # [positions,5*width]
+        rate = weighted_sum(mean, first[:, held.flatten()])
+        summed = gather(torch.cat((x, rate), 1)[None], _neighbours(held, where))[0]  # [P,9*5*width]
         head = self.conv6[0]
-        return F.linear(gather(summed[None], _neighbours(held, where))[0], tap_weights(head), head.bias)
+        with full_precision(summed):
+            return F.linear(summed, tap_weights(head), head.bias)
 
 
 def _dilate(mask: Tensor) -> Tensor:

@@ -91,18 +91,15 @@ class SpikingStack(nn.Sequential):
 
         With `readout` weights `[S]`: to `sum_s readout[s] * output[s]`, `[N,C',H',W']`, through the head if any.
         """
-        has_head = len(self) % 3 == 1
         layers = list(self)
-        triples = [layers[i : i + 3] for i in range(0, len(layers) - has_head, 3)]
-        for triple in triples[:-1]:
-            x = self._spikes(*triple, x)
-        if readout is None:
-            return self._spikes(*triples[-1], x)
-        if self.plain:
-            x = self._spikes(*triples[-1], x)
-            return apply_head(self[-1], x, readout) if has_head else weighted_sum(readout, x)
-        x = self._spikes(*triples[-1], x, readout)
-        return apply_head(self[-1], x, readout) if has_head else x
+        head = layers.pop() if len(layers) % 3 else None
+        *blocks, last = (layers[i : i + 3] for i in range(0, len(layers), 3))
+        for block in blocks:
+            x = self._spikes(*block, x)
+        x = self._spikes(*last, x, None if self.plain else readout)
+        if head is not None:
+            return apply_head(head, x, readout)
+        return weighted_sum(readout, x) if self.plain and readout is not None else x
 
     def _spikes(self, conv, norm, lif, x: Tensor, readout: Tensor | None = None) -> Tensor:
         if self.plain:

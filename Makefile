@@ -1,0 +1,27 @@
+# Two commands for a fresh machine with Python 3.10 or newer: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test install lint
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+# A small model on the digits that come with scikit-learn: fewer spike steps and channels than the paper.
+demo: install
+	rm -rf result/demo
+	$(RUN) -u main.py --dataset_name Digits --result_path result/demo --metrics mse,ssim,codebook \
+	  --spike_steps 4 --denoiser_channels 32 --epochs 60 --diffusion_epochs 60
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+test: lint
+	$(RUN) -m pytest
