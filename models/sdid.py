@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.spiking import SpikingStack, apply_head, full_precision, gather, tap_weights, weighted_sum
+from models.spiking import SpikingStack, apply_head, convolve_at, full_precision, weighted_sum
 
 
 class SDID(nn.Module):
@@ -70,10 +70,10 @@ class SDID(nn.Module):
             x = block.fire_at(x, _neighbours(held, wanted), mean if block is self.conv5 else None)
             held = wanted
         rate = weighted_sum(mean, first[:, held.flatten()])
-        summed = gather(torch.cat((x, rate), 1)[None], _neighbours(held, where))[0]  # [P,9*5*width]
+        summed = torch.cat((x, rate), 1)[None]  # [1,positions,5*width]
         head = self.conv6[0]
         with full_precision(summed):
-            return F.linear(summed, tap_weights(head), head.bias)
+            return convolve_at(head, summed, _neighbours(held, where))[0] + head.bias
 
 
 def _dilate(mask: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def _dilate(mask: Tensor) -> Tensor:
 def _neighbours(held: Tensor, wanted: Tensor) -> Tensor:
     """For each position set in `wanted [N,h,w]`, the rows of its 3x3 neighbours among those set in `held`: `[P,9]`.
 
-    A neighbour outside the grid has the row one past the last, which `gather` fills with zeros.
+    A neighbour outside the grid has the row one past the last, which `convolve_at` takes for zeros.
     """
     rows = torch.where(held, held.flatten().cumsum(0).view_as(held) - 1, 0)
     padded = F.pad(rows, (1, 1, 1, 1), value=int(held.sum()))

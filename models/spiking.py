@@ -123,14 +123,14 @@ class SpikingStack(nn.Sequential):
         spikes = lif(norm(x).unflatten(0, (steps, -1)))
         return spikes if readout is None else weighted_sum(readout, spikes)
 
-    def fire_at(self, x: Tensor, neighbours: Tensor, readout: Tensor | None = None) -> Tensor:
-        """A stack of one 3x3 block at chosen positions: `[S,R,C]` features, `[P,9]` rows to `[S,P,C']` spikes.
+    def fire_at(self, x: Tensor, rows: Tensor, readout: Tensor | None = None) -> Tensor:
+        """A stack of one block at chosen positions: see `convolve_at` for the input; to spikes `[S,P,C']`.
 
         With `readout` weights `[S]`: to their weighted sum `[P,C']`.
         """
         conv, norm, lif = self
-        x = F.linear(gather(x, neighbours), tap_weights(conv))  # [S,P,C']
-        return self._fire(conv.bias, norm, lif, x.flatten(0, 1)[:, :, None, None], readout).flatten(-3)
+        x = convolve_at(conv, x, rows).flatten(0, 1)[:, :, None, None]  # [S*P,C',1,1]
+        return self._fire(conv.bias, norm, lif, x, readout).flatten(-3)
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
@@ -143,15 +143,16 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
 
 
-def gather(x: Tensor, rows: Tensor) -> Tensor:
-    """Features `[S,R,C]` at `rows [P,9]`, side by side: `[S,P,9C]`; row R stands for zero padding."""
-    padded = F.pad(x, (0, 0, 0, 1))
-    return padded[:, rows.flatten()].view(len(x), len(rows), -1)
+def convolve_at(conv: nn.Conv2d, x: Tensor, rows: Tensor) -> Tensor:
+    """A 3x3 convolution without its bias at chosen positions: features `[S,R,C]`, `rows [P,9]` to `[S,P,C']`.
 
-
-def tap_weights(conv: nn.Conv2d) -> Tensor:
-    """A convolution's weight `[C',C,3,3]` as the matrix `[C',9C]` that multiplies gathered neighbours."""
-    return conv.weight.permute(0, 2, 3, 1).flatten(1)
+    `rows` names the neighbours of each position among the R features; row R stands for zero padding. A few spike steps
+    at a time, so that gathered neighbours are still in the cache when they are multiplied.
+    """
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1).to(x.dtype)  # [C',C,3,3] -> [C',9C]
+    parts = F.pad(x, (0, 0, 0, 1)).split(4)
+    gathered = (part.index_select(1, rows.flatten()).view(len(part), len(rows), -1) for part in parts)
+    return torch.cat([F.linear(neighbours, weight) for neighbours in gathered])
 
 
 def _spike_dtype(x: Tensor, readout: Tensor | None) -> torch.dtype:
