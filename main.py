@@ -20,27 +20,17 @@ from pipeline.machine import PRECISIONS, choose_machine
 from pipeline.run_folder import RunFolder
 from pipeline.stages import STAGES, Pipeline
 
-HERE_AND_NOW = ("resume", "checkpoint", "stage", "max_minutes", "device", "precision")
+HERE_AND_NOW = ("resume", "checkpoint", "stage", "max_minutes", "device")
 """Options of one call of the program, which a run's config.json does not pass on to the next."""
 
-IDENTITY = ("dataset_name", "image_size", "channels", "model")
-"""Options that whoever uses a run's networks must share with it."""
-
-UNCHANGEABLE = (
-    *IDENTITY,
-    *(
-        "train_images",
-        "codebook_size",
-        "embedding_dim",
-        "spike_steps",
-        "hidden_channels",
-        "denoiser_channels",
-    ),
-    *("batch_size", "lr", "loss", "seed"),
+IDENTITY = (
+    *("dataset_name", "image_size", "channels", "model"),
+    *("codebook_size", "embedding_dim", "spike_steps", "hidden_channels"),
 )
-"""Options that a resumed training must share with its beginning."""
+"""Options that whoever uses a run's autoencoder must share with it."""
 
-PATHS = ("data_path", "result_path", "fid_weights")
+UNCHANGEABLE = (*IDENTITY, "train_images", "denoiser_channels", "batch_size", "lr", "loss", "seed")
+"""Options that a resumed training must share with its beginning."""
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
@@ -65,6 +55,8 @@ def metric_list(text: str) -> list[str]:
     for name in names:
         if name not in METRICS:
             raise argparse.ArgumentTypeError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
+    if not names:
+        raise argparse.ArgumentTypeError(f"no metric named: choose from {', '.join(METRICS)}")
     return names
 
 
@@ -81,6 +73,7 @@ def build_parser() -> Parser:
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__.replace("`", ""), formatter_class=layout, allow_abbrev=False)
     whole, positive = number(int, 1), number(float, 1e-9)
+    width = number(int, 1, 4096)
 
     def group(title: str) -> Callable[..., None]:
         section = parser.add_argument_group(title)
@@ -95,13 +88,13 @@ def build_parser() -> Parser:
     add("--stage", "which part of the pipeline to run", "all", choices=STAGES)
     add(
         "--checkpoint",
-        "evaluate this model.pth, of a run or of the original release",
+        "evaluate this model.pth, of a run or of the original release; results are written beside it",
         type=Path,
         metavar="FILE",
     )
     add("--resume", "go on with this run folder, or its last.pth", type=Path, metavar="RUN")
     add("--result_path", "where run folders are made", Path("result"), type=Path, metavar="DIR")
-    add("--max_minutes", "stop each stage after M minutes, saved and resumable", type=positive, metavar="M")
+    add("--max_minutes", "stop each stage after M minutes, saved and resumable [no limit]", type=positive, metavar="M")
     add("--seed", "of everything that is random", 42, type=number(int, 0, 2**32 - 1), metavar="N")
     add("--device", "auto (CUDA where there is one), cpu, cuda or cuda:N", "auto")
     add("--precision", "auto is bf16 where the processor has it", "auto", choices=PRECISIONS)
@@ -110,26 +103,26 @@ def build_parser() -> Parser:
     add("--dataset_name", "the data set; Digits needs no download", "Digits", choices=DATASETS)
     add("--data_path", "where data sets are, or are downloaded to", Path("data"), type=Path, metavar="DIR")
     add("--train_images", "use the first N training images [all]", type=whole, metavar="N")
-    add("--image_size", "side of ImageFolder's pictures, a multiple of 4 [32]", type=whole, metavar="N")
+    add("--image_size", "side of ImageFolder's pictures, a multiple of 4 [32]", type=number(int, 4, 4096), metavar="N")
     add("--channels", "of ImageFolder's pictures: 1 grey, 3 colour [as they are]", type=int, choices=(1, 3))
 
     add = group("model")
     add("--model", "the autoencoder", "snn-vq-vae", choices=AUTOENCODERS)
-    add("--spike_steps", "spike steps S", 16, type=number(int, 1, 1024), metavar="S")
+    add("--spike_steps", "spike steps S of every layer", 16, type=number(int, 1, 1024), metavar="S")
     add("--codebook_size", "number of codes K", 128, type=number(int, 2, 32767), metavar="K")
-    add("--embedding_dim", "width of a code's embedding", 16, type=whole, metavar="D")
+    add("--embedding_dim", "width of a code's embedding", 16, type=width, metavar="D")
     add(
         "--hidden_channels",
-        "of the autoencoder's first layer, half of its second",
+        "channels of the autoencoder's first layer; its second has twice as many",
         32,
-        type=whole,
+        type=width,
         metavar="N",
     )
     add(
         "--denoiser_channels",
-        "of the denoiser's first block, an 8th of its widest",
+        "channels of the denoiser's first block; its widest has 8 times as many",
         64,
-        type=whole,
+        type=width,
         metavar="N",
     )
 
@@ -137,7 +130,7 @@ def build_parser() -> Parser:
     add("--epochs", "of stage 1, the autoencoder", 100, type=whole, metavar="N")
     add("--diffusion_epochs", "of stage 2, the denoiser", 200, type=whole, metavar="N")
     add("--batch_size", "of both stages", 32, type=whole, metavar="N")
-    add("--lr", "learning rate of both stages", 1e-3, type=positive, metavar="X")
+    add("--lr", "learning rate of both stages", 1e-3, type=number(float, 1e-9, 1), metavar="X")
     add("--loss", "of stage 2", "reweighted_elbo", choices=LOSSES)
 
     add = group("sampling and evaluation")
@@ -148,10 +141,11 @@ def build_parser() -> Parser:
         type=positive,
         metavar="X",
     )
-    add("--sample_steps", "timesteps of sampling [all T of them]", type=whole, metavar="N")
-    add("--num_samples", "images to draw [10000 where FID is computed, else 64]", type=whole, metavar="N")
+    add("--sample_steps", "timesteps of sampling, up to T, the number of an image's codes [T]", type=whole, metavar="N")
+    many = number(int, 1, 10**6)
+    add("--num_samples", "images to draw [10000 where FID is computed, else 64]", type=many, metavar="N")
     add("--eval_batch_size", "images at once in encoding and sampling", 64, type=whole, metavar="N")
-    add("--png", "write each sample as a PNG file, too", False, action="store_true")
+    add("--png", "write each sample as a PNG file, too [off]", False, action="store_true")
     add("--metrics", "figures to compute", list(METRICS), type=metric_list, metavar="A,B")
     add("--fid_weights", "pytorch-fid's Inception weights [downloaded]", type=Path, metavar="FILE")
     return parser
@@ -162,19 +156,21 @@ def resolve(arguments: list[str] | None) -> tuple[argparse.Namespace, RunFolder]
     parser = build_parser()
     options = parser.parse_args(arguments)
     run = RunFolder(find_folder(options))
-    if options.stage in ("all", "vqsvae") and not (options.resume or options.checkpoint):
-        if run.last.exists() or run.model.exists():
-            raise UserError(f"{run.path} holds a run: --resume {run.path}, or choose another --result_path")
-        return options, run
-    if options.stage == "sdid" and run.denoiser.exists() and not options.resume:
-        raise UserError(f"{run.path} holds a denoiser: --resume {run.path}, or choose another --result_path")
-    saved = run.read_config()
+    makes = {"all": run.model, "vqsvae": run.model, "sdid": run.denoiser}.get(options.stage)
+    if options.resume or options.checkpoint:
+        makes = None
+    if makes and makes.exists():
+        ways = f"go on with --resume {run.path}, evaluate with --checkpoint {run.model}"
+        raise UserError(f"{makes} is there already: {ways}, or choose another --result_path")
+    saved = {} if makes == run.model else run.read_config()
     if options.resume and not saved:
         raise UserError(f"{run.path} is not the folder of a run: it has no config.json")
     kept = {key: value for key, value in saved.items() if key in vars(options) and key not in HERE_AND_NOW}
-    parser.set_defaults(**{key: Path(value) if key in PATHS and value else value for key, value in kept.items()})
+    parser.set_defaults(**kept)  # argparse converts strings as if they had been typed
     options = parser.parse_args(arguments)
     fixed = UNCHANGEABLE if options.resume else IDENTITY
+    if options.resume and run.denoiser.exists():
+        fixed = (*fixed, "epochs")  # stage 1 is over
     changed = [
         f"--{key} ({saved[key]} in the run)"
         for key in fixed
@@ -194,9 +190,15 @@ def find_folder(options: argparse.Namespace) -> Path:
         raise UserError("--checkpoint evaluates a trained model: to train on, use --resume with its run folder")
     if options.resume:
         return options.resume.parent if options.resume.suffix == ".pth" else options.resume
-    if options.checkpoint and (options.checkpoint.parent / "config.json").is_file():
+    if options.checkpoint:
         return options.checkpoint.parent
     return options.result_path / options.dataset_name / options.model
+
+
+def stop(message: str, status: int = 2) -> None:
+    """End the program with one line on stderr."""
+    print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -206,8 +208,13 @@ def main(arguments: list[str] | None = None) -> None:
         machine = choose_machine(options.device, options.precision)
         Pipeline(options, run, machine).execute()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        stop(f"error: {error}")
+    except KeyboardInterrupt:
+        stop("interrupted: --resume with the run folder goes on after the last whole epoch", 130)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        stop("error: out of memory: choose a smaller --batch_size, --eval_batch_size or network")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from metrics.codebook import perplexity, usage
-from metrics.fid import check_enough, fid
+from metrics.fid import FEWEST_IMAGES, fid
 from metrics.inception import load_inception
 from metrics.reconstruction import mse, ssim
 from pipeline.machine import Machine
@@ -35,8 +35,10 @@ def load_fid_network(options: Any, real: Tensor, machine: Machine) -> nn.Module 
     if options.num_samples is not None and options.num_samples < FID_IMAGES:
         print(f"no FID: --num_samples {options.num_samples} is fewer than the {FID_IMAGES} images it is defined on")
         return None
+    if len(real) < FEWEST_IMAGES:
+        print(f"no FID: it needs {FEWEST_IMAGES} real images, and the test split has {len(real)}")
+        return None
     try:
-        check_enough(real, real)
         return load_inception(options.fid_weights, machine.device)
     except UserError as error:
         print(f"no FID: {error}")
@@ -78,6 +80,8 @@ def fid_figure(generated: Tensor, real: Tensor, inception: nn.Module, options: A
 def write_figures(run: RunFolder, figures: list[dict]) -> None:
     """Write metrics.json and print the table."""
     write_whole(run.metrics, (json.dumps(figures, indent=1) + "\n").encode())
+    if not figures:
+        return
     width = max(len(figure["name"]) for figure in figures)
     print(f"\n{'figure':{width}}  {'value':>10}  protocol")
     for figure in figures:

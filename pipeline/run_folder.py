@@ -28,14 +28,17 @@ PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy")
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there, so that a reader never meets half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file beside its place and move it there, so that a reader never meets half of it. Raises UserError."""
     fresh = path.with_name(path.name + ".part")
-    with fresh.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with fresh.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): make room there or choose another place") from error
 
 
 def save_weights(path: Path, content: Any) -> None:
@@ -51,12 +54,13 @@ def load_weights(path: Path) -> dict[str, Any]:
     Raises UserError if the file is missing or unreadable.
     """
     if not path.is_file():
-        raise UserError(f"{path} is not there: give the path of a checkpoint that a run has written")
+        wrong = "is a folder" if path.is_dir() else "is not there"
+        raise UserError(f"{path} {wrong}: train first, or name a file of weights that a run has written")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign or damaged bytes fail in any way while they are unpickled
         raise UserError(
-            f"{path} is no checkpoint that can be read ({type(error).__name__}): it may be cut short"
+            f"{path} is no checkpoint that can be read ({type(error).__name__}): it may be cut short or another file"
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
@@ -88,10 +92,7 @@ class RunFolder:
         """Record the resolved options together with what the figures may depend on besides them."""
         versions = {name: version(name) for name in PACKAGES}
         config = {**options, "versions": versions, "git_commit": _git_commit()}
-        try:
-            write_whole(self.config, (json.dumps(config, indent=1) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"cannot write to {self.path} ({error.strerror}): choose another --result_path") from error
+        write_whole(self.config, (json.dumps(config, indent=1) + "\n").encode())
 
     def read_config(self) -> dict[str, Any]:
         """The options of the run; empty if the folder has no config.json, as with checkpoints of the release."""
@@ -99,8 +100,29 @@ class RunFolder:
             return {}
         try:
             return dict(json.loads(self.config.read_text()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.config} cannot be read ({error})") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{self.config} cannot be read ({error}): put back the file that the run wrote") from error
+
+    def check_writable(self) -> None:
+        """Make the folder; raise UserError now, not after hours of computing, if nothing can be written there."""
+        probe = self.path / ".writable"
+        write_whole(probe, b"")
+        probe.unlink()
+
+    def read_last(self) -> dict[str, Any]:
+        """What last.pth holds; empty if the run was stopped before it had written any weights."""
+        if not (self.last.exists() or self.model.exists()):
+            return {}
+        state = load_weights(self.last)
+        if "stage" not in state:
+            raise UserError(f"{self.last} is not what a training saved: put back the file that the run wrote")
+        return state
+
+    def contents(self) -> list[Path]:
+        """The files and folders for people to look at, as far as they are there."""
+        names = ("log.jsonl", "metrics.json", "samples/grid.png", "samples/trajectory.png", "samples/images.npz")
+        paths = (self.model, self.denoiser, *(self.path / name for name in (*names, "samples/png")))
+        return [path for path in paths if path.exists()]
 
     def log(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
         """Append one epoch's figures to log.jsonl and to TensorBoard."""
@@ -114,6 +136,7 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
         for name, value in figures.items():
             self.tensorboard.add_scalar(f"{stage}/{name}", value, epoch)
+        self.tensorboard.flush()
 
     def log_picture(self, name: str, picture: Tensor, epoch: int) -> None:
         """Show a picture, uint8 `[3,H,W]`, in TensorBoard."""

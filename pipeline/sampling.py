@@ -1,6 +1,7 @@
 """Running trained networks over many images: encode, draw codes, decode; and the files of `samples/`."""
 
 import io
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +22,8 @@ TRAJECTORY_MOMENTS = 12
 
 def _batches(tensor: Tensor, batch_size: int, title: str) -> Iterable[Tensor]:
     """Parts of a tensor, with a progress bar if there are many."""
-    with tqdm(total=len(tensor), desc=title, unit=" images", disable=None if len(tensor) > 1000 else True) as bar:
+    hidden = None if len(tensor) > 1000 else True  # None: where stderr is no terminal
+    with tqdm(total=len(tensor), desc=title, unit=" images", leave=False, disable=hidden) as bar:
         for part in tensor.split(batch_size):
             yield part
             bar.update(len(part))
@@ -72,6 +74,7 @@ def write_samples(folder: Path, images: Tensor, single_files: bool) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, images=images.permute(0, 2, 3, 1).numpy())  # [N,C,H,W] -> [N,H,W,C]
     write_whole(folder / "images.npz", buffer.getvalue())
+    shutil.rmtree(folder / "png", ignore_errors=True)  # those of an earlier call are of other images
     save_png(folder / "grid.png", grid(images[:GRID_IMAGES], 8))
     if single_files:
         for i, image in enumerate(images):

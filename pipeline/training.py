@@ -1,5 +1,6 @@
 """Training: one epoch loop, and the two stages that use it."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion
+from errors import UserError
 from models import SDID, VQSVAE
 from pipeline.machine import Machine
 from pipeline.pictures import grid, save_png, to_float
@@ -115,11 +117,13 @@ class Trainer:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(*epoch_seed)))
         batches = order.to(self.examples.device).split(schedule.batch_size)
         generator = torch.Generator(device)
-        sums = {name: torch.tensor(value, device=device) for name, value in progress.sums.items()}
+        sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in progress.sums.items()}
         started, first = time.monotonic(), progress.step
         self.model.train()
         title = f"stage {self.number} ({self.name}) epoch {progress.epoch + 1}/{schedule.epochs}"
-        bar = tqdm(total=count, initial=first * schedule.batch_size, desc=title, unit=" images", disable=None)
+        bar = tqdm(
+            total=count, initial=first * schedule.batch_size, desc=title, unit=" images", leave=False, disable=None
+        )
         with bar:
             for indices in batches[first:]:
                 batch = self.examples[indices].to(device)
@@ -134,6 +138,8 @@ class Trainer:
                     progress.sums = {name: value.item() for name, value in sums.items()}
                     return False
         means = {name: value.item() / count for name, value in sums.items()}
+        if not math.isfinite(means["loss"]):
+            raise UserError(f"{title}: the loss is {means['loss']}: begin a new run with a lower --lr")
         trained = count - first * schedule.batch_size
         rate = trained / (time.monotonic() - started)
         self.run.log(self.name, progress.epoch + 1, {**means, "images_per_second": round(rate, 2)})

@@ -1,0 +1,102 @@
+"""The command line run inside the test process, and a small trained run to look at and to damage copies of."""
+
+import io
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+
+SMALL = (
+    *("--spike_steps", 4, "--hidden_channels", 8, "--denoiser_channels", 4, "--codebook_size", 8, "--embedding_dim", 8),
+    *("--batch_size", 4, "--lr", 0.03, "--num_samples", 5, "--device", "cpu", "--precision", "float32"),
+)
+"""Options of networks that learn something in a second."""
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def call_main(*arguments):
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on networks this small, threads only wait for each other
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main.main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            status = exit_.code
+        finally:
+            torch.set_num_threads(threads)
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def write_pictures(folder, count, size, colour, seed):
+    """Bright bars on black, a different one in each picture."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    for i in range(count):
+        pixels = np.zeros((size, size, 3) if colour else (size, size), np.uint8)
+        left = generator.integers(size - 4)
+        pixels[:, left : left + 4] = generator.integers(100, 256, 3 if colour else 1)
+        Image.fromarray(pixels).save(folder / f"{i:03}.png")
+
+
+def make_image_folder(path, size, colour):
+    write_pictures(path / "train", 120, size, colour, seed=1)
+    write_pictures(path / "test", 4, size, colour, seed=2)
+    return path
+
+
+@pytest.fixture(scope="session")
+def cli():
+    """The command line as a function: arguments to exit status, stdout and stderr."""
+    return call_main
+
+
+@pytest.fixture(scope="session")
+def grey(tmp_path_factory):
+    """Options that name a data set of 120 + 4 grey pictures of 16x16."""
+    folder = make_image_folder(tmp_path_factory.mktemp("grey"), 16, colour=False)
+    return ("--dataset_name", "ImageFolder", "--data_path", folder, "--image_size", 16)
+
+
+@pytest.fixture(scope="session")
+def colour(tmp_path_factory):
+    """Options that name a data set of 120 + 4 colour pictures of 20x20."""
+    folder = make_image_folder(tmp_path_factory.mktemp("colour"), 20, colour=True)
+    return ("--dataset_name", "ImageFolder", "--data_path", folder, "--image_size", 20)
+
+
+@pytest.fixture(scope="session")
+def small(grey):
+    """Options of a run of two epochs in each stage on grey pictures, all but the place where it is written."""
+    return (*grey, *SMALL, "--epochs", 2, "--diffusion_epochs", 2)
+
+
+class Finished(NamedTuple):
+    path: object
+    outcome: Outcome
+
+
+@pytest.fixture(scope="session")
+def finished(small, tmp_path_factory):
+    """A run of `small` from beginning to end: its folder, which no test may change, and what was printed."""
+    result = tmp_path_factory.mktemp("finished")
+    outcome = call_main(*small, "--result_path", result)
+    assert outcome.status == 0, outcome.err
+    return Finished(result / "ImageFolder" / "snn-vq-vae", outcome)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run, to use and to damage."""
+    return shutil.copytree(finished.path, tmp_path / "moved" / "run")

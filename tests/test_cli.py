@@ -1,0 +1,303 @@
+"""The command line as its users meet it: help, mistakes, and whole runs in a process of their own."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from PIL import Image
+
+import main
+from models import SDID, build_model
+from pipeline import training
+from pipeline.stages import Pipeline
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def shell(*arguments, folder):
+    """`python -u main.py` as a user runs it; neither stdout nor stderr is a terminal."""
+    command = [sys.executable, "-u", ROOT / "main.py", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def mistake(cli):
+    """Arguments to the one line on stderr that a mistake leaves; nothing is printed or shown besides it."""
+
+    def call(*arguments):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            outcome = cli(*arguments)
+        assert outcome.status == 2 and outcome.out == ""
+        assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1 and outcome.err.endswith("\n")
+        return outcome.err
+
+    return call
+
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+# ---- help and parsing ----
+
+
+def test_help_tells_every_option_with_its_default(cli):
+    help_text = cli("--help").out
+    assert all(
+        f"\n{group}:\n" in help_text for group in ("run", "data", "model", "training", "sampling and evaluation")
+    )
+    for action in main.build_parser()._actions[1:]:
+        assert action.option_strings[0] in help_text and len(action.help) > 10, action.dest
+        if action.dest not in ("checkpoint", "resume", "device"):  # these have none, or say it in words
+            assert re.search(r"\[.+\]$", action.help), action.dest
+        if action.default not in (None, False) and action.dest != "metrics":
+            assert f"[{action.default}]" in action.help
+
+
+@pytest.mark.parametrize("option", ["--epoch", "--data", "--nonsense", "--no-png"])
+def test_unknown_and_shortened_options(option, mistake):
+    assert option in mistake(option, "3")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--dataset_name", "MNSIT", "'MNIST'|MNIST,"),
+        ("--model", "vqvae", "snn-vq-vae"),
+        ("--stage", "train", "vqsvae"),
+        ("--loss", "l2", "reweighted_elbo"),
+        ("--precision", "fp16", "float32"),
+        ("--metrics", "fid,iss", "'iss'.*ssim"),
+        ("--metrics", ",", "ssim"),
+        ("--device", "gpu", "cpu, cuda or cuda:N"),
+        ("--device", "cuda:99", "CUDA devices"),
+        ("--channels", 2, "1, 3"),
+        ("--epochs", 0, "--epochs: '0' is not at least 1"),
+        ("--epochs", 1.5, "whole number"),
+        ("--num_samples", 0, "at least 1|from 1"),
+        ("--num_samples", 10**12, "from 1 to"),
+        ("--batch_size", -1, "at least 1"),
+        ("--codebook_size", 10**9, "from 2 to"),
+        ("--hidden_channels", 10**9, "from 1 to"),
+        ("--spike_steps", "many", "whole number"),
+        ("--lr", "nan", "from 1e-09 to 1"),
+        ("--lr", "inf", "from 1e-09 to 1"),
+        ("--lr", 0, "from 1e-09 to 1"),
+        ("--temperature", 0, "at least"),
+        ("--max_minutes", "inf", "at least"),
+        ("--seed", -1, "from 0 to"),
+        ("--image_size", 30, "multiple of 4"),
+        ("--sample_steps", 1000, "16 timesteps"),
+        ("--train_images", 1000, "from 1 to 120"),
+    ],
+)
+def test_wrong_values_name_the_right_ones(option, value, expected, mistake, small, tmp_path):
+    line = mistake(*small, "--result_path", tmp_path, option, value)
+    assert re.search(expected, line), line
+    assert not files(tmp_path), "a mistake leaves nothing behind"
+
+
+# ---- mistakes with files and folders ----
+
+
+def test_data_that_is_not_there(mistake, tmp_path):
+    line = mistake("--dataset_name", "ImageFolder", "--data_path", tmp_path / "none", "--result_path", tmp_path)
+    assert str(tmp_path / "none") in line and not files(tmp_path)
+
+
+def test_a_run_that_is_already_there(mistake, run, small):
+    result = run.parent / "result"
+    shutil.copytree(run, result / "ImageFolder" / "snn-vq-vae")
+    for stage in ("all", "vqsvae", "sdid"):
+        line = mistake(*small, "--result_path", result, "--stage", stage)
+        assert f"--resume {result / 'ImageFolder' / 'snn-vq-vae'}" in line and "--result_path" in line
+
+
+@pytest.mark.parametrize("stage", ["all", "sdid", "sample", "evaluate"])
+def test_nothing_to_work_with(stage, mistake, small, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    expected = {"all": "cannot write"}.get(stage, "model.pth is not there")
+    assert expected in mistake(*small, "--result_path", tmp_path / "file", "--stage", stage)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_resume_of_something_else(there, mistake, tmp_path):
+    folder = tmp_path if there else tmp_path / "none"
+    for resumed in (folder, folder / "last.pth"):
+        assert f"{folder} is not the folder of a run" in mistake("--resume", resumed)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "[]"])
+def test_damaged_config(content, mistake, run):
+    (run / "config.json").write_text(content)
+    assert str(run) in mistake("--resume", run) and "config.json" in mistake("--resume", run)
+
+
+def test_options_that_contradict_the_run(mistake, run):
+    before = [path.read_bytes() for path in files(run)]
+    for option, value in (("--lr", 0.5), ("--codebook_size", 9), ("--seed", 1), ("--epochs", 3), ("--train_images", 5)):
+        line = mistake("--resume", run, option, value)
+        assert option in line and "leave out" in line
+    for option, value in (("--dataset_name", "MNIST"), ("--spike_steps", 2), ("--image_size", 20)):
+        assert option in mistake("--checkpoint", run / "model.pth", option, value)
+    assert before == [path.read_bytes() for path in files(run)]
+
+
+def test_options_that_exclude_each_other(mistake, run):
+    assert "--checkpoint" in mistake("--resume", run, "--checkpoint", run / "model.pth")
+    for stage in ("vqsvae", "sdid"):
+        assert "--resume" in mistake("--checkpoint", run / "model.pth", "--stage", stage)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("config.json", "no checkpoint that can be read"),
+        ("", "is a folder"),
+        ("none.pth", "is not there"),
+        ("half.pth", "no checkpoint that can be read"),
+        ("tensor.pth", "holds a Tensor"),
+        ("last.pth", "does not hold the weights of the autoencoder snn-vq-vae, which a run keeps in model.pth"),
+        ("diff_result/diff_model.pth", "does not hold the weights of the autoencoder"),
+    ],
+)
+def test_file_that_is_no_autoencoder(name, expected, mistake, run):
+    (run / "half.pth").write_bytes((run / "model.pth").read_bytes()[:2000])
+    torch.save(torch.zeros(2), run / "tensor.pth")
+    path = run / name
+    options = () if path.parent == run else ("--dataset_name", "Digits")
+    line = mistake("--checkpoint", path, *options)
+    assert expected in line and str(path) in line
+
+
+def test_denoiser_that_does_not_fit(mistake, run):
+    path = run / "diff_result" / "diff_model.pth"
+    torch.save(SDID(9, 4, 4).state_dict(), path)
+    line = mistake("--checkpoint", run / "model.pth")
+    assert str(path) in line and "9 codes" in line and "8" in line
+    shutil.copy(run / "model.pth", path)
+    assert f"{path} does not hold the weights of a denoiser" in mistake("--checkpoint", run / "model.pth")
+    path.unlink()
+    assert f"{path} is not there" in mistake("--checkpoint", run / "model.pth")
+
+
+def test_checkpoint_of_another_kind_of_image(mistake, grey, tmp_path):
+    model = build_model("snn-vq-vae", channels=3, codebook_size=8, embedding_dim=4, spike_steps=2, hidden=4)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    for stage in ("all", "sample"):
+        line = mistake(*grey, "--checkpoint", tmp_path / "model.pth", "--stage", stage)
+        assert "3 channels" in line and "ImageFolder has 1" in line
+    size = ("--codebook_size", 9, "--result_path", tmp_path / "result", "--stage", "sdid")
+    (tmp_path / "result" / "ImageFolder").mkdir(parents=True)
+    grey_model = build_model("snn-vq-vae", channels=1, codebook_size=8, embedding_dim=4, spike_steps=2, hidden=4)
+    (tmp_path / "result" / "ImageFolder" / "snn-vq-vae").mkdir()
+    torch.save(grey_model.state_dict(), tmp_path / "result" / "ImageFolder" / "snn-vq-vae" / "model.pth")
+    assert "--codebook_size" in mistake(*grey, *size)
+
+
+def test_data_that_is_not_the_runs(mistake, run, colour):
+    for way in (("--resume", run), ("--checkpoint", run / "model.pth")):
+        line = mistake(*way, "--data_path", colour[3])
+        assert str(colour[3]) in line and "(3, 16, 16)" in line and "(1, 16, 16)" in line
+
+
+@pytest.mark.parametrize("content", ["text", "other stage", "no stage", "absent"])
+def test_damaged_last_file(content, mistake, run):
+    last = run / "last.pth"
+    if content == "text":
+        last.write_text("not a checkpoint")
+    elif content == "absent":
+        last.unlink()
+    else:
+        state = torch.load(last, weights_only=True)
+        torch.save({**state, "stage": "vqsvae"} if content == "other stage" else {"model": state["model"]}, last)
+    before = (run / "model.pth").read_bytes()
+    assert str(last) in mistake("--resume", run)
+    assert (run / "model.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("target", ["metrics.json", "samples"])
+def test_folder_that_cannot_be_written(target, cli, run):
+    """A folder in place of a file, or a file in place of a folder, stops root as well."""
+    if target == "samples":
+        shutil.rmtree(run / "samples")
+        (run / "samples").write_text("in the way")
+    else:
+        (run / "metrics.json").unlink()
+        (run / "metrics.json").mkdir()
+    outcome = cli("--checkpoint", run / "model.pth")
+    assert outcome.status == 2 and outcome.err.startswith("error: cannot write ") and outcome.err.count("\n") == 1
+    assert target in outcome.err
+
+
+def test_pictures_that_are_all_the_same(mistake, small, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        Image.fromarray(np.full((16, 16), 7, np.uint8)).save(tmp_path / "data" / split / "one.png")
+    line = mistake(*small, "--data_path", tmp_path / "data", "--result_path", tmp_path / "result")
+    assert "same colour" in line and not (tmp_path / "result").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [("--train_images", 1), ("--batch_size", 1, "--train_images", 3), ("--batch_size", 999)]
+)
+def test_odd_sizes_that_work(options, cli, small, tmp_path):
+    outcome = cli(*small, "--epochs", 1, "--diffusion_epochs", 1, "--result_path", tmp_path, *options)
+    assert (outcome.status, outcome.err) == (0, "")
+
+
+def test_out_of_memory(mistake, small, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB")
+
+    monkeypatch.setattr(training.Trainer, "_step", fail)
+    assert "--batch_size" in mistake(*small, "--result_path", tmp_path)
+
+
+def test_an_error_of_the_program_keeps_its_traceback(cli, run, monkeypatch):
+    monkeypatch.setattr(Pipeline, "execute", lambda _: [][0])
+    with pytest.raises(IndexError):
+        cli("--checkpoint", run / "model.pth")
+
+
+# ---- whole runs in a process of their own ----
+
+
+def test_a_users_first_minutes(tmp_path):
+    """The bundled data set: train, move the run, evaluate it; as typed in a shell, without one warning."""
+    network = [option for option in SMALL if option not in ("--device", "cpu", "--precision", "float32")]
+    arguments = (*network, "--train_images", 100, "--epochs", 1, "--diffusion_epochs", 1)
+    process = shell(*arguments, folder=tmp_path)
+    assert (process.returncode, process.stderr) == (0, "")
+    run = "result/Digits/snn-vq-vae"
+    assert "\x1b" not in process.stdout and "\r" not in process.stdout
+    epochs = [line for line in process.stdout.splitlines() if line.startswith("stage ")]
+    assert [line.split(":")[0] for line in epochs] == [
+        "stage 1 (vqsvae) epoch 1/1",
+        "stage 2 (sdid) epoch 1/1",
+    ]
+    table, paths = process.stdout.split(f"the run is in {run}:\n")
+    assert "figure" in table and all((tmp_path / line.strip()).exists() for line in paths.splitlines())
+
+    figures = (tmp_path / run / "metrics.json").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / run).rename(tmp_path / "elsewhere" / "run")
+    evaluated = shell("--checkpoint", "elsewhere/run/model.pth", folder=tmp_path)
+    assert (evaluated.returncode, evaluated.stderr) == (0, "") and "stage" not in evaluated.stdout
+    assert (tmp_path / "elsewhere" / "run" / "metrics.json").read_text() == figures
+
+
+def test_a_mistake_in_a_shell(tmp_path):
+    process = shell("--dataset_name", "MNSIT", folder=tmp_path)
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (2, "", 1)
+    assert "MNSIT" in process.stderr and "MNIST" in process.stderr.split("MNSIT")[1]

@@ -1,0 +1,379 @@
+"""What a run leaves behind, that it can be stopped anywhere and repeated exactly, and what is read back from it."""
+
+import json
+import shlex
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_datasets import write_idx
+from test_parity import GOLDEN, PREFIX
+
+import metrics.fid
+from datasets import load_dataset
+from errors import UserError
+from metrics.fid import fid
+from models import SDID, build_model
+from pipeline import evaluation, run_folder, stages, training
+from pipeline.run_folder import load_weights
+from pipeline.sampling import GRID_IMAGES
+
+WEIGHTS = ("model.pth", "diff_result/diff_model.pth")
+
+
+def read_log(run):
+    """log.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in line if key not in ("time", "images_per_second")} for line in lines]
+
+
+def read_images(run):
+    with np.load(run / "samples" / "images.npz") as archive:
+        return archive["images"]
+
+
+def read_metrics(run):
+    return {figure["name"]: figure for figure in json.loads((run / "metrics.json").read_text())}
+
+
+def assert_same_run(first, second):
+    """Weights bit for bit, the log, the samples and the figures."""
+    for name in WEIGHTS:
+        one, other = load_weights(first / name), load_weights(second / name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    assert read_log(first) == read_log(second)
+    assert np.array_equal(read_images(first), read_images(second))
+    assert read_metrics(first) == read_metrics(second)
+
+
+# ---- a run from beginning to end ----
+
+
+def test_a_run_leaves_everything(finished):
+    run = finished.path
+    log = read_log(run)
+    assert [(line["stage"], line["epoch"]) for line in log] == [("vqsvae", 1), ("vqsvae", 2), ("sdid", 1), ("sdid", 2)]
+    assert log[0].keys() == {"stage", "epoch", "loss", "mse", "quantizer_loss"}
+    images = read_images(run)
+    assert images.shape == (5, 16, 16, 1) and images.dtype == np.uint8
+    assert len(np.unique(images, axis=0)) == 5, "networks that learn nothing would pass any comparison"
+    for name in ("reconstructions", "samples"):
+        pictures = [f"{name}_epoch_{epoch:03}.png" for epoch in (1, 2)]
+        assert sorted(path.name for path in (run / "samples").glob(f"{name}_*")) == pictures
+    events = EventAccumulator(str(run)).Reload()
+    assert {"vqsvae/loss", "vqsvae/mse", "sdid/loss"} <= set(events.Tags()["scalars"])
+    assert set(events.Tags()["images"]) == {"reconstructions", "samples"}
+    assert [event.value for event in events.Scalars("sdid/loss")] == pytest.approx([line["loss"] for line in log[2:]])
+    config = json.loads((run / "config.json").read_text())
+    assert config["image_shape"] == [1, 16, 16] and config["epochs"] == 2 and config["versions"].keys() >= {"torch"}
+    assert not list(run.rglob("*.part")) and not (run / "samples" / "png").exists()
+
+
+def test_weights_are_plain_state_dicts(finished):
+    model = build_model("snn-vq-vae", channels=1, codebook_size=8, embedding_dim=8, spike_steps=4, hidden=8)
+    for network, name in ((model, WEIGHTS[0]), (SDID(8, 4, 4), WEIGHTS[1])):
+        weights = torch.load(finished.path / name, weights_only=True)
+        assert type(weights) is type(network.state_dict()) and weights.keys() == network.state_dict().keys()
+
+
+def test_figures_say_what_they_are(finished):
+    figures = read_metrics(finished.path)
+    assert figures.keys() == {"mse", "ssim", "codebook_usage", "codebook_perplexity"}
+    for figure in figures.values():
+        assert figure.keys() == {"name", "value", "protocol", "split", "num_generated", "num_real", "seed"}
+        assert (figure["split"], figure["num_real"], figure["seed"]) == ("test", 4, 42)
+        assert figure["protocol"] and isinstance(figure["value"], float)
+
+
+def test_a_run_ends_with_a_table_and_the_paths(finished):
+    lines = finished.outcome.out.splitlines()
+    for name, figure in read_metrics(finished.path).items():
+        assert sum(line.startswith(name) and f"{figure['value']:.4f}" in line for line in lines) == 1
+    paths = [line.strip() for line in lines[lines.index(f"the run is in {finished.path}:") + 1 :]]
+    names = (
+        *WEIGHTS,
+        "metrics.json",
+        "log.jsonl",
+        *(f"samples/{s}" for s in ("grid.png", "trajectory.png", "images.npz")),
+    )
+    assert set(paths) == {str(finished.path / name) for name in names}
+    assert sum("no FID" in line for line in lines) == 1
+    assert finished.outcome.err == ""
+
+
+def test_pictures_show_what_they_say(finished, grey):
+    def picture(name):
+        return np.asarray(Image.open(finished.path / "samples" / name))
+
+    def cells(pixels, rows, columns, size=16 * 3, gap=3):
+        """The tiles of a grid, at the size of the images."""
+        assert pixels.shape == (rows * (size + gap) + gap, columns * (size + gap) + gap, 3)
+        starts = [(gap + i * (size + gap), gap + j * (size + gap)) for i in range(rows) for j in range(columns)]
+        return [pixels[y : y + size : 3, x : x + size : 3] for y, x in starts]
+
+    test = load_dataset("ImageFolder", grey[3], image_size=16).test
+    originals = cells(picture("reconstructions_epoch_002.png"), 2, 4)[:4]
+    assert all(np.array_equal(tile[..., 0], image[0]) for tile, image in zip(originals, test, strict=True))
+    images = read_images(finished.path)
+    tiles = cells(picture("grid.png"), 1, 5)
+    assert all(np.array_equal(tile[..., :1], image) for tile, image in zip(tiles, images, strict=True))
+    tokens, *_, complete = np.split(np.array(cells(picture("trajectory.png"), 2, 12)), [1, 11, 12, 23])
+    assert (tokens == 0).all() and np.array_equal(complete[0][..., :1], images[0])
+    assert len(cells(picture("samples_epoch_001.png"), 2, 8)) == 16
+
+
+def test_colour_and_another_size(cli, colour, tmp_path):
+    arguments = (*colour, *SMALL, "--epochs", 1, "--diffusion_epochs", 1, "--result_path", tmp_path, "--png")
+    outcome = cli(*arguments)
+    run = tmp_path / "ImageFolder" / "snn-vq-vae"
+    assert (outcome.status, outcome.err) == (0, "")
+    images = read_images(run)
+    assert images.shape == (5, 20, 20, 3)
+    singles = sorted((run / "samples" / "png").iterdir())
+    assert len(singles) == 5
+    assert all(np.array_equal(np.asarray(Image.open(path)), image) for path, image in zip(singles, images, strict=True))
+    assert f"{run / 'samples' / 'png'}\n" in outcome.out and "00000.png" not in outcome.out
+    assert cli("--resume", run, "--num_samples", 2).status == 0, "--png is remembered"
+    assert len(list((run / "samples" / "png").iterdir())) == 2
+
+
+def test_the_same_command_gives_the_same_run(cli, small, finished, tmp_path):
+    assert cli(*small, "--result_path", tmp_path).status == 0
+    assert_same_run(finished.path, tmp_path / "ImageFolder" / "snn-vq-vae")
+
+
+def test_another_seed_gives_another_run(cli, small, finished, tmp_path):
+    assert cli(*small, "--result_path", tmp_path, "--seed", 43, "--stage", "vqsvae").status == 0
+    weights = load_weights(tmp_path / "ImageFolder" / "snn-vq-vae" / "model.pth")
+    other = load_weights(finished.path / "model.pth")
+    assert not torch.equal(weights["encoder.snn_convs.0.weight"], other["encoder.snn_convs.0.weight"])
+
+
+# ---- stopping and going on ----
+
+
+def test_stages_one_by_one(cli, small, finished, tmp_path):
+    run = tmp_path / "ImageFolder" / "snn-vq-vae"
+    place = (*small, "--result_path", tmp_path)
+    assert cli(*place, "--stage", "vqsvae").status == 0 and not (run / WEIGHTS[1]).exists()
+    assert cli(*place, "--stage", "sdid").status == 0 and not (run / "samples" / "images.npz").exists()
+    assert cli(*place, "--stage", "sample").status == 0 and not (run / "metrics.json").exists()
+    assert cli(*place, "--stage", "evaluate").status == 0
+    assert_same_run(finished.path, run)
+
+
+def test_one_epoch_and_one_more_is_two(cli, small, finished, tmp_path):
+    run = tmp_path / "ImageFolder" / "snn-vq-vae"
+    outcome = cli(*small, "--epochs", 1, "--stage", "vqsvae", "--result_path", tmp_path)
+    assert outcome.status == 0
+    for more in (("--epochs", 2, "--diffusion_epochs", 1), ("--diffusion_epochs", 2)):
+        outcome = cli("--resume", run, *more)
+        assert (outcome.status, outcome.err) == (0, "")
+    assert "stage 1" not in outcome.out
+    assert_same_run(finished.path, run)
+
+
+def test_stopped_by_the_clock_within_epochs(cli, small, finished, tmp_path, monkeypatch):
+    minutes = iter(range(10**6))
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: 60.0 * next(minutes)))
+    limit = ("--max_minutes", 20)
+    outcome = cli(*small, *limit, "--result_path", tmp_path)
+    run, stops, steps = tmp_path / "ImageFolder" / "snn-vq-vae", 0, set()
+    while "go on with: " in outcome.out:
+        state = load_weights(run / "last.pth")
+        steps.add((state["stage"], state["epoch"], state["step"]))
+        command = shlex.split(outcome.out.split("go on with: ")[1])
+        assert command[:3] == ["python", "-u", "main.py"] and "the run is in" not in outcome.out
+        outcome = cli(*command[3:], *limit)
+        assert outcome.status == 0, outcome.err
+        stops += 1
+        assert stops < 20
+    assert {stage for stage, _, step in steps if step} == {"vqsvae", "sdid"}, steps
+    assert_same_run(finished.path, run)
+
+
+@pytest.mark.parametrize("step", [20, 50, 80, 110])
+def test_interrupted_anywhere(step, cli, small, finished, tmp_path, monkeypatch):
+    steps, run = iter(range(1, 10**6)), tmp_path / "ImageFolder" / "snn-vq-vae"
+    take = training.Trainer._step
+
+    def interrupt(*arguments):
+        if next(steps) == step:  # of 30 an epoch
+            raise KeyboardInterrupt
+        return take(*arguments)
+
+    monkeypatch.setattr(training.Trainer, "_step", interrupt)
+    outcome = cli(*small, "--result_path", tmp_path)
+    assert outcome.status == 130 and outcome.err.startswith("interrupted: ") and outcome.err.count("\n") == 1
+    again = cli(*small, "--result_path", tmp_path)
+    if step == 20:  # nothing is lost yet: the same command begins again
+        assert again.status == 0
+    else:
+        assert again.status == 2 and f"--resume {run}" in again.err and again.err.count("\n") == 1
+        assert cli("--resume", run / "last.pth").status == 0
+    assert_same_run(finished.path, run)
+
+
+def test_resume_before_the_first_weights(cli, small, finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli(*small, "--result_path", tmp_path).status == 130
+    run = tmp_path / "ImageFolder" / "snn-vq-vae"
+    assert cli("--resume", run).status == 0
+    assert_same_run(finished.path, run)
+
+
+def test_a_finished_run_resumes_to_its_evaluation(cli, finished, run):
+    (run / "metrics.json").unlink()
+    outcome = cli("--resume", run)
+    assert outcome.status == 0 and "epoch" not in outcome.out
+    assert_same_run(finished.path, run)
+
+
+def test_diverged_training_stops(cli, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "to_float", lambda batch: batch * torch.nan)
+    outcome = cli(*small, "--result_path", tmp_path)
+    assert outcome.status == 2 and "the loss is nan" in outcome.err and "--lr" in outcome.err
+    assert not (tmp_path / "ImageFolder" / "snn-vq-vae" / "model.pth").exists()
+
+
+def test_a_file_is_whole_or_absent(run, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    before = (run / "model.pth").read_bytes()
+    monkeypatch.setattr(run_folder.os, "fsync", fail)
+    with pytest.raises(UserError, match="No space left"):
+        run_folder.save_weights(run / "model.pth", {})
+    assert (run / "model.pth").read_bytes() == before
+
+
+# ---- what is read back ----
+
+
+def test_a_moved_checkpoint_knows_its_options(cli, finished, run, tmp_path, monkeypatch):
+    shutil.rmtree(run / "samples")
+    (run / "metrics.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    outcome = cli("--checkpoint", "moved/run/model.pth")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert_same_run(finished.path, run)
+    assert "epoch" not in outcome.out
+
+
+def test_options_of_the_command_line_win(cli, finished, run):
+    outcome = cli("--checkpoint", run / "model.pth", "--num_samples", 7, "--seed", 1, "--metrics", "mse")
+    assert outcome.status == 0 and len(read_images(run)) == 7
+    assert read_metrics(run).keys() == {"mse"} and read_metrics(run)["mse"]["seed"] == 1
+    assert not np.array_equal(read_images(run)[:5], read_images(finished.path))
+
+
+@pytest.mark.parametrize("options", [("--eval_batch_size", 1), ("--eval_batch_size", 3), ("--num_samples", 3)])
+def test_a_sample_does_not_depend_on_the_others(options, cli, finished, run):
+    assert cli("--checkpoint", run / "model.pth", "--stage", "sample", *options).status == 0
+    images = read_images(run)
+    assert np.array_equal(images, read_images(finished.path)[: len(images)])
+
+
+def test_fewer_timesteps(cli, run):
+    outcome = cli("--checkpoint", run / "model.pth", "--stage", "sample", "--sample_steps", 1)
+    assert outcome.status == 0 and len(read_images(run)) == 5
+
+
+def test_sampling_needs_no_data(cli, finished, run):
+    arguments = ("--checkpoint", run / "model.pth", "--stage", "sample", "--data_path", "/nowhere")
+    assert cli(*arguments).status == 0
+    assert np.array_equal(read_images(run), read_images(finished.path))
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_checkpoint_of_the_release(elsewhere, cli, tmp_path):
+    """Bare state dicts, no config.json, batch norm without its counter; the folder may be of any name."""
+    folder = tmp_path / "old" if elsewhere else tmp_path / "result" / "MNIST" / "snn-vq-vae"
+    (folder / "diff_result").mkdir(parents=True)
+    weights = {name.removeprefix(PREFIX): torch.from_numpy(GOLDEN[name]) for name in GOLDEN if name.startswith(PREFIX)}
+    assert not any("num_batches" in name for name in weights)
+    torch.save(weights, folder / "model.pth")
+    torch.manual_seed(0)
+    denoiser = {name: value for name, value in SDID().state_dict().items() if "num_batches" not in name}
+    torch.save(denoiser, folder / "diff_result" / "diff_model.pth")
+    images = GOLDEN["image_u8"]
+    for split in ("train", "t10k"):
+        write_idx(tmp_path / "data" / "MNIST" / "raw", split, images[:, 0])
+    other = tmp_path / "result" / "MNIST" / "snn-vq-vae" / "config.json"
+    if elsewhere:  # another run's options are not taken for those of the release
+        other.parent.mkdir(parents=True)
+        other.write_text(json.dumps({"dataset_name": "MNIST", "spike_steps": 3}))
+
+    arguments = ("--dataset_name", "MNIST", "--model", "snn-vq-vae", "--checkpoint", folder / "model.pth")
+    places = ("--data_path", tmp_path / "data", "--result_path", tmp_path / "result")
+    outcome = cli(*arguments, *places, "--num_samples", 1, "--precision", "float32", "--device", "cpu")
+    assert (outcome.status, outcome.err) == (0, "")
+    expected = np.round((GOLDEN["vqsvae.eval.recon"] + 0.5).clip(0, 1) * 255) / 255
+    assert read_metrics(folder)["mse"]["value"] == pytest.approx(np.square(expected - images / 255).mean(), rel=1e-3)
+    assert read_images(folder).shape == (1, 28, 28, 1) and not (folder / "config.json").exists()
+
+
+# ---- FID ----
+
+
+class Pooling(torch.nn.Module):
+    """Stands for Inception: 48 numbers of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return [torch.nn.functional.adaptive_avg_pool2d(images * self.scale, 4).flatten(1)[..., None, None]]
+
+
+def test_fid_is_of_as_many_images_as_it_needs(cli, run, grey, monkeypatch):
+    assert evaluation.FID_IMAGES >= 10_000
+    asked = []
+    monkeypatch.setattr(evaluation, "load_inception", lambda weights, device: asked.append(weights) or Pooling())
+    for module in (evaluation, metrics.fid):
+        monkeypatch.setattr(module, "FEWEST_IMAGES", 3)
+    for module in (evaluation, stages):
+        monkeypatch.setattr(module, "FID_IMAGES", 11)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "num_samples": None}))
+    outcome = cli("--checkpoint", run / "model.pth", "--fid_weights", "some.pth", "--metrics", "fid")
+    assert outcome.status == 0 and [str(path) for path in asked] == ["some.pth"]
+    figure = read_metrics(run)["fid"]
+    assert (figure["num_generated"], figure["num_real"], figure["split"]) == (11, 4, "test")
+    assert "some.pth" in figure["protocol"] and "11 generated" in outcome.out
+    generated = torch.from_numpy(read_images(run)).permute(0, 3, 1, 2)
+    real = load_dataset("ImageFolder", grey[3], image_size=16).test
+    assert len(generated) == 11 and figure["value"] == pytest.approx(fid(generated, real, Pooling()))
+
+
+def test_fid_alone_without_weights(cli, run):
+    outcome = cli("--checkpoint", run / "model.pth", "--metrics", "fid", "--fid_weights", run / "none.pth")
+    assert (outcome.status, outcome.err) == (0, "") and read_metrics(run) == {} and "figure" not in outcome.out
+
+
+@pytest.mark.parametrize("reason", ["no weights", "few real images", "few samples"])
+def test_no_fid_is_made_up(reason, cli, run, monkeypatch):
+    count = {"few samples": evaluation.FID_IMAGES - 1}.get(reason)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "num_samples": None}))
+    if reason != "few real images":
+        monkeypatch.setattr(evaluation, "FEWEST_IMAGES", 3)
+    if reason == "few samples":
+        monkeypatch.setattr(evaluation, "FID_IMAGES", 6)
+        count = 5
+    arguments = ("--checkpoint", run / "model.pth", "--fid_weights", run / "none.pth")
+    outcome = cli(*arguments, *(() if count is None else ("--num_samples", count)))
+    assert (outcome.status, outcome.err) == (0, "")
+    lines = [line for line in outcome.out.splitlines() if line.startswith("no FID: ")]
+    expected = {"no weights": "none.pth", "few real images": "test split has 4", "few samples": "--num_samples 5"}
+    assert len(lines) == 1 and expected[reason] in lines[0]
+    assert read_metrics(run).keys() == {"mse", "ssim", "codebook_usage", "codebook_perplexity"}
+    assert len(read_images(run)) == (count or GRID_IMAGES)
