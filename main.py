@@ -16,7 +16,7 @@ from diffusion.absorbing import LOSSES
 from errors import UserError
 from models import AUTOENCODERS
 from pipeline.evaluation import METRICS
-from pipeline.machine import PRECISIONS, choose_machine
+from pipeline.machine import PRECISIONS, choose_machine, keep_freed_memory
 from pipeline.run_folder import RunFolder
 from pipeline.stages import STAGES, Pipeline
 
@@ -205,6 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the stages; a mistake of the user is one line on stderr and exit status 2."""
     try:
         options, run = resolve(arguments)
+        keep_freed_memory()
         machine = choose_machine(options.device, options.precision)
         Pipeline(options, run, machine).execute()
     except UserError as error:

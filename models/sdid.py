@@ -25,7 +25,7 @@ class SDID(nn.Module):
         def block(inputs: int, outputs: int) -> SpikingStack:
             return SpikingStack(nn.Conv2d(inputs, outputs, 3, padding=1), spike_steps=spike_steps)
 
-        self.spike_steps = spike_steps
+        self.codebook_size, self.spike_steps = codebook_size, spike_steps
         self.conv1 = block(2, width)
         self.conv2 = block(width, 2 * width)
         self.conv3 = block(2 * width, 4 * width)

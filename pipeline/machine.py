@@ -1,5 +1,6 @@
 """The device and the precision a run computes with."""
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,22 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep the memory of freed tensors for the next ones.
+
+    By default glibc hands every large tensor back to the system, which clears its pages anew when the next is made: a
+    third of the time of a training step of stage 1 on two cores. Peak memory does not change. Elsewhere than on glibc
+    nothing is done.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # parameter numbers of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(mmap_threshold, 2**30)
+    mallopt(trim_threshold, -1)
 
 
 def choose_machine(device: str, precision: str) -> Machine:

@@ -168,7 +168,7 @@ class Pipeline:
         if not path.is_file():
             raise UserError(f"{path} is not there: a denoiser belongs beside the autoencoder; --stage sdid trains it")
         denoiser = self._load(path, "a denoiser", SDID, denoiser_options)
-        codes, wanted = vqsvae.codebook_size, denoiser.conv6[0].out_channels
+        codes, wanted = vqsvae.codebook_size, denoiser.codebook_size
         if codes != wanted:
             raise UserError(f"{path} is for {wanted} codes, {self.autoencoder_path} has {codes}: take both of one run")
         self.run.check_writable()

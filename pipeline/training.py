@@ -57,7 +57,7 @@ class Trainer:
     Args:
         stage: its number (1 or 2) and name, for seeds, log and progress bar.
         model: trained in place.
-        examples: `[N,...]`, on the CPU or on the machine's device.
+        examples: `[N,...]`; kept on the machine's device as a whole.
         losses: a batch and a generator to scalars by name; the one called "loss" is minimised, all are logged.
         preview: called after each epoch, with its number, in evaluation mode.
         checkpoint: where the weights of `model` go after each epoch.
@@ -77,7 +77,8 @@ class Trainer:
         machine: Machine,
     ):
         self.number, self.name = stage
-        self.model, self.examples, self.losses, self.preview = model, examples, losses, preview
+        self.model, self.losses, self.preview = model, losses, preview
+        self.examples = examples.to(machine.device)
         self.run, self.checkpoint, self.schedule, self.machine = run, checkpoint, schedule, machine
         self.optimizer = torch.optim.AdamW(model.parameters(), schedule.lr, betas=(0.9, 0.999), weight_decay=1e-3)
         self.progress = Progress()
@@ -111,44 +112,40 @@ class Trainer:
 
     def _train_epoch(self, deadline: float) -> bool:
         """The rest of the current epoch; False if the time was over before its end."""
-        schedule, progress, device = self.schedule, self.progress, self.machine.device
-        count = len(self.examples)
+        schedule, progress, count = self.schedule, self.progress, len(self.examples)
         epoch_seed = (schedule.seed, self.number, progress.epoch)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(*epoch_seed)))
         batches = order.to(self.examples.device).split(schedule.batch_size)
-        generator = torch.Generator(device)
-        sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in progress.sums.items()}
-        started, first = time.monotonic(), progress.step
-        self.model.train()
+        generator = torch.Generator(self.machine.device)
+        sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in progress.sums.items()}
+        first = progress.step * schedule.batch_size
         title = f"stage {self.number} ({self.name}) epoch {progress.epoch + 1}/{schedule.epochs}"
-        bar = tqdm(
-            total=count, initial=first * schedule.batch_size, desc=title, unit=" images", leave=False, disable=None
-        )
-        with bar:
-            for indices in batches[first:]:
-                batch = self.examples[indices].to(device)
-                losses = self._step(batch, generator.manual_seed(derive_seed(*epoch_seed, progress.step)))
+        started = time.monotonic()
+        self.model.train()
+        with tqdm(total=count, initial=first, desc=title, unit=" images", leave=False, disable=None) as bar:
+            for indices in batches[progress.step :]:
+                generator.manual_seed(derive_seed(*epoch_seed, progress.step))
+                losses = self._step(self.examples[indices], generator)
                 for name, value in losses.items():
-                    sums[name] = sums.get(name, 0) + value.detach().double() * len(batch)
+                    sums[name] = sums.get(name, 0) + value.detach().double() * len(indices)
                 progress.step += 1
-                bar.update(len(batch))
+                bar.update(len(indices))
                 if progress.step % 10 == 0 and not bar.disable:
                     bar.set_postfix(loss=f"{losses['loss'].item():.4f}")
                 if time.monotonic() > deadline and progress.step < len(batches):
                     progress.sums = {name: value.item() for name, value in sums.items()}
                     return False
         means = {name: value.item() / count for name, value in sums.items()}
+        self._end_epoch(title, means, (count - first) / (time.monotonic() - started))
+        return True
+
+    def _end_epoch(self, title: str, means: dict[str, float], rate: float) -> None:
         if not math.isfinite(means["loss"]):
             raise UserError(f"{title}: the loss is {means['loss']}: begin a new run with a lower --lr")
-        trained = count - first * schedule.batch_size
-        rate = trained / (time.monotonic() - started)
-        self.run.log(self.name, progress.epoch + 1, {**means, "images_per_second": round(rate, 2)})
-        print(
-            f"{title}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()) + f", {rate:.0f} images/s",
-            flush=True,
-        )
-        self.progress = Progress(progress.epoch + 1)
-        return True
+        self.run.log(self.name, self.progress.epoch + 1, {**means, "images_per_second": round(rate, 2)})
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+        print(f"{title}: {figures}, {rate:.0f} images/s", flush=True)
+        self.progress = Progress(self.progress.epoch + 1)
 
     def _step(self, batch: Tensor, generator: torch.Generator) -> Losses:
         with self.machine.autocast():

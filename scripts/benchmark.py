@@ -6,7 +6,8 @@ python scripts/benchmark.py --scaling        cost per image as the number of ima
 
 Images are random; weights are fresh, with running statistics that have seen data. "plain" computes literally, in
 float32: SpikingJelly's neuron, every layer at every spike step, every timestep over the whole grid, the release's batch
-sizes. "fast" is what main.py does. Each mode runs in a process of its own, so that its peak memory is its own.
+sizes, the system's way with freed memory. "fast" is what main.py does. Each mode runs in a process of its own, so that
+its peak memory is its own.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
 from models import SDID, VQSVAE
 from models.spiking import set_plain
-from pipeline.machine import PRECISIONS, Machine, choose_machine
+from pipeline.machine import PRECISIONS, Machine, choose_machine, keep_freed_memory
 from pipeline.sampling import draw_codes, encode_images
 
 CODES, SIDE, GRID = 128, 28, 7
@@ -95,6 +96,8 @@ def seconds(task: Callable[[], None], device: torch.device) -> float:
 def measure(args: argparse.Namespace, plain: bool) -> dict:
     """Images/s of each task (median of the repeats, after a warm-up) and the process's peak memory in MiB."""
     machine = choose_machine(args.device, "float32" if plain else args.precision)
+    if not plain:
+        keep_freed_memory()
     default = PLAIN_BATCH if plain else FAST_BATCH
     batch = {name: args.batch_size or size for name, size in default.items()}
     figures = {}
@@ -114,6 +117,7 @@ def measure(args: argparse.Namespace, plain: bool) -> dict:
 def scaling(args: argparse.Namespace) -> dict:
     """Milliseconds an image of encoding and sampling N images, N growing; a small network, so that it ends."""
     machine = choose_machine(args.device, args.precision)
+    keep_freed_memory()
     vqsvae, sdid = VQSVAE(spike_steps=2), SDID(spike_steps=2, width=4)
     diffusion = AbsorbingDiffusion(CODES, GRID * GRID)
     table = {}
