@@ -20,7 +20,7 @@ from pipeline.machine import PRECISIONS, choose_machine, keep_freed_memory
 from pipeline.run_folder import RunFolder
 from pipeline.stages import STAGES, Pipeline
 
-HERE_AND_NOW = ("resume", "checkpoint", "stage", "max_minutes", "device")
+HERE_AND_NOW = ("resume", "checkpoint", "stage", "max_minutes", "device", "compile")
 """Options of one call of the program, which a run's config.json does not pass on to the next."""
 
 IDENTITY = (
@@ -97,6 +97,7 @@ def build_parser() -> Parser:
     add("--max_minutes", "stop each stage after M minutes, saved and resumable [no limit]", type=positive, metavar="M")
     add("--seed", "of everything that is random", 42, type=number(int, 0, 2**32 - 1), metavar="N")
     add("--device", "auto (CUDA where there is one), cpu, cuda or cuda:N", "auto")
+    add("--compile", "train through torch.compile [off]", False, action="store_true")
     add("--precision", "auto is bf16 where the processor has it", "auto", choices=PRECISIONS)
 
     add = group("data")
@@ -205,8 +206,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the stages; a mistake of the user is one line on stderr and exit status 2."""
     try:
         options, run = resolve(arguments)
+        if options.fid_weights and not options.fid_weights.is_file():
+            raise UserError(f"--fid_weights {options.fid_weights} is not there: give pytorch-fid's file, or no path")
         keep_freed_memory()
-        machine = choose_machine(options.device, options.precision)
+        machine = choose_machine(options.device, options.precision, options.compile)
         Pipeline(options, run, machine).execute()
     except UserError as error:
         stop(f"error: {error}")

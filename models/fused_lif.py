@@ -69,6 +69,7 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
+@torch.compiler.disable
 def available() -> bool:
     """Whether the compiled kernels can be used on this machine; warns once when they cannot."""
     return _library() is not None
@@ -144,6 +145,7 @@ class _NormLIF(torch.autograd.Function):
         return grad, grad_offset, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 7
 
 
+@torch.compiler.disable  # the tracer cannot look into the library, and has nothing to gain there
 def norm_lif(
     x: Tensor,
     offset: Tensor,

@@ -48,31 +48,25 @@ def load_fid_network(options: Any, real: Tensor, machine: Machine) -> nn.Module 
 def reconstruction_figures(model: nn.Module, test: Tensor, options: Any, machine: Machine) -> list[dict]:
     """MSE, SSIM and codebook figures of the autoencoder on all of `test`, uint8 `[N,C,H,W]`."""
     codes = encode_images(model, test, machine, options.eval_batch_size)
-    reconstructions = decode_codes(model, codes, machine, options.eval_batch_size)
-    computed = {
-        "mse": lambda: {"mse": mse(to_float(test), to_float(reconstructions))},
-        "ssim": lambda: {"ssim": ssim(to_float(test), to_float(reconstructions))},
-        "codebook": lambda: {
-            "codebook_usage": usage(codes, model.codebook_size),
-            "codebook_perplexity": perplexity(codes, model.codebook_size),
-        },
-    }
-    protocols = {
-        "mse": "reconstructions as 8-bit images, pixels in [0,1], mean over all pixels",
-        "ssim": "reconstructions as 8-bit images in [0,1], torchmetrics, mean over images",
-        "codebook_usage": f"share of the {model.codebook_size} codes that occur",
-        "codebook_perplexity": "exp of the entropy of code frequencies in nats",
-    }
-    figures = {
-        name: value for metric in computed if metric in options.metrics for name, value in computed[metric]().items()
-    }
+    pair = to_float(test), to_float(decode_codes(model, codes, machine, options.eval_batch_size))
+    size = model.codebook_size
+    mean = "reconstructions as 8-bit images in [0,1], mean over all"
+    table = (  # metric, name, protocol, value
+        ("mse", "mse", f"{mean} pixels", lambda: mse(*pair)),
+        ("ssim", "ssim", f"{mean} images, torchmetrics", lambda: ssim(*pair)),
+        ("codebook", "codebook_usage", f"share of the {size} codes that occur", lambda: usage(codes, size)),
+        ("codebook", "codebook_perplexity", "exp of the code entropy in nats", lambda: perplexity(codes, size)),
+    )
     about = {"split": "test", "real": len(test), "seed": options.seed}
-    return [record(name, value, protocols[name], **about) for name, value in figures.items()]
+    return [
+        record(name, value(), protocol, **about) for metric, name, protocol, value in table if metric in options.metrics
+    ]
 
 
 def fid_figure(generated: Tensor, real: Tensor, inception: nn.Module, options: Any) -> dict:
     """FID of `generated` against `real`, both uint8 `[N,C,H,W]`."""
-    protocol = f"pytorch-fid Inception pool3, weights {options.fid_weights or 'as published'}, full test split"
+    weights, steps = options.fid_weights or "as published", options.sample_steps or "all"
+    protocol = f"pytorch-fid pool3, weights {weights}, temperature {options.temperature:g}, {steps} timesteps"
     value = fid(generated, real, inception)
     return record("fid", value, protocol, split="test", real=len(real), generated=len(generated), seed=options.seed)
 

@@ -2,12 +2,15 @@
 
 import ctypes
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from errors import UserError
 
 PRECISIONS = ("auto", "float32", "bf16")
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,14 @@ class Machine:
 
     device: torch.device
     bf16: bool
+    compile: bool = False
+
+    def place(self, network: Network) -> Network:
+        """Move a network there, in place: channels last, and its forward pass through torch.compile if chosen."""
+        network.to(self.device, memory_format=torch.channels_last)
+        if self.compile:
+            network.compile()
+        return network
 
     def autocast(self) -> torch.autocast:
         """Context in which convolutions compute in bfloat16 if that was chosen."""
@@ -60,7 +71,7 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, -1)
 
 
-def choose_machine(device: str, precision: str) -> Machine:
+def choose_machine(device: str, precision: str, compile: bool = False) -> Machine:
     """The machine for `--device` and `--precision`: "auto" is bf16 where the hardware has it. Raises UserError."""
     found = find_device(device)
-    return Machine(found, precision == "bf16" or (precision == "auto" and has_fast_bf16(found)))
+    return Machine(found, precision == "bf16" or (precision == "auto" and has_fast_bf16(found)), compile)

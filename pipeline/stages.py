@@ -5,7 +5,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
 from models import AUTOENCODERS, SDID, autoencoder_options, build_model, denoiser_options
 from pipeline.evaluation import FID_IMAGES, fid_figure, load_fid_network, reconstruction_figures, write_figures
-from pipeline.machine import Machine
+from pipeline.machine import Machine, Network
 from pipeline.run_folder import RunFolder, load_weights
 from pipeline.sampling import (
     GRID_IMAGES,
@@ -28,7 +27,6 @@ from pipeline.sampling import (
 from pipeline.training import Schedule, Trainer, derive_seed, sdid_trainer, vqsvae_trainer
 
 STAGES = ("all", "vqsvae", "sdid", "sample", "evaluate")
-Network = TypeVar("Network", bound=nn.Module)
 
 
 class Pipeline:
@@ -107,7 +105,7 @@ class Pipeline:
         )
         schedule = Schedule(o.epochs, o.batch_size, o.lr, o.seed, o.max_minutes)
         trainer = vqsvae_trainer(
-            self._place(model),
+            self.machine.place(model),
             data.train,
             data.test,
             data.variance,
@@ -127,7 +125,7 @@ class Pipeline:
         schedule = Schedule(o.diffusion_epochs, o.batch_size, o.lr, o.seed, o.max_minutes)
         diffusion = AbsorbingDiffusion(o.codebook_size, codes[0].numel())
         settings = {"run": self.run, "schedule": schedule, "machine": self.machine}
-        trainer = sdid_trainer(self._place(denoiser), vqsvae, diffusion, codes, o.loss, **settings)
+        trainer = sdid_trainer(self.machine.place(denoiser), vqsvae, diffusion, codes, o.loss, **settings)
         return self._train(trainer, "sdid")
 
     def sample(self) -> None:
@@ -191,7 +189,7 @@ class Pipeline:
             network.load_state_dict(weights)
         except (KeyError, AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"{path} does not hold the weights of {kind}") from error
-        return self._place(network)
+        return self.machine.place(network)
 
     def _begin_training(self) -> None:
         """Find what is wrong with data, options and folder before hours are spent; record the options."""
@@ -205,9 +203,6 @@ class Pipeline:
         self.options.image_shape = self.data.shape
         options = {key: value for key, value in vars(self.options).items() if key not in ("resume", "checkpoint")}
         self.run.write_config({key: str(value) if isinstance(value, Path) else value for key, value in options.items()})
-
-    def _place(self, network: Network) -> Network:
-        return network.to(self.machine.device, memory_format=torch.channels_last)
 
     def _train(self, trainer: Trainer, stage: str) -> bool:
         if self.last.get("stage") == stage:

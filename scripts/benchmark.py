@@ -60,7 +60,7 @@ def tasks(machine: Machine, plain: bool, batch: dict[str, int], spike_steps: int
     torch.manual_seed(0)
     vqsvae, sdid = VQSVAE(spike_steps=spike_steps), SDID(spike_steps=spike_steps, width=width)
     for network in (vqsvae, sdid):
-        network.to(device, memory_format=torch.contiguous_format if plain else torch.channels_last)
+        network.to(device) if plain else machine.place(network)
         set_plain(network, plain)
     diffusion = AbsorbingDiffusion(CODES, GRID * GRID)
     images = torch.rand(batch["stage1_train"], 1, SIDE, SIDE, device=device)
@@ -95,7 +95,7 @@ def seconds(task: Callable[[], None], device: torch.device) -> float:
 
 def measure(args: argparse.Namespace, plain: bool) -> dict:
     """Images/s of each task (median of the repeats, after a warm-up) and the process's peak memory in MiB."""
-    machine = choose_machine(args.device, "float32" if plain else args.precision)
+    machine = choose_machine(args.device, "float32" if plain else args.precision, args.compile and not plain)
     if not plain:
         keep_freed_memory()
     default = PLAIN_BATCH if plain else FAST_BATCH
@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - for one line on standard output")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the fast mode")
+    parser.add_argument("--compile", action="store_true", help="torch.compile in the fast mode")
     parser.add_argument("--batch_size", type=int, help="for all tasks; otherwise each mode has its own")
     parser.add_argument("--spike_steps", type=int, default=16)
     parser.add_argument("--denoiser_channels", type=int, default=64)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from diffusion.absorbing import AbsorbingDiffusion
 from models import SDID, VQSVAE, build_model, fused_lif
 from models.spiking import LIF, SpikingStack, membrane_weights, set_plain
 
@@ -132,6 +133,17 @@ def test_logits_at_chosen_positions():
     where[0], where[1, 0, 0], where[2] = False, True, True
     expected = logits.permute(0, 2, 3, 1)[where]
     torch.testing.assert_close(denoiser.logits_at(tokens, t, where), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_fast_sampler_gives_the_plain_codes(dtype):
+    """Same reveal times, same uniform numbers, same codes: only part of the grid at only some timesteps, or all."""
+    denoiser, diffusion = small_denoiser().to(dtype), AbsorbingDiffusion(10, 49)
+    noise = diffusion.noise(0, range(24), (7, 7))
+    fast = diffusion.sample(denoiser.logits_at, noise)
+    set_plain(denoiser, True)
+    assert torch.equal(diffusion.sample_every_timestep(denoiser, noise), fast)
+    assert len(fast.unique()) > 5
 
 
 def test_logits_at_refuses_training_mode():

@@ -344,8 +344,10 @@ def test_fid_is_of_as_many_images_as_it_needs(cli, run, grey, monkeypatch):
         monkeypatch.setattr(module, "FID_IMAGES", 11)
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "num_samples": None}))
-    outcome = cli("--checkpoint", run / "model.pth", "--fid_weights", "some.pth", "--metrics", "fid")
-    assert outcome.status == 0 and [str(path) for path in asked] == ["some.pth"]
+    weights = run / "some.pth"
+    weights.touch()
+    outcome = cli("--checkpoint", run / "model.pth", "--fid_weights", weights, "--metrics", "fid")
+    assert outcome.status == 0 and asked == [weights]
     figure = read_metrics(run)["fid"]
     assert (figure["num_generated"], figure["num_real"], figure["split"]) == (11, 4, "test")
     assert "some.pth" in figure["protocol"] and "11 generated" in outcome.out
@@ -355,8 +357,15 @@ def test_fid_is_of_as_many_images_as_it_needs(cli, run, grey, monkeypatch):
 
 
 def test_fid_alone_without_weights(cli, run):
+    (run / "none.pth").write_bytes(b"no weights")
     outcome = cli("--checkpoint", run / "model.pth", "--metrics", "fid", "--fid_weights", run / "none.pth")
     assert (outcome.status, outcome.err) == (0, "") and read_metrics(run) == {} and "figure" not in outcome.out
+
+
+def test_a_wrong_path_of_weights_is_said_before_anything_runs(cli, run):
+    (run / "metrics.json").unlink()
+    outcome = cli("--checkpoint", run / "model.pth", "--fid_weights", run / "nowhere.pth")
+    assert outcome.status == 2 and "nowhere.pth is not there" in outcome.err and not (run / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("reason", ["no weights", "few real images", "few samples"])
@@ -369,6 +378,7 @@ def test_no_fid_is_made_up(reason, cli, run, monkeypatch):
     if reason == "few samples":
         monkeypatch.setattr(evaluation, "FID_IMAGES", 6)
         count = 5
+    (run / "none.pth").write_bytes(b"no weights")
     arguments = ("--checkpoint", run / "model.pth", "--fid_weights", run / "none.pth")
     outcome = cli(*arguments, *(() if count is None else ("--num_samples", count)))
     assert (outcome.status, outcome.err) == (0, "")
