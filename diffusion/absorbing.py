@@ -1,4 +1,4 @@
-"""Absorbing-state discrete diffusion over grids of codes (arXiv 2308.10187, section 4; D3PM, arXiv 2107.03006).
+"""Absorbing-state discrete diffusion over grids of codes (arXiv 2308.10187; D3PM, arXiv 2107.03006).
 
 A token is masked by timestep t with probability t/T and stays masked; a denoiser learns to predict masked tokens. This
 file knows no network and no image: a denoiser is passed in.

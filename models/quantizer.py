@@ -31,7 +31,7 @@ def codebook_loss(quantized: Tensor, encoded: Tensor) -> Tensor:
 
 
 class SpikingQuantizer(nn.Module):
-    """Maps encoder spikes to the nearest of `codebook_size` embeddings and back to spikes (paper, section 3.2).
+    """Maps encoder spikes to the nearest of `codebook_size` embeddings and back to spikes.
 
     `alpha` mixes the membrane readout (weight `1 - alpha`) with the firing rate. It is neither clamped nor excluded
     from weight decay, as in the release.

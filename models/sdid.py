@@ -1,4 +1,4 @@
-"""SDID, the spiking diffusion image decoder: the denoiser of the codes (arXiv 2308.10187, section 4)."""
+"""SDID, the spiking diffusion image decoder: the denoiser of the codes (arXiv 2308.10187)."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""VQ-SVAE: the spiking vector-quantised autoencoder (arXiv 2308.10187, section 3)."""
+"""VQ-SVAE: the spiking vector-quantised autoencoder (arXiv 2308.10187)."""
 
 from typing import NamedTuple
 
