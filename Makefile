@@ -17,7 +17,7 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 demo: install
 	rm -rf result/demo
 	$(RUN) -u main.py --dataset_name Digits --result_path result/demo --metrics mse,ssim,codebook \
-	  --spike_steps 4 --codebook_size 64 --denoiser_channels 32 --epochs 40 --diffusion_epochs 100 --lr 0.002
+	  --spike_steps 4 --codebook_size 32 --denoiser_channels 32 --epochs 60 --diffusion_epochs 90
 
 lint: install
 	$(RUN) -m ruff check .
