@@ -1,6 +1,7 @@
 """The loss curves of the release's first iterations on Fashion-MNIST are matched or beaten.
 
-Needs the real files: set SPIKING_DIFFUSION_DATA to a --data_path that holds FashionMNIST/raw. About ten minutes on two cores.
+Needs the real files: set SPIKING_DIFFUSION_DATA to a --data_path that holds FashionMNIST/raw. About ten
+minutes on two cores.
 """
 
 import json
@@ -27,7 +28,7 @@ TOLERANCE = 1.1
 """Runs of different rounding part after some 80 iterations, when the codebook is rearranged, and meet again."""
 
 DENOISER_TOLERANCE = 1.2
-"""The denoiser's loss depends on how many codes the autoencoder came to use; divided by their bits it roughly does not."""
+"""The denoiser's loss grows with the codes that the autoencoder came to use; divided by their bits hardly."""
 
 
 def block_means(values, size):
