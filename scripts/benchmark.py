@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace, plain: bool) -> dict:
     batch = {name: args.batch_size or size for name, size in default.items()}
     figures = {}
     for name, task in tasks(machine, plain, batch, args.spike_steps, args.denoiser_channels).items():
-        for _ in range(1 if name == "sample" and not args.batch_size else 3):
+        for _ in range(1 if name == "sample" else 3):
             seconds(task, machine.device)
         repeats = args.repeats if name != "sample" else max(1, args.repeats // 3)
         times = [seconds(task, machine.device) for _ in range(repeats)]
