@@ -157,9 +157,8 @@ def resolve(arguments: list[str] | None) -> tuple[argparse.Namespace, RunFolder]
     parser = build_parser()
     options = parser.parse_args(arguments)
     run = RunFolder(find_folder(options))
-    makes = {"all": run.model, "vqsvae": run.model, "sdid": run.denoiser}.get(options.stage)
-    if options.resume or options.checkpoint:
-        makes = None
+    begins = not (options.resume or options.checkpoint)
+    makes = {"all": run.model, "vqsvae": run.model, "sdid": run.denoiser}.get(options.stage) if begins else None
     if makes and makes.exists():
         ways = f"go on with --resume {run.path}, evaluate with --checkpoint {run.model}"
         raise UserError(f"{makes} is there already: {ways}, or choose another --result_path")

@@ -1,7 +1,7 @@
 """The figures of a run, each with its protocol, and the table that is printed at the end."""
 
 import json
-from typing import Any
+from argparse import Namespace
 
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ def record(name: str, value: float, protocol: str, *, split: str, real: int, gen
     return {"name": name, "value": value, "protocol": protocol, "split": split, **counts, "seed": seed}
 
 
-def load_fid_network(options: Any, real: Tensor, machine: Machine) -> nn.Module | None:
+def load_fid_network(options: Namespace, real: Tensor, machine: Machine) -> nn.Module | None:
     """The Inception network if FID is wanted and can be had; otherwise None, after one line that says why.
 
     Asked for before anything is drawn, so that no thousands of images are drawn for a figure that cannot be computed.
@@ -45,7 +45,7 @@ def load_fid_network(options: Any, real: Tensor, machine: Machine) -> nn.Module 
         return None
 
 
-def reconstruction_figures(model: nn.Module, test: Tensor, options: Any, machine: Machine) -> list[dict]:
+def reconstruction_figures(model: nn.Module, test: Tensor, options: Namespace, machine: Machine) -> list[dict]:
     """MSE, SSIM and codebook figures of the autoencoder on all of `test`, uint8 `[N,C,H,W]`."""
     codes = encode_images(model, test, machine, options.eval_batch_size)
     pair = to_float(test), to_float(decode_codes(model, codes, machine, options.eval_batch_size))
@@ -63,7 +63,7 @@ def reconstruction_figures(model: nn.Module, test: Tensor, options: Any, machine
     ]
 
 
-def fid_figure(generated: Tensor, real: Tensor, inception: nn.Module, options: Any) -> dict:
+def fid_figure(generated: Tensor, real: Tensor, inception: nn.Module, options: Namespace) -> dict:
     """FID of `generated` against `real`, both uint8 `[N,C,H,W]`."""
     weights, steps = options.fid_weights or "as published", options.sample_steps or "all"
     protocol = f"pytorch-fid pool3, weights {weights}, temperature {options.temperature:g}, {steps} timesteps"

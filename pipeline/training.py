@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ class Trainer:
         preview: Callable[[int], None],
         *,
         run: RunFolder,
-        checkpoint: Any,
+        checkpoint: Path,
         schedule: Schedule,
         machine: Machine,
     ):

@@ -16,13 +16,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
-from datasets import load_dataset
+from datasets import PICTURE_ENDINGS, load_dataset
 from errors import UserError
 from metrics.fid import check_enough, fid
 from metrics.inception import load_inception
 from pipeline.machine import find_device
-
-PICTURE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -94,7 +92,7 @@ def load_pictures(path: Path) -> Tensor:
 
 
 def _load_folder(folder: Path) -> Tensor:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_ENDINGS)
     if not paths:
         raise UserError(f"no pictures in {folder}")
     pictures = [_load_picture(path) for path in paths]
