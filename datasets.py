@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,13 +27,30 @@ GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N")
 DOWNSAMPLING = 4  # side of an image over side of its grid of codes
 
 
+class Split(NamedTuple):
+    """Images uint8 [N,C,H,W] and their classes int64 [N] from 0, or None where a set has none."""
+
+    images: Tensor
+    labels: Tensor | None = None
+
+    def take(self, which: slice | Tensor) -> "Split":
+        """Part of the split."""
+        return Split(self.images[which].contiguous(), None if self.labels is None else self.labels[which])
+
+
 @dataclass(frozen=True)
 class ImageData:
-    """A data set: `train` [N,C,H,W] and `test` [M,C,H,W], both uint8, 0 black to 255 white."""
+    """A data set: `train`, `test` and `held_out` (training images kept from training), uint8 [N,C,H,W], 0 black to 255.
+
+    Labels are int64 [N], classes from 0, or None where a set has no classes.
+    """
 
     name: str
     train: Tensor
     test: Tensor
+    held_out: Tensor
+    train_labels: Tensor | None = None
+    test_labels: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -56,14 +74,15 @@ def load_dataset(
     data_path: str | Path,
     *,
     train_images: int | None = None,
+    held_out: int = 0,
     image_size: int | None = None,
     channels: int | None = None,
 ) -> ImageData:
     """Load a data set of the table `DATASETS`, found in `data_path` or downloaded to it.
 
-    `train_images` keeps that many images from the start of the training split. `image_size` (side in pixels)
-    and `channels` (1 or 3) are for ImageFolder alone: the other sets have a size and colours of their own.
-    Raises UserError for anything the user can mend.
+    `train_images` keeps that many images from the start of the training split; `held_out` of them, spread evenly, are
+    set apart. `image_size` (side in pixels) and `channels` (1 or 3) are for ImageFolder alone: the other sets have a
+    size and colours of their own. Raises UserError for anything the user can mend.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
@@ -72,14 +91,19 @@ def load_dataset(
     if options and DATASETS[name] is not _load_folder:
         raise UserError(f"{' and '.join(options)} can be chosen for ImageFolder only: leave out for {name}")
     train, test = DATASETS[name](Path(data_path).expanduser(), train_images, **options)
-    return ImageData(name, train.contiguous(), test.contiguous())
+    if held_out >= len(train.images):
+        raise UserError(f"held_out is {held_out}, but must be less than the {len(train.images)} training images")
+    apart = torch.zeros(len(train.images), dtype=torch.bool)
+    apart[torch.arange(held_out) * len(apart) // max(held_out, 1)] = True
+    kept, test = train.take(~apart), test.take(slice(None))
+    return ImageData(name, kept.images, test.images, train.images[apart], kept.labels, test.labels)
 
 
-def _first(items: Sequence, count: int | None) -> Sequence:
-    """The first `count` of the training items, all of them for None."""
-    if count is not None and not 1 <= count <= len(items):
-        raise UserError(f"train_images is {count}, but must be from 1 to {len(items)}, the size of the split")
-    return items[:count]
+def _up_to(count: int | None, total: int) -> slice:
+    """The first `count` of `total` training images, all of them for None."""
+    if count is not None and not 1 <= count <= total:
+        raise UserError(f"train_images is {count}, but must be from 1 to {total}, the size of the split")
+    return slice(count)
 
 
 def _reason(error: Exception) -> str:
@@ -98,14 +122,14 @@ def _load_torchvision(
     to_nchw: Callable[[Tensor], Tensor],
     root: Path,
     train_images: int | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Split, Split]:
     """Both splits of `source`, whose `files` lie in `root/folder` or are fetched from `url`.
 
     torchvision looks for the files first: `download=True` stays off the network where they are present.
     """
     try:
         with redirect_stdout(io.StringIO()):  # some versions narrate each file; the progress bar stays
-            splits = [source(root, train=train, download=True).data for train in (True, False)]
+            splits = [source(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # a bad file or connection raises anything from AssertionError to zlib.error
         missing = [file for file in files if not os.path.isfile(root / folder / file)]
         if missing:
@@ -113,8 +137,11 @@ def _load_torchvision(
             raise UserError(f"{cause}: put the files there, they come from {url}") from error
         cause = f"a file in {root / folder} is damaged or unreadable ({_reason(error)})"
         raise UserError(f"{cause}: delete {', '.join(files)} there to download them again") from error
-    train, test = (to_nchw(torch.as_tensor(images)) for images in splits)
-    return _first(train, train_images), test
+    images = [to_nchw(torch.as_tensor(split.data)) for split in splits]
+    classes = torch.cat([torch.as_tensor(split.targets) for split in splits]).unique(return_inverse=True)[1]
+    labels = classes.split([len(split) for split in images])
+    train, test = (Split(*pair) for pair in zip(images, labels, strict=True))
+    return train.take(_up_to(train_images, len(train.images))), test
 
 
 def _mnist_like(source: type[MNIST]) -> Callable:
@@ -127,18 +154,20 @@ def _mnist_like(source: type[MNIST]) -> Callable:
 # ---- the set that comes with scikit-learn ----
 
 
-def _load_digits(root: Path, train_images: int | None) -> tuple[Tensor, Tensor]:
+def _load_digits(root: Path, train_images: int | None) -> tuple[Split, Split]:
     """1,797 handwritten digits, 8x8 with levels 0 to 16, enlarged to [1,28,28].
 
     Every fifth image, from the first, is test: 1,437 and 360. `root` is not used: the files are bundled.
     """
     from sklearn.datasets import load_digits  # here because importing it takes a second
 
-    images = torch.from_numpy(load_digits().images)[:, None] * (255 / 16)
+    digits = load_digits()
+    images = torch.from_numpy(digits.images)[:, None] * (255 / 16)
     images = F.interpolate(images, size=(28, 28), mode="bicubic", antialias=True)
     images = images.round().clamp(0, 255).byte()  # bicubic overshoots at edges
-    is_test = torch.arange(len(images)) % 5 == 0
-    return _first(images[~is_test], train_images), images[is_test]
+    both, is_test = Split(images, torch.from_numpy(digits.target)), torch.arange(len(images)) % 5 == 0
+    train = both.take(~is_test)
+    return train.take(_up_to(train_images, len(train.images))), both.take(is_test)
 
 
 # ---- a person's own pictures ----
@@ -146,7 +175,7 @@ def _load_digits(root: Path, train_images: int | None) -> tuple[Tensor, Tensor]:
 
 def _load_folder(
     root: Path, train_images: int | None, image_size: int = 32, channels: int | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Split, Split]:
     """Every picture under `root`, as squares of `image_size` pixels, in sorted order of their paths.
 
     If `root` has both folders `train` and `test`, these are the splits; otherwise every tenth picture, from
@@ -162,9 +191,9 @@ def _load_folder(
     else:
         pictures = _find_pictures(root, at_least=2)
         train, test = [path for i, path in enumerate(pictures) if i % 10], pictures[::10]
-    train = _first(train, train_images)  # before any is read: the rest may be many
+    train = train[_up_to(train_images, len(train))]  # before any is read: the rest may be many
     channels = channels or (1 if all(map(_is_grey, train)) else 3)
-    return _read_pictures(train, image_size, channels), _read_pictures(test, image_size, channels)
+    return Split(_read_pictures(train, image_size, channels)), Split(_read_pictures(test, image_size, channels))
 
 
 def _find_pictures(folder: Path, at_least: int) -> list[Path]:
@@ -224,7 +253,7 @@ def _flatten_picture(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode in GREY_MODES else "RGB")
 
 
-DATASETS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+DATASETS: dict[str, Callable[..., tuple[Split, Split]]] = {
     "MNIST": _mnist_like(MNIST),
     "FMNIST": _mnist_like(FashionMNIST),
     "KMNIST": _mnist_like(KMNIST),

@@ -33,7 +33,7 @@ def write_idx(folder, prefix, images):
     folder.mkdir(parents=True, exist_ok=True)
     header = struct.pack(">4i", 2051, *images.shape)
     (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-    labels = struct.pack(">2i", 2049, len(images)) + bytes(len(images))
+    labels = struct.pack(">2i", 2049, len(images)) + bytes(1 + i % 3 for i in range(len(images)))
     (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
 
 
@@ -67,16 +67,16 @@ def test_unknown_name_lists_the_valid_ones(tmp_path):
 @pytest.mark.parametrize("shape", [(50, 1, 28, 28), (7, 3, 5, 9)])
 def test_variance_is_that_of_float64(shape):
     images = noise(*shape) // 3
-    data = ImageData("noise", torch.from_numpy(images), torch.from_numpy(images[:1]))
+    data = ImageData("noise", torch.from_numpy(images), torch.from_numpy(images[:1]), torch.empty(0))
     assert data.variance == pytest.approx((images / np.float64(255)).var(), rel=1e-13)
     assert data.shape == shape[1:]
 
 
 def test_variance_of_a_transposed_view_and_of_a_constant():
     view = torch.from_numpy(noise(4, 8, 6, 3)).permute(0, 3, 1, 2)
-    assert ImageData("view", view, view).variance == pytest.approx((view.numpy() / 255).var(), rel=1e-13)
+    assert ImageData("view", view, view, view).variance == pytest.approx((view.numpy() / 255).var(), rel=1e-13)
     flat = torch.full((3, 1, 4, 4), 7, dtype=torch.uint8)
-    assert ImageData("flat", flat, flat).variance == 0
+    assert ImageData("flat", flat, flat, flat).variance == 0
 
 
 @pytest.mark.parametrize("option", [{"image_size": 32}, {"channels": 3}])
@@ -117,6 +117,23 @@ def test_digits_train_images_is_a_prefix(tmp_path):
     assert torch.equal(part.train, whole.train[:5]) and torch.equal(part.test, whole.test)
 
 
+def test_held_out_images_are_spread_evenly_and_not_trained_on(tmp_path):
+    whole = load_dataset("Digits", tmp_path, train_images=12)
+    data = load_dataset("Digits", tmp_path, train_images=12, held_out=3)
+    kept = [1, 2, 3, 5, 6, 7, 9, 10, 11]
+    assert torch.equal(data.held_out, whole.train[[0, 4, 8]]) and torch.equal(data.train, whole.train[kept])
+    assert torch.equal(data.train_labels, whole.train_labels[kept]) and torch.equal(data.test, whole.test)
+    assert len(whole.held_out) == 0
+    assert "held_out is 12" in complaint("Digits", tmp_path, train_images=12, held_out=12)
+
+
+def test_digits_labels(tmp_path):
+    from sklearn.datasets import load_digits
+
+    data, target = load_dataset("Digits", tmp_path), torch.from_numpy(load_digits().target)
+    assert torch.equal(data.test_labels, target[::5]) and torch.equal(data.train_labels[:4], target[1:5])
+
+
 # ---- sets of torchvision ----
 
 
@@ -128,6 +145,7 @@ def test_idx_files_present_load_without_network(tmp_path, name, folder):
     data = load_dataset(name, str(tmp_path), train_images=4)
     assert np.array_equal(data.train, train[:4, None]) and np.array_equal(data.test, test[:, None])
     assert data.train.dtype == torch.uint8 and data.name == name and data.shape == (1, 28, 28)
+    assert data.train_labels.tolist() == [0, 1, 2, 0] and data.test_labels.tolist() == [0, 1]  # numbered from 0
 
 
 def test_letters_stand_upright(tmp_path):
