@@ -29,7 +29,7 @@ IDENTITY = (
 )
 """Options that whoever uses a run's autoencoder must share with it."""
 
-UNCHANGEABLE = (*IDENTITY, "train_images", "denoiser_channels", "batch_size", "lr", "loss", "seed")
+UNCHANGEABLE = (*IDENTITY, "train_images", "held_out", "denoiser_channels", "batch_size", "lr", "loss", "seed")
 """Options that a resumed training must share with its beginning."""
 
 
@@ -104,6 +104,7 @@ def build_parser() -> Parser:
     add("--dataset_name", "the data set; Digits needs no download", "Digits", choices=DATASETS)
     add("--data_path", "where data sets are, or are downloaded to", Path("data"), type=Path, metavar="DIR")
     add("--train_images", "use the first N training images [all]", type=whole, metavar="N")
+    add("--held_out", "keep N of them, evenly spread, out of training [0]", 0, type=number(int, 0), metavar="N")
     add("--image_size", "side of ImageFolder's pictures, a multiple of 4 [32]", type=number(int, 4, 4096), metavar="N")
     add("--channels", "of ImageFolder's pictures: 1 grey, 3 colour [as they are]", type=int, choices=(1, 3))
 

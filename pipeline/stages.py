@@ -54,6 +54,7 @@ class Pipeline:
             o.dataset_name,
             o.data_path,
             train_images=o.train_images,
+            held_out=o.held_out,
             image_size=o.image_size,
             channels=o.channels,
         )
