@@ -137,13 +137,15 @@ class Trainer:
                     progress.sums = {name: value.item() for name, value in sums.items()}
                     return False
         means = {name: value.item() / count for name, value in sums.items()}
-        self._end_epoch(title, means, (count - first) / (time.monotonic() - started))
+        self._end_epoch(title, means, count - first, time.monotonic() - started)
         return True
 
-    def _end_epoch(self, title: str, means: dict[str, float], rate: float) -> None:
+    def _end_epoch(self, title: str, means: dict[str, float], images: int, seconds: float) -> None:
         if not math.isfinite(means["loss"]):
             raise UserError(f"{title}: the loss is {means['loss']}: begin a new run with a lower --lr")
-        self.run.log(self.name, self.progress.epoch + 1, {**means, "images_per_second": round(rate, 2)})
+        rate = images / seconds
+        cost = {"images": images, "images_per_second": round(rate, 2)}
+        self.run.log(self.name, self.progress.epoch + 1, {**means, **cost})
         figures = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
         print(f"{title}: {figures}, {rate:.0f} images/s", flush=True)
         self.progress = Progress(self.progress.epoch + 1)
