@@ -14,8 +14,9 @@ from typing import Any
 from datasets import DATASETS
 from diffusion.absorbing import LOSSES
 from errors import UserError
-from models import AUTOENCODERS
-from pipeline.evaluation import METRICS
+from models import AUTOENCODERS, model_options
+from models.quantizer import READOUTS, SPIKE_GENERATORS
+from pipeline.evaluation import METRICS, names_of
 from pipeline.machine import PRECISIONS, choose_machine, keep_freed_memory
 from pipeline.run_folder import RunFolder
 from pipeline.stages import STAGES, Pipeline
@@ -25,11 +26,17 @@ HERE_AND_NOW = ("resume", "checkpoint", "stage", "max_minutes", "device", "compi
 
 IDENTITY = (
     *("dataset_name", "image_size", "channels", "model"),
-    *("codebook_size", "embedding_dim", "spike_steps", "hidden_channels"),
+    *("codebook_size", "embedding_dim", "spike_steps", "hidden_channels", "spike_generator"),
 )
 """Options that whoever uses a run's autoencoder must share with it."""
 
-UNCHANGEABLE = (*IDENTITY, "train_images", "held_out", "denoiser_channels", "batch_size", "lr", "loss", "seed")
+MODEL_OPTIONS = ("codebook_size", "embedding_dim", "readout", "spike_generator")
+"""Options that not every model has."""
+
+UNCHANGEABLE = (
+    *(*IDENTITY, "readout", "train_images", "held_out"),
+    *("denoiser_channels", "batch_size", "lr", "loss", "seed"),
+)
 """Options that a resumed training must share with its beginning."""
 
 
@@ -49,15 +56,9 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
     return parse
 
 
-def metric_list(text: str) -> list[str]:
-    """An argparse type: names of METRICS, separated by commas."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in METRICS:
-            raise argparse.ArgumentTypeError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
-    if not names:
-        raise argparse.ArgumentTypeError(f"no metric named: choose from {', '.join(METRICS)}")
-    return names
+def temperature(text: str) -> float | str:
+    """An argparse type: a positive number, or "auto"."""
+    return text if text == "auto" else number(float, 1e-9)(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,6 +128,8 @@ def build_parser() -> Parser:
         type=width,
         metavar="N",
     )
+    add("--readout", "an ablation: what the quantiser sees of the spikes", "both", choices=READOUTS)
+    add("--spike_generator", "an ablation: how codes become spikes", "adaptive", choices=SPIKE_GENERATORS)
 
     add = group("training")
     add("--epochs", "of stage 1, the autoencoder", 100, type=whole, metavar="N")
@@ -138,18 +141,21 @@ def build_parser() -> Parser:
     add = group("sampling and evaluation")
     add(
         "--temperature",
-        "divides the logits; 1 samples the distribution as learned",
+        "divides the logits; 1 samples the distribution as learned, auto chooses on held-out images",
         0.65,
-        type=positive,
+        type=temperature,
         metavar="X",
     )
     add("--sample_steps", "timesteps of sampling, up to T, the number of an image's codes [T]", type=whole, metavar="N")
     many = number(int, 1, 10**6)
-    add("--num_samples", "images to draw [10000 where FID is computed, else 64]", type=many, metavar="N")
+    add("--num_samples", "images to draw [as many as the figures need]", type=many, metavar="N")
     add("--eval_batch_size", "images at once in encoding and sampling", 64, type=whole, metavar="N")
     add("--png", "write each sample as a PNG file, too [off]", False, action="store_true")
-    add("--metrics", "figures to compute", list(METRICS), type=metric_list, metavar="A,B")
+    add("--metrics", f"of {','.join(METRICS)} [all that can be had]", type=names_of(METRICS), metavar="A,B")
+    add("--reference", "the real images of FID, KID, IS, PRDC and classifier", "test", choices=("test", "train"))
     add("--fid_weights", "pytorch-fid's Inception weights [downloaded]", type=Path, metavar="FILE")
+    add("--paper_fid_weights", "torchvision's Inception weights [downloaded]", type=Path, metavar="FILE")
+    add("--fad_weights", "the published FAD autoencoders [own, trained once]", type=Path, metavar="DIR")
     return parser
 
 
@@ -157,6 +163,10 @@ def resolve(arguments: list[str] | None) -> tuple[argparse.Namespace, RunFolder]
     """Options and run folder of this call; a run that exists passes on its options, the command line overrides them."""
     parser = build_parser()
     options = parser.parse_args(arguments)
+    own = {key for key in MODEL_OPTIONS if key not in model_options(options.model)}
+    idle = [f"--{key}" for key in sorted(own) if getattr(options, key) != parser.get_default(key)]
+    if idle:
+        raise UserError(f"{options.model} has no {', '.join(idle)}: leave out")
     run = RunFolder(find_folder(options))
     begins = not (options.resume or options.checkpoint)
     makes = {"all": run.model, "vqsvae": run.model, "sdid": run.denoiser}.get(options.stage) if begins else None
@@ -206,8 +216,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the stages; a mistake of the user is one line on stderr and exit status 2."""
     try:
         options, run = resolve(arguments)
-        if options.fid_weights and not options.fid_weights.is_file():
-            raise UserError(f"--fid_weights {options.fid_weights} is not there: give pytorch-fid's file, or no path")
+        for key in ("fid_weights", "paper_fid_weights", "fad_weights"):
+            path = getattr(options, key)
+            if path and not path.exists():
+                raise UserError(f"--{key} {path} is not there: mend the path, or leave the option out")
         keep_freed_memory()
         machine = choose_machine(options.device, options.precision, options.compile)
         Pipeline(options, run, machine).execute()

@@ -1,29 +1,70 @@
-"""Fréchet Inception distance (Heusel et al. 2017)."""
+"""The figures on Inception's features: FID, the paper's FID, KID, and the Inception score on its logits."""
 
+import warnings
+
+import numpy as np
+import torch
 from torch import Tensor, nn
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import poly_mmd
 
-from errors import UserError
-from metrics.frechet import feature_statistics, frechet_distance
-from metrics.inception import inception_features
+from metrics.counts import check_enough
+from metrics.frechet import feature_statistics, frechet_distance, frechet_distance_of_release
 
 # As many as there are features: with fewer, the covariance falls short of full rank by construction.
 FEWEST_IMAGES = 2048
+PAPER_IMAGES = 1280  # of each side, in the paper
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+SCORE_SPLITS, FEWEST_SCORED = 10, 1000
 
 
-def fid(generated: Tensor, real: Tensor, inception: nn.Module, batch_size: int = 64) -> float:
-    """FID between two sets of pictures, uint8 [N,C,H,W], with the network of `load_inception`; 0 is best.
+def fid(generated: np.ndarray, real: np.ndarray) -> float:
+    """Fréchet Inception distance (Heusel et al. 2017) of `inception_features` [N,2048] and [M,2048]; 0 is best.
 
     Raises UserError where a side has fewer than `FEWEST_IMAGES`.
     """
-    check_enough(generated, real)
-    generated_statistics, real_statistics = (
-        feature_statistics(inception_features(images, inception, batch_size)) for images in (generated, real)
-    )
-    return frechet_distance(*generated_statistics, *real_statistics)
+    check_enough("FID", FEWEST_IMAGES, generated=generated, real=real)
+    return frechet_distance(*feature_statistics(generated), *feature_statistics(real))
 
 
-def check_enough(generated: Tensor, real: Tensor) -> None:
-    """Raise UserError where FID would refuse, before any network is loaded or run."""
-    for side, images in (("generated", generated), ("real", real)):
-        if len(images) < FEWEST_IMAGES:
-            raise UserError(f"FID needs at least {FEWEST_IMAGES} {side} images, not {len(images)}")
+def paper_fid(generated: np.ndarray, real: np.ndarray) -> float:
+    """FID as the paper's release computes it, from `paper_inception_features` [N,2048] and [M,2048].
+
+    The first `PAPER_IMAGES` of each side count; UserError where there are fewer. No other FID is comparable with it.
+    """
+    check_enough("the paper's FID", PAPER_IMAGES, generated=generated, real=real)
+    statistics = (feature_statistics(features[:PAPER_IMAGES]) for features in (generated, real))
+    (mu1, sigma1), (mu2, sigma2) = statistics
+    return frechet_distance_of_release(mu1, sigma1, mu2, sigma2)
+
+
+def kid(generated: np.ndarray, real: np.ndarray, seed: int) -> tuple[float, float]:
+    """Kernel Inception distance (Bińkowski et al. 2018) of `inception_features` [N,2048] and [M,2048].
+
+    Mean and standard deviation of the unbiased squared MMD with the kernel (x·y/D + 1)³ over 100 pairs of random
+    subsets of 1,000, drawn from `seed`; around 0 for equal distributions. Raises UserError for fewer than 1,000.
+    """
+    check_enough("KID", KID_SUBSET_SIZE, generated=generated, real=real)
+    generator = torch.Generator().manual_seed(seed)
+
+    def subset(features: np.ndarray) -> Tensor:
+        return torch.from_numpy(features[torch.randperm(len(features), generator=generator)[:KID_SUBSET_SIZE].numpy()])
+
+    values = torch.stack([poly_mmd(subset(real), subset(generated)) for _ in range(KID_SUBSETS)]).double()
+    return values.mean().item(), values.std(unbiased=False).item()
+
+
+def inception_score(logits: np.ndarray) -> tuple[float, float]:
+    """Inception score (Salimans et al. 2016) of generated images' `inception_logits` [N,K]: from 1 to K, K is best.
+
+    Mean and standard deviation over 10 parts of the images, in an order that torchmetrics draws, here always the
+    same. Raises UserError for fewer than 1,000.
+    """
+    check_enough("the Inception score", FEWEST_SCORED, generated=logits)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", "Metric `InceptionScore` will save all extracted features")
+        torch.default_generator.manual_seed(0)
+        score = InceptionScore(feature=nn.Identity(), splits=SCORE_SPLITS)
+        score.update(torch.from_numpy(logits).double())
+        mean, deviation = score.compute()
+    return mean.item(), deviation.item()

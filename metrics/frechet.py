@@ -23,6 +23,17 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     return max(float(distance), 0.0)  # rounding may leave -1e-12 between equal sets
 
 
+def frechet_distance_of_release(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """The same with U √S Vᵀ for the root, where U S Vᵀ is the singular value decomposition of Σ1 Σ2.
+
+    This is no root unless Σ1 and Σ2 commute, and the distance is too high. The authors' release computes it; only
+    the paper's figures are to be compared with it.
+    """
+    u, s, vt = np.linalg.svd(sigma1 @ sigma2)
+    trace = np.sum(u * np.sqrt(s) * vt.T)  # Tr(U √S Vᵀ)
+    return float(np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
+
+
 def _root(sigma: np.ndarray) -> np.ndarray:
     """R with R Rᵀ = sigma, for a symmetric sigma whose eigenvalues are not negative but for rounding."""
     eigenvalues, eigenvectors = np.linalg.eigh(np.asarray(sigma, dtype=np.float64))

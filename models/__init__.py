@@ -1,30 +1,37 @@
-"""The two networks, and the table of autoencoders that the command line offers."""
+"""The networks, and the table of autoencoders that the command line offers."""
 
-from torch import Tensor, nn
+import inspect
+from typing import Any
 
+from torch import nn
+
+from models.fsvae import FSVAE
 from models.sdid import SDID
 from models.vq_svae import VQSVAE
+from models.vq_vae import VQVAE
 
-AUTOENCODERS: dict[str, type[nn.Module]] = {"snn-vq-vae": VQSVAE}
+AUTOENCODERS: dict[str, type[nn.Module]] = {"snn-vq-vae": VQSVAE, "vq-vae": VQVAE, "snn-vae": FSVAE}
 
 
-def build_model(name: str, **options: int) -> nn.Module:
-    """An autoencoder of the table with its options; raises ValueError naming the valid names."""
+def model_options(name: str) -> tuple[str, ...]:
+    """Names of the options of an autoencoder of the table; raises ValueError naming the valid models."""
     if name not in AUTOENCODERS:
         raise ValueError(f"unknown model {name!r}: choose one of {', '.join(AUTOENCODERS)}")
-    return AUTOENCODERS[name](**options)
+    return tuple(inspect.signature(AUTOENCODERS[name]).parameters)
 
 
-def autoencoder_options(weights: dict[str, Tensor]) -> dict[str, int]:
-    """All options of an autoencoder but `spike_steps`, read off its weights. KeyError if they are of something else."""
-    hidden, channels = weights["encoder.snn_convs.0.weight"].shape[:2]
-    codebook_size, embedding_dim = weights["vq_layer.embeddings.weight"].shape
-    return dict(channels=channels, hidden=hidden, codebook_size=codebook_size, embedding_dim=embedding_dim)
+def build_model(name: str, **options: Any) -> nn.Module:
+    """An autoencoder of the table with those of the `options` that it has.
+
+    Raises ValueError naming the valid models, and for an option that no model has.
+    """
+    known = model_options(name)
+    strange = set(options).difference(*map(model_options, AUTOENCODERS))
+    if strange:
+        raise ValueError(f"no model has the option {', '.join(sorted(strange))}")
+    return AUTOENCODERS[name](**{key: value for key, value in options.items() if key in known})
 
 
-def denoiser_options(weights: dict[str, Tensor]) -> dict[str, int]:
-    """All options of an SDID but `spike_steps`, read off its weights. KeyError if they are of something else."""
-    return dict(codebook_size=len(weights["conv6.0.weight"]), width=len(weights["conv1.0.weight"]))
+__all__ = ["AUTOENCODERS", "FSVAE", "SDID", "VQSVAE", "VQVAE", "build_model", "model_options"]
 
-
-__all__ = ["AUTOENCODERS", "SDID", "VQSVAE", "autoencoder_options", "build_model", "denoiser_options"]
+autoencoder_options, denoiser_options = VQSVAE.options_of, SDID.options_of

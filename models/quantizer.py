@@ -1,5 +1,6 @@
-"""Spiking vector quantiser: learned readout, nearest code, losses, and the adaptive spike generator."""
+"""Vector quantisers: the codebook, and the spiking one with learned readout and spike generator."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,20 @@ from models.spiking import (
 
 COMMITMENT = 0.25
 
+READOUTS = {"both": None, "rate": 1.0, "potential": 0.0}
+"""How encoder spikes become vectors, and what `alpha` is fixed to; None: it is learned."""
+
+SPIKE_GENERATORS = ("adaptive", "repeat", "poisson")
+"""How embeddings become the decoder's input; see `SpikingQuantizer.generate_spikes`."""
+
 
 class QuantizerOutput(NamedTuple):
-    """`spikes [S,N,D,h,w]` for the decoder, integer `codes [N,h,w]`, and the scalar `loss`."""
+    """`quantized`, the decoder's input; integer `codes [N,h,w]`; the scalar `loss`.
 
-    spikes: Tensor
+    `quantized` is `[N,D,h,w]`, the embeddings, or `[S,N,D,h,w]`, spikes; its gradient goes straight to the encoder.
+    """
+
+    quantized: Tensor
     codes: Tensor
     loss: Tensor
 
@@ -30,25 +40,28 @@ def codebook_loss(quantized: Tensor, encoded: Tensor) -> Tensor:
     return F.mse_loss(quantized, encoded.detach()) + COMMITMENT * F.mse_loss(quantized.detach(), encoded)
 
 
-class SpikingQuantizer(nn.Module):
-    """Maps encoder spikes to the nearest of `codebook_size` embeddings and back to spikes.
+def poisson_spikes(rates: Tensor, spike_steps: int, generator: torch.Generator | None = None) -> Tensor:
+    """Spikes `[S,N,D,h,w]` that fire at each step with probability `clip(rates, 0, 1)`, `[N,D,h,w]`.
 
-    `alpha` mixes the membrane readout (weight `1 - alpha`) with the firing rate. It is neither clamped nor excluded
-    from weight decay, as in the release.
+    Each has the gradient of its probability (straight through the draw). With a `generator` all draws are its own;
+    without one the thresholds are fixed numbers, the same for every image, which then does not depend on its batch.
     """
+    if generator is None:
+        shape, generator = (spike_steps, 1, *rates.shape[1:]), torch.Generator().manual_seed(0)
+    else:
+        shape = (spike_steps, *rates.shape)
+    thresholds = torch.rand(shape, generator=generator, device=generator.device).to(rates.device)
+    probabilities = rates.clamp(0, 1)
+    spikes = (thresholds < probabilities).to(rates.dtype)
+    return spikes + (probabilities - probabilities.detach())
 
-    def __init__(self, codebook_size: int, embedding_dim: int, spike_steps: int):
+
+class Codebook(nn.Module):
+    """`codebook_size` embeddings of width `embedding_dim`, drawn from N(0,1) (VQ-VAE, arXiv 1711.00937)."""
+
+    def __init__(self, codebook_size: int, embedding_dim: int):
         super().__init__()
-        self.spike_steps = spike_steps
-        self.alpha = nn.Parameter(torch.tensor(0.5))
         self.embeddings = nn.Embedding(codebook_size, embedding_dim)
-        # The adaptive spike generator, under the release's name so that its checkpoints load.
-        self.poisson = SpikingStack(nn.Conv2d(embedding_dim, embedding_dim, 1), spike_steps=spike_steps)
-
-    def readout(self, spikes: Tensor) -> Tensor:
-        """`(1 - alpha) sum_i 0.8^(S-1-i) s_i + alpha mean_i s_i`: `[S,N,D,h,w]` to `[N,D,h,w]`."""
-        membrane = membrane_weights(self.spike_steps, like=self.alpha)
-        return weighted_sum((1 - self.alpha) * membrane + self.alpha / self.spike_steps, spikes)
 
     def nearest_codes(self, encoded: Tensor) -> Tensor:
         """Index of the nearest embedding by squared distance: `[N,D,h,w]` to int64 `[N,h,w]`."""
@@ -61,19 +74,86 @@ class SpikingQuantizer(nn.Module):
         """Codes `[N,h,w]` to their embeddings `[N,D,h,w]`."""
         return self.embeddings(codes).permute(0, 3, 1, 2)  # [N,h,w,D] -> [N,D,h,w]
 
-    def generate_spikes(self, embedded: Tensor) -> Tensor:
-        """Adaptive spike generator: embeddings `[N,D,h,w]`, repeated at every step, to spikes `[S,N,D,h,w]`."""
-        return self.poisson(embedded)
+    def encode(self, encoded: Tensor) -> Tensor:
+        """What the encoder put out, `[N,D,h,w]`, to codes `[N,h,w]`."""
+        return self.nearest_codes(encoded)
 
-    def encode(self, spikes: Tensor) -> Tensor:
-        """Encoder spikes `[S,N,D,h,w]` to codes `[N,h,w]`."""
-        return self.nearest_codes(self.readout(spikes))
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes `[N,h,w]` to the decoder's input `[N,D,h,w]`."""
+        return self.embed(codes)
 
-    def forward(self, spikes: Tensor) -> QuantizerOutput:
-        """Quantise encoder spikes `[S,N,D,h,w]`; the gradient passes straight through the nearest-code step."""
-        encoded = self.readout(spikes)
+    def forward(self, encoded: Tensor, generator: torch.Generator | None = None) -> QuantizerOutput:
+        """Quantise `encoded [N,D,h,w]`; the gradient passes straight through. Nothing is random here."""
         codes = self.nearest_codes(encoded)
         embedded = self.embed(codes)
-        generated = self.generate_spikes(encoded + (embedded - encoded).detach())
-        potentials = (postsynaptic_potential(s.to(encoded.dtype)) for s in (generated, spikes))
-        return QuantizerOutput(generated, codes, codebook_loss(embedded, encoded) + codebook_loss(*potentials))
+        return QuantizerOutput(encoded + (embedded - encoded).detach(), codes, codebook_loss(embedded, encoded))
+
+
+class SpikingQuantizer(Codebook):
+    """Maps encoder spikes to the nearest of `codebook_size` embeddings and back to spikes.
+
+    `alpha` mixes the membrane readout (weight `1 - alpha`) with the firing rate. It is neither clamped nor excluded
+    from weight decay, as in the release. Two ablations: `readout`, one of READOUTS, fixes it to one of the two;
+    `spike_generator` is one of SPIKE_GENERATORS. Raises ValueError if they are not.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        embedding_dim: int,
+        spike_steps: int,
+        readout: str = "both",
+        spike_generator: str = "adaptive",
+    ):
+        super().__init__(codebook_size, embedding_dim)
+        _check_choice("readout", readout, READOUTS)
+        _check_choice("spike_generator", spike_generator, SPIKE_GENERATORS)
+        self.spike_steps, self.spike_generator = spike_steps, spike_generator
+        fixed = READOUTS[readout]
+        self.alpha = nn.Parameter(torch.tensor(0.5 if fixed is None else fixed), requires_grad=fixed is None)
+        if spike_generator == "adaptive":  # under the release's name so that its checkpoints load
+            self.poisson = SpikingStack(nn.Conv2d(embedding_dim, embedding_dim, 1), spike_steps=spike_steps)
+
+    def readout(self, spikes: Tensor) -> Tensor:
+        """`(1 - alpha) sum_i 0.8^(S-1-i) s_i + alpha mean_i s_i`: `[S,N,D,h,w]` to `[N,D,h,w]`."""
+        membrane = membrane_weights(self.spike_steps, like=self.alpha)
+        return weighted_sum((1 - self.alpha) * membrane + self.alpha / self.spike_steps, spikes)
+
+    def generate_spikes(self, embedded: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Embeddings `[N,D,h,w]` to the decoder's input.
+
+        "adaptive": the same at every step through convolution, batch norm and LIF, spikes `[S,N,D,h,w]`. "poisson":
+        see `poisson_spikes`, which takes the `generator`. "repeat": no spikes, the embeddings themselves `[N,D,h,w]`,
+        which the decoder takes as its input at every step.
+        """
+        if self.spike_generator == "adaptive":
+            return self.poisson(embedded)
+        if self.spike_generator == "poisson":
+            return poisson_spikes(embedded, self.spike_steps, generator)
+        return embedded
+
+    def encode(self, encoded: Tensor) -> Tensor:
+        """Encoder spikes `[S,N,D,h,w]` to codes `[N,h,w]`."""
+        return self.nearest_codes(self.readout(encoded))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes `[N,h,w]` to the decoder's input; nothing is random, see `poisson_spikes`."""
+        return self.generate_spikes(self.embed(codes))
+
+    def forward(self, encoded: Tensor, generator: torch.Generator | None = None) -> QuantizerOutput:
+        """Quantise encoder spikes `[S,N,D,h,w]`; the gradient passes straight through the nearest-code step.
+
+        The loss compares the potentials that the generated and the encoder's spikes evoke. Where the generator has
+        nothing to learn ("repeat", "poisson"), that line only draws the readout's values, through the straight-through
+        gradient, and the encoder's spikes together; repeated embeddings are filtered as if they were spikes.
+        """
+        straight, codes, loss = super().forward(self.readout(encoded))
+        generated = self.generate_spikes(straight, generator)
+        steps = generated if generated.dim() == 5 else generated.expand(self.spike_steps, *generated.shape)
+        potentials = (postsynaptic_potential(s.to(straight.dtype)) for s in (steps, encoded))
+        return QuantizerOutput(generated, codes, loss + codebook_loss(*potentials))
+
+
+def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")

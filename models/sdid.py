@@ -33,6 +33,11 @@ class SDID(nn.Module):
         self.conv5 = block(8 * width, 4 * width)
         self.conv6 = nn.Sequential(nn.Conv2d(5 * width, codebook_size, 3, padding=1))
 
+    @staticmethod
+    def options_of(weights: dict[str, Tensor]) -> dict[str, int]:
+        """All options but `spike_steps`, read off a model's weights. KeyError if they are of something else."""
+        return dict(codebook_size=len(weights["conv6.0.weight"]), width=len(weights["conv1.0.weight"]))
+
     def _embed(self, tokens: Tensor, t: Tensor) -> Tensor:
         """Spikes of the first block, `[S,N,width,h,w]`."""
         planes = torch.stack((tokens, t.view(-1, 1, 1).expand_as(tokens)), 1)  # [N,2,h,w]

@@ -1,4 +1,4 @@
-"""Spiking building blocks shared by the two networks: stacks of convolution, batch norm and LIF, and readouts.
+"""Spiking building blocks shared by the networks: stacks of convolution, batch norm and LIF, and readouts.
 
 Tensors over spike steps are `[S,N,C,H,W]`. A tensor without the first axis, `[N,C,H,W]`, is an input that is the same
 at every spike step (direct coding).

@@ -1,26 +1,11 @@
 """VQ-SVAE: the spiking vector-quantised autoencoder (arXiv 2308.10187)."""
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.quantizer import SpikingQuantizer
 from models.spiking import SpikingStack, membrane_weights
-
-
-class VQSVAEOutput(NamedTuple):
-    """`images [N,C,H,W]` in [0,1], `codes [N,h,w]`, and scalars: `loss`, the sum that is minimised, and its parts.
-
-    `quantizer_loss` is the two codebook lines of the loss, `mse` the unscaled reconstruction error before clipping.
-    """
-
-    images: Tensor
-    codes: Tensor
-    loss: Tensor
-    quantizer_loss: Tensor
-    mse: Tensor
+from models.vq_autoencoder import VQAutoencoder
 
 
 class Encoder(nn.Module):
@@ -41,7 +26,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Spikes `[S,N,D,h,w]` to pixels `[N,C,4h,4w]` in (-1,1): tanh of the last layer's membrane potential."""
+    """Spikes `[S,N,D,h,w]`, or a constant input `[N,D,h,w]`, to pixels `[N,C,4h,4w]` in (-1,1).
+
+    Pixels are the tanh of the last layer's membrane potential.
+    """
 
     def __init__(self, channels: int, hidden: int, embedding_dim: int, spike_steps: int):
         super().__init__()
@@ -60,8 +48,8 @@ class Decoder(nn.Module):
         return torch.tanh(self.snn_convs(spikes, readout=weights))
 
 
-class VQSVAE(nn.Module):
-    """Image to codes and back. Owns the shift of pixels between [0,1] outside and [-0.5,0.5] inside.
+class VQSVAE(VQAutoencoder):
+    """The spiking autoencoder.
 
     Args:
         channels: of the images.
@@ -69,9 +57,9 @@ class VQSVAE(nn.Module):
         embedding_dim: their width D.
         spike_steps: S.
         hidden: channels of the first hidden layer; the second has twice as many.
+        readout: an ablation: "both", or only firing "rate" or membrane "potential" of the encoder's spikes.
+        spike_generator: an ablation: "adaptive", "repeat" or "poisson"; see SpikingQuantizer.
     """
-
-    downsampling = 4  # side of an image over side of its grid of codes
 
     def __init__(
         self,
@@ -80,26 +68,23 @@ class VQSVAE(nn.Module):
         embedding_dim: int = 16,
         spike_steps: int = 16,
         hidden: int = 32,
+        readout: str = "both",
+        spike_generator: str = "adaptive",
     ):
-        super().__init__()
-        self.channels, self.codebook_size = channels, codebook_size
-        self.encoder = Encoder(channels, hidden, embedding_dim, spike_steps)
-        self.vq_layer = SpikingQuantizer(codebook_size, embedding_dim, spike_steps)
-        self.decoder = Decoder(channels, hidden, embedding_dim, spike_steps)
+        super().__init__(
+            channels,
+            codebook_size,
+            encoder=Encoder(channels, hidden, embedding_dim, spike_steps),
+            vq_layer=SpikingQuantizer(codebook_size, embedding_dim, spike_steps, readout, spike_generator),
+            decoder=Decoder(channels, hidden, embedding_dim, spike_steps),
+        )
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images `[N,C,H,W]` in [0,1] to codes int64 `[N,H/4,W/4]`."""
-        return self.vq_layer.encode(self.encoder(images - 0.5))
+    @staticmethod
+    def options_of(weights: dict[str, Tensor]) -> dict[str, int]:
+        """All options but `spike_steps` and the ablations, read off a model's weights.
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes `[N,h,w]` to images `[N,C,4h,4w]` in [0,1]."""
-        spikes = self.vq_layer.generate_spikes(self.vq_layer.embed(codes))
-        return (self.decoder(spikes) + 0.5).clamp(0, 1)
-
-    def forward(self, images: Tensor, variance: float = 1.0) -> VQSVAEOutput:
-        """Reconstruct images `[N,C,H,W]` in [0,1]; `variance` of the training pixels scales the error in the loss."""
-        quantized = self.vq_layer(self.encoder(images - 0.5))
-        y = self.decoder(quantized.spikes)
-        mse = F.mse_loss(y, images - 0.5)
-        loss = quantized.loss + mse / variance
-        return VQSVAEOutput((y + 0.5).clamp(0, 1), quantized.codes, loss, quantized.loss, mse)
+        KeyError if they are of something else.
+        """
+        hidden, channels = weights["encoder.snn_convs.0.weight"].shape[:2]
+        codebook_size, embedding_dim = weights["vq_layer.embeddings.weight"].shape
+        return dict(channels=channels, codebook_size=codebook_size, embedding_dim=embedding_dim, hidden=hidden)

@@ -1,79 +1,316 @@
 """The figures of a run, each with its protocol, and the table that is printed at the end."""
 
 import json
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Collection
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor, nn
 
+from datasets import ImageData
 from errors import UserError
+from metrics.classifier import (
+    FEATURES,
+    accuracy,
+    class_balance,
+    classifier_distance,
+    classifier_features,
+    classifier_logits,
+    mean_confidence,
+)
 from metrics.codebook import perplexity, usage
-from metrics.fid import FEWEST_IMAGES, fid
-from metrics.inception import load_inception
+from metrics.counts import check_enough
+from metrics.fad import FAD_IMAGES, fad, fad_features
+from metrics.fid import (
+    FEWEST_IMAGES,
+    KID_SUBSET_SIZE,
+    PAPER_IMAGES,
+    fid,
+    inception_score,
+    kid,
+    paper_fid,
+)
+from metrics.inception import (
+    inception_features,
+    inception_logits,
+    load_inception,
+    load_paper_inception,
+    paper_inception_features,
+)
+from metrics.manifold import manifold_figures
 from metrics.reconstruction import mse, ssim
+from pipeline.feature_networks import classifier, fad_network, reference_features
+from pipeline.generators import CodeDiffusion, Generator
 from pipeline.machine import Machine
 from pipeline.pictures import to_float
 from pipeline.run_folder import RunFolder, write_whole
-from pipeline.sampling import decode_codes, encode_images
 
-METRICS = ("fid", "mse", "ssim", "codebook")
 FID_IMAGES = 10_000  # generated for FID, as is usual
+ENERGY_IMAGES = 16
+Figures = dict[str, float]
 
 
-def record(name: str, value: float, protocol: str, *, split: str, real: int, generated: int = 0, seed: int) -> dict:
+def record(name: str, value: float, protocol: str, *, split: str, real: int, generated: int = 0, **more: Any) -> dict:
     """One figure of metrics.json; everything that is needed to compare it is beside it."""
     counts = {"num_generated": generated, "num_real": real}
-    return {"name": name, "value": value, "protocol": protocol, "split": split, **counts, "seed": seed}
+    return {"name": name, "value": value, "protocol": protocol, "split": split, **counts, **more}
 
 
-def load_fid_network(options: Namespace, real: Tensor, machine: Machine) -> nn.Module | None:
-    """The Inception network if FID is wanted and can be had; otherwise None, after one line that says why.
+# ---- figures of generated images ----
 
-    Asked for before anything is drawn, so that no thousands of images are drawn for a figure that cannot be computed.
+
+class FeatureNetwork(NamedTuple):
+    """What looks at images for some figures.
+
+    Attributes:
+        network: and `features`, which takes images and network to features `[N,D]`.
+        protocol: what there is to say about it.
+        fixed: the numbers of generated and real images, if the protocol fixes them; then the split is test, too.
+        reference: statistics that came with the network, of FAD alone.
     """
-    if "fid" not in options.metrics:
-        return None
-    if options.num_samples is not None and options.num_samples < FID_IMAGES:
-        print(f"no FID: --num_samples {options.num_samples} is fewer than the {FID_IMAGES} images it is defined on")
-        return None
-    if len(real) < FEWEST_IMAGES:
-        print(f"no FID: it needs {FEWEST_IMAGES} real images, and the test split has {len(real)}")
-        return None
-    try:
-        return load_inception(options.fid_weights, machine.device)
-    except UserError as error:
-        print(f"no FID: {error}")
-        return None
+
+    network: nn.Module
+    features: Callable[[Tensor, nn.Module], np.ndarray]
+    protocol: str
+    fixed: tuple[int, int] | None = None
+    reference: Any = None
 
 
-def reconstruction_figures(model: nn.Module, test: Tensor, options: Namespace, machine: Machine) -> list[dict]:
+class Seen:
+    """What a network sees of generated and real images, looked at when first asked for; `seed` is for KID's subsets."""
+
+    def __init__(self, look: FeatureNetwork, images: Tensor, data: ImageData, split: str, seed: int):
+        self.look, self.data, self.seed = look, data, seed
+        self.split = "test" if look.fixed else split
+        real = getattr(data, self.split)
+        first, real_first = look.fixed or (len(images), len(real))
+        self.images, self.real_images = images[:first], real[:real_first]
+
+    @cached_property
+    def generated(self) -> np.ndarray:
+        """Features `[N,D]` of the generated images."""
+        return self.look.features(self.images, self.look.network)
+
+    @cached_property
+    def real(self) -> np.ndarray:
+        """Features `[M,D]` of the real images, from the cache if they are there."""
+        look, name = self.look, f"{Path(self.data.name).name}-{self.split}"
+        return reference_features(look.network, look.features, self.real_images, name)
+
+
+def _inception(options: Namespace, data: ImageData, machine: Machine) -> FeatureNetwork:
+    network, weights = load_inception(options.fid_weights, machine.device), options.fid_weights or "as published"
+    return FeatureNetwork(network, inception_features, f"pytorch-fid's Inception, weights {weights}")
+
+
+def _paper_inception(options: Namespace, data: ImageData, machine: Machine) -> FeatureNetwork:
+    network = load_paper_inception(options.paper_fid_weights, machine.device)
+    protocol = "the release's: ImageNet Inception, normalised twice, SVD root"
+    return FeatureNetwork(network, paper_inception_features, protocol, fixed=(PAPER_IMAGES, PAPER_IMAGES))
+
+
+def _fad(options: Namespace, data: ImageData, machine: Machine) -> FeatureNetwork:
+    network, origin, statistics = fad_network(data, options.fad_weights, machine, options.seed)
+    fixed = FAD_IMAGES, len(data.test)
+    return FeatureNetwork(network, fad_features, f"autoencoder at 32x32, {origin}", fixed, statistics)
+
+
+def _classifier(options: Namespace, data: ImageData, machine: Machine) -> FeatureNetwork:
+    network, origin = classifier(data, machine, options.seed)
+    return FeatureNetwork(network, classifier_features, origin)
+
+
+NETWORKS = {"inception": _inception, "paper": _paper_inception, "fad": _fad, "classifier": _classifier}
+"""Loaders; they raise UserError where there is no such network for the data set, or no weights."""
+
+
+class Metric(NamedTuple):
+    """Figures of generated images: the network, and the fewest generated and real images they are computed of."""
+
+    network: str
+    generated: int
+    real: int
+    figures: Callable[[Seen], Figures]
+
+
+def _kid(seen: Seen) -> Figures:
+    return dict(zip(("kid", "kid_std"), kid(seen.generated, seen.real, seen.seed), strict=True))
+
+
+def _inception_score(seen: Seen) -> Figures:
+    score = inception_score(inception_logits(seen.generated, seen.look.network))
+    return dict(zip(("inception_score", "inception_score_std"), score, strict=True))
+
+
+def _prdc(seen: Seen) -> Figures:
+    return manifold_figures(seen.generated, seen.real)._asdict()
+
+
+def _classifier_figures(seen: Seen) -> Figures:
+    logits, real = (classifier_logits(features, seen.look.network) for features in (seen.generated, seen.real))
+    return {
+        "classifier_frechet": classifier_distance(seen.generated, seen.real),
+        "classifier_accuracy": accuracy(real, getattr(seen.data, f"{seen.split}_labels")),
+        "class_balance": class_balance(logits),
+        "confidence": mean_confidence(logits),
+        "confidence_real": mean_confidence(real),
+        **{f"classifier_{name}": value for name, value in _prdc(seen).items()},
+    }
+
+
+GENERATED_METRICS = {
+    "fid": Metric("inception", FID_IMAGES, FEWEST_IMAGES, lambda seen: {"fid": fid(seen.generated, seen.real)}),
+    "kid": Metric("inception", FID_IMAGES, KID_SUBSET_SIZE, _kid),
+    "is": Metric("inception", FID_IMAGES, 0, _inception_score),
+    "prdc": Metric("inception", FID_IMAGES, FEWEST_IMAGES, _prdc),
+    "paper_fid": Metric(
+        "paper", PAPER_IMAGES, PAPER_IMAGES, lambda seen: {"paper_fid": paper_fid(seen.generated, seen.real)}
+    ),
+    "fad": Metric("fad", FAD_IMAGES, 0, lambda seen: {"fad": fad(seen.generated, seen.look.reference)}),
+    "classifier": Metric("classifier", FAD_IMAGES, FEATURES + 1, _classifier_figures),
+}
+METRICS = (*GENERATED_METRICS, "mse", "ssim", "codebook", "energy")
+
+
+def names_of(metrics: Collection[str]) -> Callable[[str], list[str]]:
+    """An argparse type: names among `metrics`, separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        strange = [name for name in names if name not in metrics]
+        if strange or not names:
+            wrong = f"unknown metric {strange[0]!r}" if strange else "no metric named"
+            raise ArgumentTypeError(f"{wrong}: choose from {', '.join(metrics)}")
+        return names
+
+    return parse
+
+
+class Evaluation:
+    """The figures of generated images that can be computed here, found out before any image is drawn.
+
+    Args:
+        options: `metrics` (None: all that can be had; what cannot is said in a line), `num_samples` (None: as many as
+            are needed), `reference` ("test" or "train"), `seed`, and the weights `fid_weights`, `paper_fid_weights`,
+            `fad_weights`.
+        data: the real images, and what networks are trained on.
+        machine: where networks run.
+
+    Raises UserError where a metric was asked for by name and cannot be computed.
+    """
+
+    def __init__(self, options: Namespace, data: ImageData, machine: Machine):
+        self.options, self.data, self.machine = options, data, machine
+        self.networks: dict[str, FeatureNetwork | UserError] = {}
+        wanted = [name for name in GENERATED_METRICS if options.metrics is None or name in options.metrics]
+        obstacles = {name: self._obstacle(GENERATED_METRICS[name]) for name in wanted}
+        self.metrics = {name: GENERATED_METRICS[name] for name in wanted if not obstacles[name]}
+        for obstacle in filter(None, dict.fromkeys(obstacles.values())):
+            missing = f"no {', '.join(name for name in wanted if obstacles[name] == obstacle)}: {obstacle}"
+            if options.metrics is not None:
+                raise UserError(missing)
+            print(missing)
+
+    @property
+    def images_needed(self) -> int:
+        """Generated images that the figures take; 0 if there is none to compute."""
+        return max((metric.generated for metric in self.metrics.values()), default=0)
+
+    def _obstacle(self, metric: Metric) -> str | None:
+        """Why a metric cannot be computed, if so."""
+        try:
+            if self.options.num_samples is not None:
+                check_enough("this", metric.generated, generated=range(self.options.num_samples))
+            check_enough("this", metric.real, real=getattr(self.data, self.options.reference))
+            self._load(metric.network)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def _load(self, name: str) -> FeatureNetwork:
+        """The network of this name; loaded once, refused each time with the same words."""
+        if name not in self.networks:
+            try:
+                self.networks[name] = NETWORKS[name](self.options, self.data, self.machine)
+            except UserError as error:
+                self.networks[name] = error
+        network = self.networks[name]
+        if isinstance(network, UserError):
+            raise network
+        return network
+
+    def figures(self, images: Tensor, about: str = "") -> list[dict]:
+        """The figures of generated `images`, uint8 `[N,C,H,W]`; `about` says how they were drawn."""
+        o, networks = self.options, {metric.network for metric in self.metrics.values()}
+        seen = {name: Seen(self._load(name), images, self.data, o.reference, o.seed) for name in networks}
+        return [
+            record(
+                figure,
+                value,
+                "; ".join(filter(None, (seen[metric.network].look.protocol, about))),
+                split=seen[metric.network].split,
+                real=len(seen[metric.network].real_images),
+                generated=len(seen[metric.network].images),
+                seed=o.seed,
+            )
+            for metric in self.metrics.values()
+            for figure, value in metric.figures(seen[metric.network]).items()
+        ]
+
+
+# ---- figures of a model itself ----
+
+
+def reconstruction_figures(generator: Generator, test: Tensor, wanted: Collection[str], seed: int) -> list[dict]:
     """MSE, SSIM and codebook figures of the autoencoder on all of `test`, uint8 `[N,C,H,W]`."""
-    codes = encode_images(model, test, machine, options.eval_batch_size)
-    pair = to_float(test), to_float(decode_codes(model, codes, machine, options.eval_batch_size))
-    size = model.codebook_size
+    figures = []
+    about = {"split": "test", "real": len(test), "seed": seed}
     mean = "reconstructions as 8-bit images in [0,1], mean over all"
-    table = (  # metric, name, protocol, value
-        ("mse", "mse", f"{mean} pixels", lambda: mse(*pair)),
-        ("ssim", "ssim", f"{mean} images, torchmetrics", lambda: ssim(*pair)),
-        ("codebook", "codebook_usage", f"share of the {size} codes that occur", lambda: usage(codes, size)),
-        ("codebook", "codebook_perplexity", "exp of the code entropy in nats", lambda: perplexity(codes, size)),
-    )
-    about = {"split": "test", "real": len(test), "seed": options.seed}
-    return [
-        record(name, value(), protocol, **about) for metric, name, protocol, value in table if metric in options.metrics
-    ]
+    if {"mse", "ssim"} & set(wanted):
+        pair = to_float(test), to_float(generator.reconstruct(test))
+        if "mse" in wanted:
+            figures.append(record("mse", mse(*pair), f"{mean} pixels", **about))
+        if "ssim" in wanted:
+            figures.append(record("ssim", ssim(*pair), f"{mean} images, torchmetrics", **about))
+    if "codebook" in wanted and isinstance(generator, CodeDiffusion):
+        codes, size = generator.encode(test), generator.autoencoder.codebook_size
+        figures += [
+            record("codebook_usage", usage(codes, size), f"share of the {size} codes that occur", **about),
+            record("codebook_perplexity", perplexity(codes, size), "exp of the code entropy in nats", **about),
+        ]
+    return figures
 
 
-def fid_figure(generated: Tensor, real: Tensor, inception: nn.Module, options: Namespace) -> dict:
-    """FID of `generated` against `real`, both uint8 `[N,C,H,W]`."""
-    weights, steps = options.fid_weights or "as published", options.sample_steps or "all"
-    protocol = f"pytorch-fid pool3, weights {weights}, temperature {options.temperature:g}, {steps} timesteps"
-    value = fid(generated, real, inception)
-    return record("fid", value, protocol, split="test", real=len(real), generated=len(generated), seed=options.seed)
+def energy_figures(generator: Generator, test: Tensor, seed: int) -> list[dict]:
+    """Energy in nJ per image of each part and of a whole sample, with and without spikes, and the mean firing rate."""
+    images = test[:ENERGY_IMAGES]
+    cost = generator.cost(images)
+    about = {"split": "test", "real": len(images), "seed": seed}
+    figures = []
+    for part, counted in cost.operations.items():
+        counts = {"macs": counted.macs, "acs": counted.acs, "macs_without_spikes": counted.dense_macs}
+        protocol = f"nJ an image: {counted.macs:.4g} MACs of 4.6 pJ, {counted.acs:.4g} ACs of 0.9 pJ"
+        figures.append(record(f"energy_{part}", counted.energy / 1000, protocol, **about, **counts))
+        protocol = f"nJ an image: the same layers once, without spikes, {counted.dense_macs:.4g} MACs"
+        figures.append(record(f"energy_{part}_without_spikes", counted.dense_energy / 1000, protocol, **about))
+    if cost.firing_rates:
+        mean = sum(cost.firing_rates.values()) / len(cost.firing_rates)
+        protocol = "spikes per neuron and spike step, mean over layers"
+        figures.append(record("firing_rate", mean, protocol, **about, layers=cost.firing_rates))
+    return figures
 
 
 def write_figures(run: RunFolder, figures: list[dict]) -> None:
     """Write metrics.json and print the table."""
     write_whole(run.metrics, (json.dumps(figures, indent=1) + "\n").encode())
+    print_figures(figures)
+
+
+def print_figures(figures: list[dict]) -> None:
+    """Print a table of figures with their protocols."""
     if not figures:
         return
     width = max(len(figure["name"]) for figure in figures)

@@ -13,14 +13,13 @@ from tqdm import tqdm
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from models import SDID
 from pipeline.machine import Machine
-from pipeline.pictures import encode_png, grid, save_png, to_float, to_uint8, trajectory_picture
-from pipeline.run_folder import RunFolder, write_whole
+from pipeline.pictures import encode_png, grid, save_png, to_float, to_uint8
+from pipeline.run_folder import write_whole
 
 GRID_IMAGES = 64
-TRAJECTORY_MOMENTS = 12
 
 
-def _batches(tensor: Tensor, batch_size: int, title: str) -> Iterable[Tensor]:
+def in_batches(tensor: Tensor, batch_size: int, title: str) -> Iterable[Tensor]:
     """Parts of a tensor, with a progress bar if there are many."""
     hidden = None if len(tensor) > 1000 else True  # None: where stderr is no terminal
     with tqdm(total=len(tensor), desc=title, unit=" images", leave=False, disable=hidden) as bar:
@@ -35,7 +34,7 @@ def encode_images(model: nn.Module, images: Tensor, machine: Machine, batch_size
     model.eval()
     codes = []
     with machine.autocast():
-        for part in _batches(images, batch_size, "encoding"):
+        for part in in_batches(images, batch_size, "encoding"):
             codes.append(model.encode(to_float(part.to(machine.device))).cpu().to(torch.int16))
     return torch.cat(codes)
 
@@ -45,7 +44,7 @@ def decode_codes(model: nn.Module, codes: Tensor, machine: Machine, batch_size: 
     """Images of `codes [N,h,w]`, uint8 `[N,C,H,W]` on the CPU."""
     model.eval()
     with machine.autocast():
-        parts = _batches(codes, batch_size, "decoding")
+        parts = in_batches(codes, batch_size, "decoding")
         return torch.cat([to_uint8(model.decode(part.to(machine.device).long())).cpu() for part in parts])
 
 
@@ -63,7 +62,7 @@ def draw_codes(
     denoiser.eval()
     codes = []
     with machine.autocast():
-        for part in _batches(torch.arange(len(noise.uniforms)), batch_size, "sampling"):
+        for part in in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling"):
             here = SamplingNoise(*(values[part].to(machine.device) for values in noise))
             codes.append(diffusion.sample(denoiser.logits_at, here, temperature, sample_steps).cpu())
     return torch.cat(codes)
@@ -79,18 +78,3 @@ def write_samples(folder: Path, images: Tensor, single_files: bool) -> None:
     if single_files:
         for i, image in enumerate(images):
             write_whole(folder / "png" / f"{i:05d}.png", encode_png(image))
-
-
-def write_trajectory(
-    run: RunFolder,
-    diffusion: AbsorbingDiffusion,
-    codes: Tensor,
-    noise: SamplingNoise,
-    image: Tensor,
-    steps: int | None,
-) -> None:
-    """`trajectory.png`: how sample 0 of `codes` and `noise` came about; `image`, uint8 `[C,H,W]`, is its decoding."""
-    first = SamplingNoise(*(values[:1] for values in noise))
-    moments = torch.linspace(diffusion.num_timesteps + 1, 1, TRAJECTORY_MOMENTS).round().int().tolist()
-    tokens = torch.cat([diffusion.trajectory(codes[:1], first, t, steps) for t in moments])
-    save_png(run.samples / "trajectory.png", trajectory_picture(tokens, image, diffusion.mask_token))

@@ -1,10 +1,11 @@
 """The way of a run through its stages: train the autoencoder, train the denoiser, sample, evaluate."""
 
-import math
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +13,15 @@ from torch import Tensor, nn
 from datasets import ImageData, load_dataset
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
-from models import AUTOENCODERS, SDID, autoencoder_options, build_model, denoiser_options
-from pipeline.evaluation import FID_IMAGES, fid_figure, load_fid_network, reconstruction_figures, write_figures
+from models import AUTOENCODERS, FSVAE, SDID, build_model
+from pipeline.evaluation import METRICS, Evaluation, energy_figures, reconstruction_figures, write_figures
+from pipeline.generators import CodeDiffusion, Generator, PriorSampling
 from pipeline.machine import Machine, Network
+from pipeline.pictures import save_png
 from pipeline.run_folder import RunFolder, load_weights
-from pipeline.sampling import (
-    GRID_IMAGES,
-    decode_codes,
-    draw_codes,
-    encode_images,
-    write_samples,
-    write_trajectory,
-)
-from pipeline.training import Schedule, Trainer, derive_seed, sdid_trainer, vqsvae_trainer
+from pipeline.sampling import GRID_IMAGES, encode_images, write_samples
+from pipeline.temperature import choose_temperature
+from pipeline.training import Schedule, Trainer, derive_seed, fsvae_trainer, sdid_trainer, vqsvae_trainer
 
 STAGES = ("all", "vqsvae", "sdid", "sample", "evaluate")
 
@@ -76,7 +73,7 @@ class Pipeline:
         stage = self.options.stage
         if stage in ("all", "vqsvae", "sdid") and not self.options.checkpoint:
             self._begin_training()
-            trainings = {"vqsvae": self.train_vqsvae, "sdid": self.train_sdid}
+            trainings = {"vqsvae": self.train_autoencoder, "sdid": self.train_sdid}
             for name, train in trainings.items():
                 if stage in (name, "all") and not train():
                     minutes = f"--max_minutes {self.options.max_minutes:g} are over"
@@ -90,105 +87,136 @@ class Pipeline:
         for path in self.run.contents():
             print(f"  {path}")
 
-    def train_vqsvae(self) -> bool:
+    @property
+    def has_denoiser(self) -> bool:
+        """Whether the model has a second stage; otherwise it draws from a prior of its own."""
+        return AUTOENCODERS[self.options.model] is not FSVAE
+
+    def train_autoencoder(self) -> bool:
         """Stage 1; False if the time was over before its last epoch."""
         if self.last.get("stage") == "sdid":
             return True
         o, data = self.options, self.data
-        torch.manual_seed(o.seed)
+        torch.manual_seed(derive_seed(o.seed, 1))
         model = build_model(
             o.model,
             channels=data.shape[0],
+            image_size=data.shape[1],
             codebook_size=o.codebook_size,
             embedding_dim=o.embedding_dim,
-            spike_steps=o.spike_steps,
             hidden=o.hidden_channels,
+            **self._told(),
         )
-        schedule = Schedule(o.epochs, o.batch_size, o.lr, o.seed, o.max_minutes)
-        trainer = vqsvae_trainer(
-            self.machine.place(model),
-            data.train,
-            data.test,
-            data.variance,
-            run=self.run,
-            schedule=schedule,
-            machine=self.machine,
-        )
-        return self._train(trainer, "vqsvae")
+        settings = {"run": self.run, "schedule": self._schedule(o.epochs), "machine": self.machine}
+        self.machine.place(model)
+        if self.has_denoiser:
+            trainer = vqsvae_trainer(model, data.train, data.test, data.variance, **settings)
+        else:
+            trainer = fsvae_trainer(model, data.train, data.test, **settings)
+        return self._train(trainer)
 
     def train_sdid(self) -> bool:
         """Stage 2, on the codes of the training images; False if the time was over before its last epoch."""
+        if not self.has_denoiser:
+            return True
         o = self.options
         vqsvae = self.load_autoencoder()
         codes = encode_images(vqsvae, self.data.train, self.machine, o.eval_batch_size)
         torch.manual_seed(derive_seed(o.seed, 2))
         denoiser = SDID(o.codebook_size, o.spike_steps, o.denoiser_channels)
-        schedule = Schedule(o.diffusion_epochs, o.batch_size, o.lr, o.seed, o.max_minutes)
         diffusion = AbsorbingDiffusion(o.codebook_size, codes[0].numel())
-        settings = {"run": self.run, "schedule": schedule, "machine": self.machine}
+        settings = {"run": self.run, "schedule": self._schedule(o.diffusion_epochs), "machine": self.machine}
         trainer = sdid_trainer(self.machine.place(denoiser), vqsvae, diffusion, codes, o.loss, **settings)
-        return self._train(trainer, "sdid")
+        return self._train(trainer)
 
     def sample(self) -> None:
         """Draw images and write them."""
-        self.draw(*self.load_networks(), self.options.num_samples or GRID_IMAGES)
+        self.draw(self.load_generator(), self.options.num_samples or GRID_IMAGES)
 
     def evaluate(self) -> None:
         """Draw images, as many as the figures need, and compute the figures."""
-        vqsvae, denoiser = self.load_networks()
+        generator = self.load_generator()
         o, test = self.options, self.data.test
-        inception = load_fid_network(o, test, self.machine)
-        count = o.num_samples or (FID_IMAGES if inception is not None else GRID_IMAGES)
-        images = self.draw(vqsvae, denoiser, count)
-        figures = reconstruction_figures(vqsvae, test, o, self.machine)
-        if inception is not None:
-            figures.append(fid_figure(images, test, inception, o))
+        evaluation = Evaluation(o, self.data, self.machine)
+        images, how = self.draw(generator, o.num_samples or evaluation.images_needed or GRID_IMAGES)
+        wanted = METRICS if o.metrics is None else o.metrics
+        figures = evaluation.figures(images, how) + reconstruction_figures(generator, test, wanted, o.seed)
+        if "energy" in wanted:
+            figures += energy_figures(generator, test, o.seed)
         write_figures(self.run, figures)
 
-    def draw(self, vqsvae: nn.Module, denoiser: SDID, count: int) -> Tensor:
-        """Draw `count` images, write them with a grid and a trajectory, and return them, uint8 `[N,C,H,W]`."""
-        o = self.options
-        grid = self.code_grid()
-        diffusion = AbsorbingDiffusion(vqsvae.codebook_size, math.prod(grid))
-        noise = diffusion.noise(o.seed, range(count), grid)
-        how = {"temperature": o.temperature, "sample_steps": o.sample_steps, "batch_size": o.eval_batch_size}
-        codes = draw_codes(denoiser, diffusion, noise, self.machine, **how)
-        images = decode_codes(vqsvae, codes, self.machine, o.eval_batch_size)
-        write_samples(self.run.samples, images, o.png)
-        write_trajectory(self.run, diffusion, codes, noise, images[0], o.sample_steps)
-        return images
+    def draw(self, generator: Generator, count: int) -> tuple[Tensor, str]:
+        """Draw `count` images and write them; they are returned, uint8 `[N,C,H,W]`, with a word on how they were drawn.
 
-    def load_networks(self) -> tuple[nn.Module, SDID]:
-        """The autoencoder, and the denoiser beside it. Raises UserError if they do not fit each other.
+        Where there is a denoiser, its temperature is chosen first if that was left to us, and a trajectory is written.
+        """
+        how = "drawn from its prior"
+        if isinstance(generator, CodeDiffusion):
+            generator, chosen = self._with_temperature(generator)
+            how = f"temperature {generator.temperature:g}{chosen}, {generator.sample_steps or 'all'} timesteps"
+            save_png(self.run.samples / "trajectory.png", generator.trajectory())
+        images = generator.draw(range(count))
+        write_samples(self.run.samples, images, self.options.png)
+        return images, how
+
+    def _with_temperature(self, generator: CodeDiffusion) -> tuple[CodeDiffusion, str]:
+        o = self.options
+        if o.temperature != "auto":
+            return replace(generator, temperature=o.temperature), ""
+        temperature = choose_temperature(generator, self.data, o.fad_weights, self.run)
+        return replace(generator, temperature=temperature), " chosen on held-out training images"
+
+    def load_generator(self) -> Generator:
+        """The trained networks. Raises UserError if they are not there or do not fit each other.
 
         Asked for first, so that a wrong path costs no time.
         """
-        vqsvae, path = self.load_autoencoder(), self.run.denoiser
+        o, autoencoder = self.options, self.load_autoencoder()
+        self.run.check_writable()
+        how = {"machine": self.machine, "seed": o.seed, "batch_size": o.eval_batch_size}
+        if not self.has_denoiser:
+            return PriorSampling(autoencoder, **how)
+        denoiser = self.load_denoiser(autoencoder)
+        return CodeDiffusion(autoencoder, denoiser, self.code_grid(), sample_steps=o.sample_steps, **how)
+
+    def load_denoiser(self, autoencoder: nn.Module) -> SDID:
+        """The denoiser beside the autoencoder."""
+        path = self.run.denoiser
         if not path.is_file():
             raise UserError(f"{path} is not there: a denoiser belongs beside the autoencoder; --stage sdid trains it")
-        denoiser = self._load(path, "a denoiser", SDID, denoiser_options)
-        codes, wanted = vqsvae.codebook_size, denoiser.codebook_size
+        build = partial(SDID, spike_steps=self.options.spike_steps)
+        denoiser = self._load(path, "a denoiser", build, SDID.options_of)
+        codes, wanted = autoencoder.codebook_size, denoiser.codebook_size
         if codes != wanted:
             raise UserError(f"{path} is for {wanted} codes, {self.autoencoder_path} has {codes}: take both of one run")
-        self.run.check_writable()
-        return vqsvae, denoiser
+        return denoiser
 
     def load_autoencoder(self) -> nn.Module:
         """The autoencoder of the checkpoint, shaped after its weights. Raises UserError if it does not fit the data."""
         o, path = self.options, self.autoencoder_path
         kind = f"the autoencoder {o.model}, which a run keeps in model.pth"
-        vqsvae = self._load(path, kind, partial(build_model, o.model), autoencoder_options)
+        build = partial(build_model, o.model, **self._told())
+        autoencoder = self._load(path, kind, build, AUTOENCODERS[o.model].options_of)
         channels = (o.image_shape or self.data.shape)[0]
-        if vqsvae.channels != channels:
-            raise UserError(f"{path} is for images of {vqsvae.channels} channels, {o.dataset_name} has {channels}")
-        return vqsvae
+        if autoencoder.channels != channels:
+            raise UserError(f"{path} is for images of {autoencoder.channels} channels, {o.dataset_name} has {channels}")
+        return autoencoder
+
+    def _told(self) -> dict[str, Any]:
+        """Options of an autoencoder that its weights do not tell."""
+        o = self.options
+        return {"spike_steps": o.spike_steps, "readout": o.readout, "spike_generator": o.spike_generator}
+
+    def _schedule(self, epochs: int) -> Schedule:
+        o = self.options
+        return Schedule(epochs, o.batch_size, o.lr, o.seed, o.max_minutes)
 
     def _load(self, path: Path, kind: str, build: Callable[..., Network], shape_of: Callable[[dict], dict]) -> Network:
         weights = load_weights(path)
         try:
-            network = build(**shape_of(weights), spike_steps=self.options.spike_steps)
+            network = build(**shape_of(weights))
             network.load_state_dict(weights)
-        except (KeyError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        except (KeyError, AttributeError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{path} does not hold the weights of {kind}") from error
         return self.machine.place(network)
 
@@ -198,6 +226,8 @@ class Pipeline:
             raise UserError("all training images are of one and the same colour: nothing can be learned from them")
         self.code_grid()
         if self.options.stage == "sdid":
+            if not self.has_denoiser:
+                raise UserError(f"--stage sdid: {self.options.model} draws from its own prior and has no second stage")
             codes = self.load_autoencoder().codebook_size
             if codes != self.options.codebook_size:
                 raise UserError(f"{self.autoencoder_path} has {codes} codes: say so with --codebook_size {codes}")
@@ -205,8 +235,8 @@ class Pipeline:
         options = {key: value for key, value in vars(self.options).items() if key not in ("resume", "checkpoint")}
         self.run.write_config({key: str(value) if isinstance(value, Path) else value for key, value in options.items()})
 
-    def _train(self, trainer: Trainer, stage: str) -> bool:
-        if self.last.get("stage") == stage:
+    def _train(self, trainer: Trainer) -> bool:
+        if self.last.get("stage") == trainer.name:
             try:
                 trainer.restore(self.last)
             except (KeyError, TypeError, RuntimeError, ValueError) as error:

@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
-from models import SDID, VQSVAE
+from models import FSVAE, SDID
+from models.vq_autoencoder import VQAutoencoder
+from pipeline.generators import PriorSampling
 from pipeline.machine import Machine
 from pipeline.pictures import grid, save_png, to_float
 from pipeline.run_folder import RunFolder, save_weights
@@ -22,6 +24,7 @@ from pipeline.sampling import decode_codes, draw_codes, encode_images
 
 PREVIEW_IMAGES = 16
 PREVIEW_TEMPERATURE = 0.65  # of the release's pictures during training
+SCHEDULED_SAMPLING = (0.1, 0.3)  # probability in the first epoch, and after the last, of FSVAE
 
 Losses = dict[str, Tensor]
 LossFunction = Callable[[Tensor, torch.Generator], Losses]
@@ -159,13 +162,13 @@ class Trainer:
         return losses
 
 
-def vqsvae_trainer(model: VQSVAE, train: Tensor, test: Tensor, variance: float, **options: Any) -> Trainer:
+def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: float, **options: Any) -> Trainer:
     """Stage 1: the autoencoder on `train`, uint8 `[N,C,H,W]`; previews show `test` over its reconstructions."""
     run, machine = options["run"], options["machine"]
     shown = test[:PREVIEW_IMAGES]
 
     def losses(batch: Tensor, generator: torch.Generator) -> Losses:
-        out = model(to_float(batch), variance)
+        out = model(to_float(batch), variance, generator)
         return {"loss": out.loss, "mse": out.mse, "quantizer_loss": out.quantizer_loss}
 
     def preview(epoch: int) -> None:
@@ -176,8 +179,29 @@ def vqsvae_trainer(model: VQSVAE, train: Tensor, test: Tensor, variance: float, 
     return Trainer((1, "vqsvae"), model, train, losses, preview, checkpoint=run.model, **options)
 
 
+def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> Trainer:
+    """The variational autoencoder on `train`, uint8 `[N,C,H,W]`; previews show `test` and samples of the prior."""
+    run, schedule = options["run"], options["schedule"]
+    shown = test[:PREVIEW_IMAGES]
+    generator_of = PriorSampling(model, options["machine"], schedule.seed)
+
+    def losses(batch: Tensor, generator: torch.Generator) -> Losses:
+        first, last = SCHEDULED_SAMPLING
+        p = first + (last - first) * trainer.progress.epoch / schedule.epochs
+        out = model(to_float(batch), generator, p)
+        return {"loss": out.loss, "mse": out.mse, "mmd": out.mmd}
+
+    def preview(epoch: int) -> None:
+        rows = torch.cat((shown, generator_of.reconstruct(shown)))
+        show(run, "reconstructions", grid(rows, len(shown)), epoch)
+        show(run, "samples", grid(generator_of.draw(range(PREVIEW_IMAGES)), PREVIEW_IMAGES // 2), epoch)
+
+    trainer = Trainer((1, "vae"), model, train, losses, preview, checkpoint=run.model, **options)
+    return trainer
+
+
 def sdid_trainer(
-    denoiser: SDID, vqsvae: VQSVAE, diffusion: AbsorbingDiffusion, codes: Tensor, loss: str, **options: Any
+    denoiser: SDID, vqsvae: VQAutoencoder, diffusion: AbsorbingDiffusion, codes: Tensor, loss: str, **options: Any
 ) -> Trainer:
     """Stage 2: the denoiser on `codes [N,h,w]`; previews are samples that `vqsvae` decodes."""
     run, machine, seed = options["run"], options["machine"], options["schedule"].seed

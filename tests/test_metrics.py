@@ -9,30 +9,65 @@ from PIL import Image
 from pytorch_fid.fid_score import get_activations
 
 from errors import UserError
+from metrics import fid as fid_module
 from metrics import inception as inception_module
+from metrics import manifold
+from metrics.classifier import (
+    Classifier,
+    accuracy,
+    class_balance,
+    classifier_distance,
+    classifier_features,
+    classifier_logits,
+    mean_confidence,
+)
 from metrics.codebook import perplexity, usage
-from metrics.fid import FEWEST_IMAGES, fid
-from metrics.frechet import feature_statistics, frechet_distance
-from metrics.inception import FID_WEIGHTS_URL, inception_features, load_inception
+from metrics.fad import FadAutoencoder, fad, fad_features, load_published, to_fad_range, to_fad_size
+from metrics.fid import fid, inception_score, kid, paper_fid
+from metrics.frechet import feature_statistics, frechet_distance, frechet_distance_of_release
+from metrics.inception import (
+    FID_WEIGHTS_URL,
+    PAPER_WEIGHTS_URL,
+    inception_features,
+    inception_logits,
+    load_inception,
+    load_paper_inception,
+    paper_inception_features,
+)
+from metrics.manifold import manifold_figures
 from metrics.reconstruction import mse, ssim
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A file with the keys and shapes of pytorch-fid's (its patches change no shape), and random weights."""
+def save_random_inception(path, **options):
     torch.manual_seed(0)
-    network = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
+    network = torchvision.models.inception_v3(init_weights=False, **options)
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")  # keeps the signal alive
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
     torch.save(network.state_dict(), path)
     return path
 
 
 @pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file with the keys and shapes of pytorch-fid's (its patches change no shape), and random weights."""
+    path = tmp_path_factory.mktemp("inception") / "random.pth"
+    return save_random_inception(path, num_classes=1008, aux_logits=False)
+
+
+@pytest.fixture(scope="module")
 def inception(weights):
     return load_inception(weights, "cpu")
+
+
+@pytest.fixture(scope="module")
+def paper_weights(tmp_path_factory):
+    """A file with the keys and shapes of torchvision's, and random weights."""
+    return save_random_inception(tmp_path_factory.mktemp("inception") / "imagenet.pth")
+
+
+def random_features(count, size=64, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, size)).astype(np.float32)
 
 
 def random_covariance(generator, size):
@@ -110,7 +145,7 @@ def test_frechet_distance_of_diagonal_gaussians():
     assert frechet_distance(mu1, np.diag(std1**2), mu2, np.diag(std2**2)) == pytest.approx(expected)
 
 
-def test_frechet_distance_takes_the_root_of_the_product_and_not_the_release_s_shortcut():
+def test_frechet_distance_takes_the_root_of_the_product_and_the_release_another():
     generator = np.random.default_rng(0)
     sigma1, sigma2 = random_covariance(generator, 6), random_covariance(generator, 6)
     assert not np.allclose(sigma1 @ sigma2, sigma2 @ sigma1)
@@ -118,7 +153,15 @@ def test_frechet_distance_takes_the_root_of_the_product_and_not_the_release_s_sh
     distance = frechet_distance(zero, sigma1, zero, sigma2)
     assert distance == pytest.approx(traces - 2 * np.trace(scipy.linalg.sqrtm(sigma1 @ sigma2)).real)
     u, s, vt = np.linalg.svd(sigma1 @ sigma2)
-    assert distance < 0.95 * (traces - 2 * np.trace(u @ np.diag(np.sqrt(s)) @ vt))
+    of_release = frechet_distance_of_release(zero, sigma1, zero, sigma2)
+    assert of_release == pytest.approx(traces - 2 * np.trace(u @ np.diag(np.sqrt(s)) @ vt))
+    assert distance < 0.95 * of_release
+
+
+def test_frechet_distance_of_the_release_is_right_where_covariances_commute():
+    mu1, mu2, std1, std2 = np.random.default_rng(0).uniform(0.1, 2, size=(4, 5))
+    arguments = mu1, np.diag(std1**2), mu2, np.diag(std2**2)
+    assert frechet_distance_of_release(*arguments) == pytest.approx(frechet_distance(*arguments))
 
 
 def test_inception_features_are_those_of_pytorch_fid(inception, tmp_path):
@@ -138,21 +181,57 @@ def test_grey_is_repeated(inception):
     np.testing.assert_array_equal(inception_features(grey, inception), inception_features(colour, inception))
 
 
-@pytest.mark.parametrize("images", [torch.rand(1, 3, 8, 8), torch.zeros(1, 2, 8, 8, dtype=torch.uint8)])
-def test_other_images_are_refused(images):
+@pytest.mark.parametrize("extract", [inception_features, paper_inception_features, fad_features, classifier_features])
+@pytest.mark.parametrize("images", [torch.rand(1, 3, 32, 32), torch.zeros(1, 2, 32, 32, dtype=torch.uint8)])
+def test_other_images_are_refused(images, extract):
     with pytest.raises(ValueError, match="uint8"):
-        inception_features(images, torch.nn.Identity())
+        extract(images, torch.nn.Identity())
 
 
-def test_weights_without_network_tell_where_to_get_them(monkeypatch):
+def test_logits_are_those_of_the_weights_file_without_bias(inception, weights):
+    features = random_features(3, 2048)
+    state = torch.load(weights, weights_only=True)
+    biased = torch.nn.functional.linear(torch.from_numpy(features), state["fc.weight"], state["fc.bias"])
+    logits = inception_logits(features, inception)
+    assert logits.shape == (3, 1008) and logits.dtype == np.float32
+    np.testing.assert_allclose(logits, (biased - state["fc.bias"]).numpy(), atol=1e-5)
+
+
+def test_paper_features_are_normalised_twice(paper_weights):
+    """Against torchvision's network as it is, whose own input and last convolutions are watched."""
+    network = torchvision.models.inception_v3(init_weights=False, transform_input=True).eval()
+    network.load_state_dict(torch.load(paper_weights, weights_only=True))
+    images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
+    images[1] //= 4
+    seen = {}
+    network.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, inputs: seen.update(first=inputs[0]))
+    network.Mixed_7c.register_forward_hook(lambda _, __, output: seen.update(last=output))
+    enlarged = torch.nn.Upsample(size=(299, 299), mode="bilinear")(images.repeat(1, 3, 1, 1) / 255)
+    with torch.inference_mode():
+        network(enlarged * 2 - 1)
+    red = (enlarged[:, 0] * 2 - 1) * (0.229 / 0.5) + (0.485 - 0.5) / 0.5
+    torch.testing.assert_close(seen["first"][:, 0], red)
+    features = paper_inception_features(images, load_paper_inception(paper_weights, "cpu"), batch_size=1)
+    assert features.shape == (2, 2048) and features.std(axis=0).max() > 0.01
+    np.testing.assert_allclose(features, seen["last"].mean((2, 3)).numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("load", "url", "option"),
+    [
+        (load_inception, FID_WEIGHTS_URL, " --fid_weights PATH"),
+        (load_paper_inception, PAPER_WEIGHTS_URL, " --paper_fid_weights PATH"),
+    ],
+)
+def test_weights_without_network_tell_where_to_get_them(load, url, option, monkeypatch):
     def offline(*args, **kwargs):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(inception_module, "load_state_dict_from_url", offline)
     with pytest.raises(UserError) as caught:
-        load_inception(None, "cpu")
+        load(None, "cpu")
     message = str(caught.value)
-    assert FID_WEIGHTS_URL in message and "--fid_weights PATH" in message and "\n" not in message
+    assert url in message and option in message and "\n" not in message
 
 
 def test_local_weights_never_touch_the_network(weights, monkeypatch):
@@ -188,9 +267,212 @@ def test_wrong_weights_are_one_line(content, tmp_path):
     assert str(path) in message and FID_WEIGHTS_URL in message and "\n" not in message
 
 
-def test_fid_of_too_few_images_is_refused():
-    enough, few = (torch.zeros(count, 1, 1, 1, dtype=torch.uint8) for count in (FEWEST_IMAGES, FEWEST_IMAGES - 1))
-    with pytest.raises(UserError, match="2048 generated images, not 2047"):
-        fid(few, enough, torch.nn.Identity())
-    with pytest.raises(UserError, match="2048 real images, not 2047"):
-        fid(enough, few, torch.nn.Identity())
+@pytest.mark.parametrize(
+    ("figure", "fewest"),
+    [(fid, 2048), (paper_fid, 1280), (lambda a, b: kid(a, b, 0), 1000), (classifier_distance, 129)],
+)
+def test_distance_between_too_few_images_is_refused(figure, fewest, monkeypatch):
+    monkeypatch.setattr(fid_module, "KID_SUBSETS", 2)
+    enough, few = random_features(fewest, 2), random_features(fewest - 1, 2)
+    with pytest.raises(UserError, match=f"{fewest} generated images, not {fewest - 1}"):
+        figure(few, enough)
+    with pytest.raises(UserError, match=f"{fewest} real images, not {fewest - 1}"):
+        figure(enough, few)
+    figure(enough, enough)
+
+
+def test_fid_is_the_frechet_distance_of_all_features():
+    ours, theirs = random_features(2100), random_features(2048, seed=1) * 2
+    assert fid(ours, theirs) == frechet_distance(*feature_statistics(ours), *feature_statistics(theirs))
+    assert fid(ours, ours) == pytest.approx(0, abs=1e-9)
+
+
+def test_paper_fid_takes_the_first_images_of_each_side():
+    ours, theirs = random_features(1280), random_features(1280, seed=1) * 2
+    expected = frechet_distance_of_release(*feature_statistics(ours), *feature_statistics(theirs))
+    longer = np.concatenate((ours, 9 * theirs)), np.concatenate((theirs, 9 * ours))
+    assert paper_fid(*longer) == pytest.approx(expected)
+
+
+def test_kid_of_two_halves_of_a_set_is_near_zero(monkeypatch):
+    monkeypatch.setattr(fid_module, "KID_SUBSETS", 10)
+    features = random_features(4000)
+    mean, deviation = kid(features[:2000], features[2000:], seed=0)
+    moved, _ = kid(features[:2000] + 0.5, features[2000:], seed=0)
+    assert abs(mean) < 2e-3 and 0 < deviation < 0.02 and moved > 0.1
+    assert kid(features[:2000], features[2000:], seed=0) == (mean, deviation)
+    assert kid(features[:2000], features[2000:], seed=1) != (mean, deviation)
+
+
+def test_kid_is_the_unbiased_estimate_over_all_pairs(monkeypatch):
+    monkeypatch.setattr(fid_module, "KID_SUBSETS", 2)
+    ours, theirs = random_features(1000, 3), random_features(1000, 3, seed=1) + 0.3  # one subset, whatever the order
+
+    def kernel(x, y):
+        return (x.astype(np.float64) @ y.T.astype(np.float64) / 3 + 1) ** 3
+
+    def off_diagonal(x):
+        return (kernel(x, x).sum() - np.trace(kernel(x, x))) / (1000 * 999)
+
+    expected = off_diagonal(ours) + off_diagonal(theirs) - 2 * kernel(ours, theirs).mean()
+    assert kid(ours, theirs, seed=0)[0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_inception_score_of_uniform_logits_is_one():
+    assert inception_score(np.full((1000, 10), 3.0, np.float32)) == pytest.approx((1, 0))
+
+
+def test_inception_score_of_certain_and_balanced_logits_is_the_number_of_classes():
+    logits = 100 * np.eye(4, dtype=np.float32)[np.arange(20_000) % 4]
+    mean, deviation = inception_score(logits)
+    assert mean == pytest.approx(4, rel=2e-3) and deviation < 0.01
+
+
+def test_inception_score_leaves_the_random_state_alone():
+    logits = random_features(1000)
+    torch.manual_seed(5)
+    first = inception_score(logits)
+    assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(5))
+    assert inception_score(logits) == first
+    with pytest.raises(UserError, match="1000 generated images, not 999"):
+        inception_score(logits[:-1])
+
+
+def test_manifold_figures_of_identical_sets_are_one():
+    features = random_features(200)
+    assert manifold_figures(features, features) == (1, 1, 1, 1)
+
+
+def test_manifold_figures_of_sets_far_apart_are_zero():
+    assert manifold_figures(random_features(50), random_features(60) + 100) == (0, 0, 0, 0)
+
+
+def test_manifold_figures_by_hand():
+    real = np.array([[0.0], [1], [10], [-5]])  # balls ]-1,1[, ]0,2[, ]1,19[, ]-10,0[
+    generated = np.array([[0.5], [0.25], [3], [30], [31]])  # balls ].25,.75[, ]0,.5[, ].5,5.5[, ]29,31[, ]30,32[
+    figures = manifold_figures(generated, real, neighbours=1)
+    assert figures == pytest.approx((3 / 5, 1 / 4, (2 + 2 + 1) / 5, 3 / 4))
+
+
+def test_manifold_figures_against_loops(monkeypatch):
+    monkeypatch.setattr(manifold, "BLOCK", 7)
+    generated, real = random_features(30, 3), 1.5 * random_features(40, 3, seed=1) + 0.5
+
+    def radius(x, points):
+        return sorted(np.linalg.norm(x - y) for y in points)[5]  # the first is x itself
+
+    def count(x, centres):
+        return sum(np.linalg.norm(x - centre) < radius(centre, centres) for centre in centres)
+
+    expected = (
+        np.mean([count(x, real) > 0 for x in generated]),
+        np.mean([count(x, generated) > 0 for x in real]),
+        np.mean([count(x, real) for x in generated]) / 5,
+        np.mean([any(np.linalg.norm(x - y) < radius(x, real) for y in generated) for x in real]),
+    )
+    assert len(set(expected)) == 4 and 0 < min(expected) < 1
+    assert manifold_figures(generated, real) == pytest.approx(expected)
+
+
+def test_manifold_figures_of_too_few_images_are_refused():
+    with pytest.raises(UserError, match="6 generated images, not 5"):
+        manifold_figures(random_features(5), random_features(6))
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder laid out as FSVAE's, with random weights and a decoder of another layout; and its network."""
+    torch.manual_seed(0)
+    network = FadAutoencoder(1).eval()
+    state = {key: value for key, value in network.state_dict().items() if not key.startswith("decoder.")}
+    for folder in ("stat_checkpoints", "stats"):
+        (tmp_path / folder).mkdir()
+    torch.save({**state, "decoder.other": torch.zeros(1)}, tmp_path / "stat_checkpoints" / "mnist_64.pth")
+    np.savez(tmp_path / "stats" / "mnist_test_64.npz", mu=np.zeros(64, np.float32), sigma=np.eye(64))
+    return tmp_path, network
+
+
+def test_fad_network_and_statistics_as_published(published):
+    folder, network = published
+    loaded, (mu, sigma) = load_published(folder, "MNIST")
+    images = torch.randint(0, 256, (5, 1, 32, 32), dtype=torch.uint8)
+    features = fad_features(images, loaded, batch_size=2)
+    assert features.shape == (5, 64) and not loaded.training
+    with torch.inference_mode():
+        hidden = network.encoder(images.float() / 255 * 2 - 1)
+        expected = network.latent_layer(hidden.reshape(5, 1024))
+    np.testing.assert_allclose(features, expected.numpy(), atol=1e-5)
+    assert (mu == 0).all() and (sigma == np.eye(64)).all() and mu.dtype == np.float64
+
+
+def test_fad_weights_that_are_absent_or_damaged(published):
+    folder, _ = published
+    assert load_published(folder, "FMNIST") is None and load_published(folder, "KMNIST") is None
+    with pytest.raises(UserError, match="--fad_weights"):
+        load_published(folder / "nowhere", "MNIST")
+    for path in (folder / "stats" / "mnist_test_64.npz", folder / "stat_checkpoints" / "mnist_64.pth"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:100])
+        with pytest.raises(UserError, match=path.name):
+            load_published(folder, "MNIST")
+        path.write_bytes(whole)
+    torch.save({"encoder.0.0.weight": torch.zeros(32, 1, 3, 3)}, folder / "stat_checkpoints" / "mnist_64.pth")
+    with pytest.raises(UserError, match="KeyError"):
+        load_published(folder, "MNIST")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fad_autoencoder_restores_shape_and_range(channels):
+    images = to_fad_range(torch.randint(0, 256, (2, channels, 32, 32), dtype=torch.uint8))
+    assert images.min() >= -1 and images.max() <= 1
+    reconstructions = FadAutoencoder(channels)(images)
+    assert reconstructions.shape == images.shape and reconstructions.abs().max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_for_fad_are_resized_by_pillow(channels):
+    images = torch.randint(0, 256, (2, channels, 40, 28), dtype=torch.uint8)
+    resized = to_fad_size(images)
+    assert resized.shape == (2, channels, 32, 32) and resized.dtype == torch.uint8
+    for image, small in zip(images.flatten(0, 1), resized.flatten(0, 1), strict=True):  # one channel at a time
+        expected = Image.fromarray(image.numpy()).resize((32, 32), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(small.numpy(), np.array(expected))
+    assert torch.equal(to_fad_size(resized), resized)
+
+
+def test_fad_takes_the_first_5000_images():
+    features = random_features(5000)
+    reference = np.ones(64), 4 * np.eye(64)
+    expected = frechet_distance(*feature_statistics(features), *reference)
+    assert fad(np.concatenate((features, 9 * features)), reference) == expected
+    assert expected == pytest.approx(64 * (1 + 1), rel=0.03)
+    with pytest.raises(UserError, match="5000 generated images, not 4999"):
+        fad(features[:-1], reference)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 20, 12)])
+def test_classifier_features_give_its_logits(shape):
+    torch.manual_seed(0)
+    network = Classifier(shape[0], classes=5)
+    images = torch.randint(0, 256, (7, *shape), dtype=torch.uint8)
+    features = classifier_features(images, network, batch_size=3)
+    logits = classifier_logits(features, network)
+    with torch.inference_mode():
+        expected = network(images.float() / 255)
+    assert features.shape == (7, 128) and logits.shape == (7, 5)
+    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-5)
+
+
+def test_classifier_figures_by_hand():
+    logits = np.log(
+        np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8], [0.5, 0.2, 0.3]])
+    )  # classes 0, 0, 2, 0
+    assert accuracy(logits, torch.tensor([0, 1, 2, 2])) == 0.5
+    assert mean_confidence(logits) == pytest.approx((0.7 + 0.6 + 0.8 + 0.5) / 4)
+    assert class_balance(logits) == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(3))
+    assert class_balance(np.eye(3)) == pytest.approx(1) and class_balance(logits[:2]) == 0
+
+
+def test_classifier_distance_is_the_frechet_distance():
+    ours, theirs = random_features(200, 128), random_features(300, 128, seed=1) + 1
+    assert classifier_distance(ours, theirs) == frechet_distance(*feature_statistics(ours), *feature_statistics(theirs))

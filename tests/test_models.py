@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from diffusion.absorbing import AbsorbingDiffusion
-from models import SDID, VQSVAE, build_model, fused_lif
-from models.spiking import LIF, SpikingStack, membrane_weights, set_plain
+from models import AUTOENCODERS, FSVAE, SDID, VQSVAE, VQVAE, build_model, fused_lif, model_options
+from models.spiking import LIF, SpikingStack, lif_step, membrane_weights, set_plain
 
 KERNELS = pytest.mark.skipif(not fused_lif.available(), reason="no C++ compiler")
 
@@ -33,14 +33,63 @@ def random_tokens(samples=6, side=5):
 
 
 def test_unknown_model_names_the_valid_ones():
-    with pytest.raises(ValueError, match="snn-vq-vae"):
-        build_model("snn-vq-vea")
+    for function in (build_model, model_options):
+        with pytest.raises(ValueError, match="snn-vq-vae, vq-vae, snn-vae"):
+            function("snn-vq-vea")
+
+
+def test_a_model_gets_the_options_that_it_has():
+    """One set of options for all; what a model has not, it is not given; what none has is a mistake."""
+    options = dict(channels=3, codebook_size=20, embedding_dim=6, spike_steps=2, hidden=4, image_size=12)
+    models = {name: build_model(name, **options) for name in AUTOENCODERS}
+    assert [type(model) for model in models.values()] == [VQSVAE, VQVAE, FSVAE]
+    assert models["snn-vq-vae"].vq_layer.spike_steps == models["snn-vae"].spike_steps == 2
+    assert {model.channels for model in models.values()} == {3}
+    assert "readout" in model_options("snn-vq-vae")
+    assert set(model_options("vq-vae")) == {"channels", "codebook_size", "embedding_dim", "hidden"}
+    with pytest.raises(ValueError, match="hiden"):
+        build_model("vq-vae", hiden=4)
+
+
+OPTIONS = {
+    VQSVAE: {"channels": 3, "codebook_size": 20, "embedding_dim": 6, "hidden": 4},
+    VQVAE: {"channels": 3, "codebook_size": 20, "embedding_dim": 6, "hidden": 4},
+    FSVAE: {
+        **{"channels": 3, "image_size": 20, "latent_dim": 7, "candidates": 3},
+        **{"hidden": 4, "embedding_dim": 6},
+    },
+    SDID: {"codebook_size": 20, "width": 4},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS, ids=lambda kind: kind.__name__)
+def test_options_are_read_off_the_weights(kind):
+    assert kind.options_of(kind(**OPTIONS[kind]).state_dict()) == OPTIONS[kind]
+    others = {**VQSVAE().state_dict()} if kind is not VQSVAE else VQVAE().state_dict()
+    with pytest.raises(KeyError):
+        kind.options_of(others)
 
 
 def test_lif_by_hand():
     current = torch.tensor([1.5, 1.5, 1.5, 3.0])
     # H: 0.75, 1.125 -> fires and resets, 0.75, 1.875 -> fires
     assert LIF()(current[:, None]).flatten().tolist() == [0, 1, 0, 1]
+
+
+def test_lif_step_by_step_is_the_whole_lif():
+    torch.manual_seed(0)
+    current = torch.randn(12, 50, dtype=torch.float64) + 1
+    results = []
+    for whole in (True, False):
+        inputs, potential, spikes = current.clone().requires_grad_(), 0.0, []
+        for x in [] if whole else inputs:
+            spike, potential = lif_step(x, potential)
+            spikes.append(spike)
+        out = LIF()(inputs) if whole else torch.stack(spikes)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        results.append((out.detach(), inputs.grad))
+    torch.testing.assert_close(*results)
+    assert 0.1 < results[0][0].mean() < 0.9
 
 
 def test_lif_surrogate_gradient():

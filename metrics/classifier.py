@@ -1,0 +1,79 @@
+"""Figures in the eyes of a classifier that was trained on the data set's own classes, and the classifier."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metrics.counts import check_enough
+from metrics.extraction import extract
+from metrics.frechet import feature_statistics, frechet_distance
+
+FEATURES = 128
+
+
+class Classifier(nn.Module):
+    """Images float [N,C,H,W] in [0,1], of any size from 8x8, to logits [N,K]."""
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            *_block(channels, 32, stride=1),
+            *_block(32, 32, stride=2),
+            *_block(32, 64, stride=1),
+            *_block(64, FEATURES, stride=2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(FEATURES, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N,K]."""
+        return self.head(self.body(images))
+
+
+def _block(channels: int, out: int, stride: int) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(channels, out, 3, stride=stride, padding=1, bias=False)
+    return convolution, nn.BatchNorm2d(out), nn.ReLU()
+
+
+def classifier_features(images: Tensor, network: Classifier, batch_size: int = 500) -> np.ndarray:
+    """What the last layer sees, float32 [N,128], of images uint8 [N,C,H,W]. Raises ValueError for other images."""
+    return extract(images, lambda batch: network.body(batch / 255), network, batch_size, "classifier")
+
+
+@torch.inference_mode()
+def classifier_logits(features: np.ndarray, network: Classifier) -> np.ndarray:
+    """Logits, float32 [N,K], of `classifier_features` [N,128] of the same network."""
+    return network.head(torch.from_numpy(features).to(network.head.weight.device)).cpu().numpy()
+
+
+def classifier_distance(generated: np.ndarray, real: np.ndarray) -> float:
+    """Fréchet distance of `classifier_features` [N,128] and [M,128]; 0 is best.
+
+    Raises UserError where a side has not more images than there are features.
+    """
+    check_enough("the classifier distance", FEATURES + 1, generated=generated, real=real)
+    return frechet_distance(*feature_statistics(generated), *feature_statistics(real))
+
+
+def accuracy(logits: np.ndarray, labels: Tensor) -> float:
+    """Share of images, logits [N,K], whose largest logit is that of their label, int64 [N]."""
+    return (logits.argmax(axis=1) == labels.numpy()).mean().item()
+
+
+def class_balance(logits: np.ndarray) -> float:
+    """Entropy of the shares of the predicted classes over log K, for logits [N,K] of generated images.
+
+    1: all classes equally often, 0: one class only.
+    """
+    classes = logits.shape[1]
+    shares = torch.bincount(torch.from_numpy(logits.argmax(axis=1)), minlength=classes).double() / len(logits)
+    return (torch.special.entr(shares).sum() / np.log(classes)).item()
+
+
+def mean_confidence(logits: np.ndarray) -> float:
+    """Mean probability of the predicted class, for logits [N,K]: near 1 where images are clearly of one class.
+
+    To be read beside the same figure of the test split.
+    """
+    return torch.from_numpy(logits).double().softmax(1).amax(1).mean().item()

@@ -1,0 +1,61 @@
+"""VQ-VAE: the VQ-SVAE's autoencoder with ReLU instead of spikes (arXiv 1711.00937), a baseline of arXiv 2308.10187."""
+
+from torch import Tensor, nn
+
+from models.quantizer import Codebook
+from models.spiking import full_precision
+from models.vq_autoencoder import VQAutoencoder
+
+
+class ConvolutionStack(nn.Module):
+    """Layers in a row, `[N,C,H,W]` to `[N,C',H',W']`, in full precision: without spike steps they cost little."""
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        self.convs = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        with full_precision(x):
+            return self.convs(x)
+
+
+class VQVAE(VQAutoencoder):
+    """The same convolutions as VQSVAE without batch norm and spikes; the decoder ends without tanh, as in the release.
+
+    Args:
+        channels: of the images.
+        codebook_size: number of embeddings K.
+        embedding_dim: their width D.
+        hidden: channels of the first hidden layer; the second has twice as many.
+    """
+
+    def __init__(self, channels: int = 1, codebook_size: int = 128, embedding_dim: int = 16, hidden: int = 32):
+        down = {"kernel_size": 3, "stride": 2, "padding": 1}
+        up = {**down, "output_padding": 1}
+        super().__init__(
+            channels,
+            codebook_size,
+            encoder=ConvolutionStack(
+                nn.Conv2d(channels, hidden, **down),
+                nn.ReLU(),
+                nn.Conv2d(hidden, 2 * hidden, **down),
+                nn.ReLU(),
+                nn.Conv2d(2 * hidden, embedding_dim, 1),
+            ),
+            vq_layer=Codebook(codebook_size, embedding_dim),
+            decoder=ConvolutionStack(
+                nn.ConvTranspose2d(embedding_dim, 2 * hidden, **up),
+                nn.ReLU(),
+                nn.ConvTranspose2d(2 * hidden, hidden, **up),
+                nn.ReLU(),
+                nn.ConvTranspose2d(hidden, channels, 3, padding=1),
+            ),
+        )
+
+    @staticmethod
+    def options_of(weights: dict[str, Tensor]) -> dict[str, int]:
+        """All options, read off a model's weights. KeyError if they are of something else."""
+        hidden, channels = weights["encoder.convs.0.weight"].shape[:2]
+        codebook_size, embedding_dim = weights["vq_layer.embeddings.weight"].shape
+        return dict(channels=channels, codebook_size=codebook_size, embedding_dim=embedding_dim, hidden=hidden)

@@ -1,0 +1,56 @@
+"""What is computed once for a data set and kept between runs, in the user's cache folder."""
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from errors import UserError
+from pipeline.run_folder import write_whole
+
+Arrays = dict[str, np.ndarray]
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/spiking-diffusion`, or `~/.cache/spiking-diffusion` where the variable is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spiking-diffusion"
+
+
+def digest(*parts: Tensor | Mapping[str, Tensor] | str) -> str:
+    """Sixteen hexadecimal digits that stand for the contents of tensors, state dicts and strings, in this order."""
+    sha = hashlib.sha256()
+    for part in parts:
+        for name, value in part.items() if isinstance(part, Mapping) else [("", part)]:
+            if isinstance(value, Tensor):
+                sha.update(f"{name} {value.dtype} {list(value.shape)};".encode())
+                sha.update(value.detach().cpu().contiguous().numpy().data)
+            else:
+                sha.update(f"{value};".encode())
+    return sha.hexdigest()[:16]
+
+
+def cached(name: str, compute: Callable[[], Arrays]) -> Arrays:
+    """The arrays kept under `name`, which must say all they depend on; computed and kept if there are none.
+
+    Raises UserError where the file is damaged (each array in it has a checksum) or cannot be written.
+    """
+    path = cache_folder() / f"{name}.npz"
+    if path.exists():
+        return _read(path)
+    arrays = compute()
+    buffer = io.BytesIO()
+    np.savez(buffer, names=np.array(list(arrays)), **arrays)
+    write_whole(path, buffer.getvalue())
+    return arrays
+
+
+def _read(path: Path) -> Arrays:
+    try:
+        with np.load(path) as archive:
+            return {name: archive[name] for name in archive["names"]}  # a damaged index may lose some
+    except Exception as error:  # damage shows in the archive, a checksum or the arrays, each with its own error
+        raise UserError(f"{path} is damaged ({type(error).__name__}): delete it, it is computed again") from error

@@ -1,0 +1,86 @@
+"""Train and evaluate models on data sets, one run after another: the rows of the paper's tables.
+
+python scripts/reproduce.py --datasets FMNIST --models snn-vq-vae vq-vae --budget short
+python scripts/reproduce.py --datasets MNIST FMNIST --budget paper -- --fad_weights DIR --device cuda:1
+
+What was finished is left alone, what was interrupted is resumed. Everything after -- goes to main.py as it is.
+Then scripts/results_table.py makes the table.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
+
+from datasets import DATASETS
+
+MAIN = Path(__file__).resolve().parents[1] / "main.py"
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "snn-vq-vae": ("--model", "snn-vq-vae"),
+    "vq-vae": ("--model", "vq-vae"),
+    "snn-vae": ("--model", "snn-vae"),
+    "readout-rate": ("--model", "snn-vq-vae", "--readout", "rate"),
+    "readout-potential": ("--model", "snn-vq-vae", "--readout", "potential"),
+    "generator-repeat": ("--model", "snn-vq-vae", "--spike_generator", "repeat"),
+    "generator-poisson": ("--model", "snn-vq-vae", "--spike_generator", "poisson"),
+}
+"""The paper's model, its baselines, and the ablations of its readout and its spike generator."""
+
+BUDGETS: dict[str, tuple[str, ...]] = {
+    "smoke": (
+        *("--train_images", "1200", "--held_out", "200", "--epochs", "2", "--diffusion_epochs", "2"),
+        *("--spike_steps", "4", "--hidden_channels", "8", "--denoiser_channels", "8", "--eval_batch_size", "256"),
+    ),
+    "short": ("--held_out", "5000", "--epochs", "4", "--diffusion_epochs", "1"),
+    "paper": ("--held_out", "5000", "--epochs", "100", "--diffusion_epochs", "200"),
+}
+"""smoke: minutes, whether everything runs; short: hours on two cores; paper: its schedule, days on two cores."""
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and what is passed on to main.py."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=["MNIST", "FMNIST", "KMNIST", "Letters"])
+    parser.add_argument("--models", nargs="+", choices=VARIANTS, default=["snn-vq-vae", "vq-vae", "snn-vae"])
+    parser.add_argument("--budget", choices=BUDGETS, required=True)
+    parser.add_argument("--result_path", type=Path, default=Path("result/reproduce"))
+    return parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+
+
+def command(args: argparse.Namespace, dataset: str, variant: str, passed_on: list[str]) -> list[str] | None:
+    """The call of main.py that is still to be done for one run; None if it is finished."""
+    options = VARIANTS[variant]
+    place = args.result_path / args.budget / variant
+    run = place / dataset / options[1]
+    if (run / "metrics.json").exists():
+        return None
+    call = [sys.executable, "-u", str(MAIN)]
+    if (run / "config.json").exists():
+        return [*call, "--resume", str(run), *passed_on]
+    new = ["--dataset_name", dataset, "--result_path", str(place), "--temperature", "auto"]
+    return [*call, *new, *options, *BUDGETS[args.budget], *passed_on]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the matrix; exit status 1 if a run failed, after the others have had their turn."""
+    args, passed_on = parse(arguments)
+    failed = []
+    for dataset in args.datasets:
+        for variant in args.models:
+            call = command(args, dataset, variant, passed_on)
+            print(f"\n== {dataset}, {variant}: {'finished before' if call is None else ' '.join(call[2:])}", flush=True)
+            if call and subprocess.run(call).returncode:
+                failed.append(f"{dataset}/{variant}")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""One Markdown table, and a plot, of the figures of all runs below some folders, beside published figures.
+
+python scripts/results_table.py result/reproduce --output docs/table.md --plot docs/table.png
+
+Each figure has a letter that names its protocol below the table: only figures of the same letter compare. What a run
+has no figure of was not run.
+"""
+
+import argparse
+import json
+import string
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+COLUMNS = {
+    "paper_fid": "FID, paper protocol",
+    "fid": "FID",
+    "kid": "KID",
+    "inception_score": "IS",
+    "fad": "FAD",
+    "classifier_frechet": "classifier distance",
+    "mse": "MSE",
+    "ssim": "SSIM",
+    "energy_sample": "energy of a sample",
+}
+"""Name in metrics.json, and heading; those without any figure are left out, FID excepted."""
+
+PAPER, CLEAN = "the paper's: 1,280 images, see the release's protocol", "clean-fid, 5,000 generated against test"
+DDIM, FAD = "clean-fid, 10,000 generated against test", "published weights, 5,000 generated against test"
+OWN, RECONSTRUCTION = "protocol not stated", "reconstruction error as published"
+PUBLISHED = {
+    ("Spiking-Diffusion (paper)", "paper_fid", PAPER): {
+        "MNIST": 37.50,
+        "FMNIST": 91.98,
+        "KMNIST": 59.23,
+        "Letters": 67.41,
+        "CIFAR10": 120.5,
+    },
+    ("its baseline (implied by the paper)", "paper_fid", PAPER): {
+        "MNIST": 90.58,
+        "FMNIST": 113.21,
+        "KMNIST": 166.89,
+        "Letters": 95.96,
+        "CIFAR10": 218.61,
+    },
+    ("FSVAE (published)", "fid", CLEAN): {"MNIST": 97.06, "FMNIST": 90.12, "CIFAR10": 175.5},
+    ("FSVAE (published)", "inception_score", OWN): {"MNIST": 6.209, "FMNIST": 4.551, "CIFAR10": 2.945},
+    ("FSVAE (published)", "mse", RECONSTRUCTION): {"MNIST": 0.031, "FMNIST": 0.031, "CIFAR10": 0.066},
+    ("ESVAE (published)", "fid", CLEAN): {"MNIST": 117.8, "FMNIST": 125.3, "CIFAR10": 127.0},
+    ("ESVAE (published)", "mse", RECONSTRUCTION): {"MNIST": 0.013, "FMNIST": 0.019, "CIFAR10": 0.045},
+    ("SGAD (published)", "fid", OWN): {"MNIST": 69.64, "FMNIST": 165.42, "CIFAR10": 181.50},
+    ("FSDDIM, 8 spike steps (published)", "fid", DDIM): {"MNIST": 3.99, "FMNIST": 11.78, "CIFAR10": 46.14},
+    ("FSDDIM, 8 spike steps (published)", "fad", FAD): {"MNIST": 5.71, "FMNIST": 4.91, "CIFAR10": 12.61},
+    ("FSDDIM, 4 spike steps (published)", "fid", DDIM): {"MNIST": 7.48, "FMNIST": 9.17, "CIFAR10": 51.46},
+    ("FSDDIM, 4 spike steps (published)", "fad", FAD): {"MNIST": 3.62, "FMNIST": 9.25, "CIFAR10": 8.63},
+}
+"""(Model, column, protocol) to data set to figure, as their authors published them."""
+
+
+class Figure(NamedTuple):
+    """A number and how it was worked out."""
+
+    value: float
+    protocol: str
+
+
+class Row(NamedTuple):
+    """One model on one data set: figures by column."""
+
+    dataset: str
+    model: str
+    training: str
+    figures: dict[str, Figure]
+
+
+def read_run(path: Path) -> Row:
+    """The row of a run, from its metrics.json; what there is to know of its training from the files beside."""
+    config, log = path.with_name("config.json"), path.with_name("log.jsonl")
+    options = json.loads(config.read_text())
+    figures = {
+        figure["name"]: Figure(
+            figure["value"],
+            f"{figure['protocol']}; {figure['num_generated']} generated, {figure['num_real']} {figure['split']} images",
+        )
+        for figure in json.loads(path.read_text())
+    }
+    epochs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    counts = " + ".join(map(str, Counter(line["stage"] for line in epochs).values()))
+    hours = sum(line["images"] / line["images_per_second"] for line in epochs) / 3600
+    ablation = [options[key] for key in ("readout", "spike_generator") if options[key] not in ("both", "adaptive")]
+    model = ", ".join([options["model"], *ablation])
+    return Row(options["dataset_name"], model, f"{counts} epochs, {hours:.1f} h", figures)
+
+
+def published_rows(datasets: set[str]) -> Iterator[Row]:
+    """Rows of PUBLISHED for some data sets."""
+    for dataset in sorted(datasets):
+        for model in dict.fromkeys(name for name, _, _ in PUBLISHED):
+            figures = {
+                column: Figure(values[dataset], protocol)
+                for (name, column, protocol), values in PUBLISHED.items()
+                if name == model and dataset in values
+            }
+            if figures:
+                yield Row(dataset, model, "", figures)
+
+
+def table(rows: list[Row]) -> str:
+    """The Markdown table, each figure with the letter of its protocol, and the protocols."""
+    columns = [name for name in COLUMNS if "fid" in name or any(name in row.figures for row in rows)]
+    letters: dict[tuple[str, str], str] = {}
+
+    def cell(row: Row, column: str) -> str:
+        if column not in row.figures:
+            return "not run" if row.training else ""
+        value, protocol = row.figures[column]
+        letter = letters.setdefault((column, protocol), _letter(len(letters)))
+        return f"{value:.4g} <sup>{letter}</sup>"
+
+    lines = [
+        f"| data set | model | training | {' | '.join(COLUMNS[column] for column in columns)} |",
+        "|---" * (3 + len(columns)) + "|",
+    ]
+    for row in sorted(rows, key=lambda row: row.dataset):
+        cells = " | ".join(cell(row, column) for column in columns)
+        lines.append(f"| {row.dataset} | {row.model} | {row.training} | {cells} |")
+    notes = [f"- {letter}: {COLUMNS[column]}: {protocol}" for (column, protocol), letter in letters.items()]
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def _letter(number: int) -> str:
+    """a, b, ... z, aa, ab, ..."""
+    first, last = divmod(number, 26)
+    return (_letter(first - 1) if first else "") + string.ascii_lowercase[last]
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Bars of the distances (lower is better), one panel a data set and distance; published ones in grey."""
+    import matplotlib.pyplot as plt  # here because importing it takes a second
+
+    distances = ("paper_fid", "fid", "fad", "classifier_frechet")
+    panels = [
+        (dataset, column, [row for row in rows if row.dataset == dataset and column in row.figures])
+        for dataset in sorted({row.dataset for row in rows})
+        for column in distances
+    ]
+    panels = [panel for panel in panels if any(row.training for row in panel[2])]
+    if not panels:
+        return
+    figure, axes = plt.subplots(len(panels), squeeze=False, figsize=(8, 2.2 * len(panels)), layout="constrained")
+    for axis, (dataset, column, shown) in zip(axes[:, 0], panels, strict=True):
+        values = [row.figures[column].value for row in shown]
+        colours = ["tab:blue" if row.training else "lightgrey" for row in shown]
+        axis.bar_label(axis.barh([row.model for row in shown], values, color=colours), fmt="%.3g", padding=3)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_title(f"{dataset}: {COLUMNS[column]} (lower is better)", fontsize="medium")
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table, or write it; exit status 2 where no run is found."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders with runs somewhere below")
+    parser.add_argument("--output", type=Path, help="Markdown file; printed if absent")
+    parser.add_argument("--plot", type=Path, help="picture file")
+    args = parser.parse_args(arguments)
+    rows = [read_run(path) for folder in args.folders for path in sorted(folder.rglob("metrics.json"))]
+    if not rows:
+        print(
+            f"error: no metrics.json below {', '.join(map(str, args.folders))}: evaluate a run first", file=sys.stderr
+        )
+        sys.exit(2)
+    rows += published_rows({row.dataset for row in rows})
+    if args.plot:
+        plot(rows, args.plot)
+    if args.output:
+        args.output.write_text(table(rows))
+    else:
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Operations worked out by hand and by brute force, for single layers and for the two networks."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion.absorbing import AbsorbingDiffusion
+from metrics.energy import Operations, count, firing_rates
+from models import SDID, VQSVAE
+from models.spiking import LIF, SpikingStack, set_plain
+
+STEPS = 4
+
+
+def two_layers(second):
+    """A convolution that passes the pixels on to the first of its two channels, LIF, and a second layer; two steps."""
+    first = nn.Conv2d(1, 2, 3, padding=1)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.zero_()
+        first.weight[0, 0, 1, 1] = 0.5
+    return nn.Sequential(first, nn.Unflatten(0, (2, -1)), LIF(), nn.Flatten(0, 1), *second).eval()
+
+
+def lively(network, *inputs):
+    """A plain network in evaluation mode, some of whose neurons fire in each layer."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.weight, 2.0)
+            nn.init.constant_(module.bias, 0.5)
+    with torch.no_grad():
+        for _ in range(30):  # until the running statistics are those of the inputs
+            network(*inputs)
+    set_plain(network, True)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(3, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def autoencoder(images):
+    torch.manual_seed(0)
+    return lively(VQSVAE(channels=1, codebook_size=10, embedding_dim=6, spike_steps=STEPS, hidden=5), images)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 11, (3, 3, 3), generator=generator), torch.tensor([9, 4, 1])
+
+
+@pytest.fixture(scope="module")
+def denoiser(tokens):
+    torch.manual_seed(0)
+    return lively(SDID(codebook_size=10, spike_steps=STEPS, width=4), *tokens)
+
+
+@pytest.mark.parametrize(
+    ("second", "acs", "dense"),
+    [
+        # the spike in a corner meets 2x2 outputs of each of 3 channels; in all, a row of 4 is seen 3 + 3 + 4 times
+        ([nn.Conv2d(2, 3, 3, padding=1)], 2 * 3 * 4, 2 * 3 * 10 * 10),
+        ([nn.Flatten(), nn.Linear(32, 5)], 2 * 5, 32 * 5),
+        ([nn.Flatten(), nn.Unflatten(0, (2, -1)), nn.Linear(32, 5, bias=False)], 2 * 5, 32 * 5),  # [S,N,C]
+    ],
+    ids=["convolution", "linear", "linear_over_steps"],
+)
+def test_two_layers_by_hand(second, acs, dense):
+    network = two_layers(second)
+    image = torch.full((1, 1, 4, 4), 0.25)
+    image[0, 0, 0, 0] = 5.0  # current 2.5, potential 1.25: fires at both steps, and no other neuron does
+
+    def call():
+        return network(image.repeat(2, 1, 1, 1))
+
+    operations = count(network, call, images=1, spike_steps=2)
+    first = 1 * 2 * 10 * 10
+    assert operations == Operations(macs=2 * first, acs=acs, dense_macs=first + dense)
+    assert operations.energy == pytest.approx(4.6 * 2 * first + 0.9 * acs)
+    assert operations.dense_energy == pytest.approx(4.6 * (first + dense))
+    assert firing_rates(network, call) == {"2": 1 / 32}
+
+
+def test_transposed_convolution_by_hand():
+    """Stride 2 to 6x6: input (i,j) reaches rows 2i-1..2i+1, columns 2j-1..2j+1 of those that there are."""
+    layer = nn.ConvTranspose2d(1, 4, 3, stride=2, padding=1, output_padding=1)
+    spikes = torch.zeros(1, 1, 3, 3)
+    spikes[0, 0, 0, 0] = spikes[0, 0, 1, 0] = spikes[0, 0, 2, 2] = 1
+    assert count(layer.eval(), lambda: layer(spikes), 1) == Operations(0, 4 * (2 * 2 + 3 * 2 + 3 * 3), 4 * 8 * 8)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["convolution", "transposed"])
+@pytest.mark.parametrize(("stride", "kernel", "padding"), [(1, 3, 1), (2, 3, 1), (1, 1, 0), (2, 4, 1), (1, 3, 0)])
+def test_borders_by_brute_force(transposed, stride, kernel, padding):
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    layer = kind(3, 5, kernel, stride=stride, padding=padding).eval()
+    spikes = (torch.rand(2, 3, 6, 7, generator=torch.Generator().manual_seed(0)) < 0.3).float()
+    height, width = layer(spikes).shape[2:]
+    uses = torch.zeros(6, 7)  # of the weights from one input to one output channel, by the place of the input
+    for i, j, di, dj in itertools.product(range(6), range(7), range(kernel), range(kernel)):
+        if transposed:  # output = stride * input + tap - padding
+            out = [stride * at + tap - padding for at, tap in ((i, di), (j, dj))]
+        else:  # input = stride * output + tap - padding
+            out = [(at - tap + padding) / stride for at, tap in ((i, di), (j, dj))]
+        uses[i, j] += out[0] in range(height) and out[1] in range(width)
+    acs = 5 * (spikes * uses).sum().item() / 2
+    dense = 3 * 5 * uses.sum().item()
+    assert count(layer, lambda: layer(spikes), 2) == Operations(0, acs, dense)
+    assert count(layer, lambda: layer(spikes + 0.5), 2) == Operations(dense, 0, dense)
+
+
+def test_a_network_without_spikes_is_all_macs():
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(18, 4)).eval()
+    nn.init.constant_(network[0].bias, 2.0)
+    assert count(network, lambda: network(torch.rand(5, 1, 3, 3)), 5) == Operations(18 + 72, 0, 18 + 72)
+    assert firing_rates(network, lambda: network(torch.rand(5, 1, 3, 3))) == {}
+
+
+def test_autoencoder_by_formula(autoencoder, images):
+    """Three weights, stride 2, padding 1: n outputs (or inputs, transposed) in a row use 3 n - 1; stride 1: 3 n - 2."""
+    encoding = count(autoencoder, lambda: autoencoder.encode(images), 3, STEPS)
+    first = 5 * (3 * 6 - 1) ** 2
+    assert encoding.dense_macs == first + 5 * 10 * (3 * 3 - 1) ** 2 + 10 * 6 * 3**2
+    assert encoding.macs == STEPS * first
+    codes = autoencoder.encode(images)
+    decoding = count(autoencoder, lambda: autoencoder.decode(codes), 3, STEPS)
+    generator = 6 * 6 * 3**2
+    layers = (6 * 10 * (3 * 3 - 1) ** 2, 10 * 5 * (3 * 6 - 1) ** 2, 5 * 1 * (3 * 12 - 2) ** 2)
+    assert decoding.dense_macs == generator + sum(layers)
+    assert decoding.macs == STEPS * generator
+    assert 0 < encoding.acs < STEPS * encoding.dense_macs
+    assert 0 < decoding.acs < STEPS * decoding.dense_macs
+
+
+def test_denoiser_by_formula(denoiser, tokens):
+    one_pass = count(denoiser, lambda: denoiser(*tokens), 3, STEPS)
+    pairs = ((2, 4), (4, 8), (8, 16), (16, 32), (32, 16), (20, 10))
+    assert one_pass.dense_macs == sum(a * b for a, b in pairs) * 7**2
+    assert one_pass.macs == STEPS * 2 * 4 * 7**2
+    parts = [count(part, lambda: denoiser(*tokens), 3, STEPS) for part in denoiser.children()]
+    assert sum(part.acs for part in parts) == pytest.approx(one_pass.acs)
+    assert parts[-1].macs == 0 < parts[-1].acs  # the last layer sees spikes, at each step
+
+
+def test_without_borders_operations_follow_the_firing_rate(autoencoder, images):
+    rate = firing_rates(autoencoder, lambda: autoencoder.encode(images))["encoder.snn_convs.5"]
+    last = count(autoencoder.encoder.snn_convs[6], lambda: autoencoder.encode(images), 3, STEPS)
+    assert 0 < rate < 1
+    assert last.acs == pytest.approx(rate * STEPS * last.dense_macs)
+
+
+def test_firing_rates_are_of_the_layers_that_ran(autoencoder, images):
+    rates = firing_rates(autoencoder, lambda: autoencoder.encode(images))
+    assert list(rates) == ["encoder.snn_convs.2", "encoder.snn_convs.5", "encoder.snn_convs.8"]
+    assert rates["encoder.snn_convs.8"] == pytest.approx(autoencoder.encoder(images - 0.5).mean().item())
+
+
+def test_firing_rates_of_several_runs_are_their_mean(autoencoder, images):
+    def rates(*batches):
+        return firing_rates(autoencoder, lambda: [autoencoder.encode(batch) for batch in batches])
+
+    name = "encoder.snn_convs.2"
+    dark = 0 * images
+    assert rates(images)[name] != rates(dark)[name]
+    assert rates(images, dark)[name] == pytest.approx((rates(images)[name] + rates(dark)[name]) / 2)
+
+
+def test_per_image_is_the_mean_over_images(denoiser, tokens):
+    def one(i):
+        return count(denoiser, lambda: denoiser(tokens[0][i : i + 1], tokens[1][i : i + 1]), 1, STEPS)
+
+    mean = (1 / 3) * (one(0) + one(1) + one(2))
+    together = count(denoiser, lambda: denoiser(*tokens), 3, STEPS)
+    assert together.acs == pytest.approx(mean.acs)
+    assert together.energy == pytest.approx(mean.energy)
+    assert together.dense_energy == pytest.approx(mean.dense_energy)
+
+
+def test_a_whole_sample_is_so_many_passes(denoiser, tokens):
+    diffusion = AbsorbingDiffusion(codebook_size=10, num_timesteps=9)
+    noise = diffusion.noise(seed=0, samples=range(3), grid=(3, 3))
+    one_pass = count(denoiser, lambda: denoiser(*tokens), 3, STEPS)
+    sample = count(denoiser, lambda: diffusion.sample_every_timestep(denoiser, noise), 3, STEPS)
+    assert sample.macs == (9 * one_pass).macs
+    assert sample.dense_macs == (9 * one_pass).dense_macs
+    assert 0 < sample.acs != (9 * one_pass).acs  # spikes are those of the inputs that occur
+
+
+def test_counting_changes_nothing(autoencoder, images):
+    before = {name: value.clone() for name, value in autoencoder.state_dict().items()}
+    codes = autoencoder.encode(images)
+    count(autoencoder, lambda: autoencoder.encode(images), 3, STEPS)
+    with pytest.raises(ZeroDivisionError):
+        count(autoencoder, lambda: 1 / 0, 3, STEPS)
+    assert not any(module._forward_hooks for module in autoencoder.modules())
+    assert not any(module.training for module in autoencoder.modules())
+    assert all(module.plain for module in autoencoder.modules() if isinstance(module, SpikingStack))
+    assert all(torch.equal(value, before[name]) for name, value in autoencoder.state_dict().items())
+    assert torch.equal(autoencoder.encode(images), codes)
+
+
+@pytest.mark.parametrize(
+    "context", [torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)], ids=["inference", "autocast"]
+)
+def test_modes_of_the_caller_do_not_change_the_count(context):
+    spikes = torch.ones(2, 300, 3, 3)  # 2,700 operations for an output: no bfloat16 is exactly that
+    layer = nn.Conv2d(300, 7, 3, padding=1).eval()
+    with context:
+        assert count(layer, lambda: layer(spikes), 2) == Operations(0, 300 * 7 * 49, 300 * 7 * 49)
+
+
+def test_misuse_is_refused(autoencoder, denoiser, images, tokens):
+    codes = autoencoder.encode(images)
+    calls = [
+        (autoencoder, lambda: autoencoder.encode(images)),
+        (autoencoder, lambda: autoencoder.decode(codes)),
+        (denoiser, lambda: denoiser(*tokens)),
+    ]
+    for network, call in calls:
+        with pytest.raises(ValueError, match="5 images"):
+            count(network, call, 5, STEPS)
+        set_plain(network, False)
+        with pytest.raises(ValueError, match="plain"):
+            count(network, call, 3, STEPS)
+        set_plain(network, True)
+        network.train()
+        with pytest.raises(ValueError, match="evaluation"):
+            count(network, call, 3, STEPS)
+        network.eval()
+    with pytest.raises(ValueError, match="no neuron"):
+        firing_rates(denoiser, lambda: None)

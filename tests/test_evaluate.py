@@ -1,0 +1,180 @@
+"""scripts/evaluate.py: pictures in any form, and the mistakes one can make."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets import load_dataset
+from errors import UserError
+from metrics.extraction import extract
+from metrics.frechet import feature_statistics, frechet_distance
+from pipeline import evaluation
+from pipeline.evaluation import FeatureNetwork, Metric
+from scripts import evaluate
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def random_pictures(count, channels=3, size=16, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, channels), dtype=np.uint8)
+
+
+def write_folder(folder, pictures):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture.squeeze()).save(folder / f"{number:05d}.png")
+    return folder
+
+
+def write_npz(path, pictures):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, images=pictures)
+    return path
+
+
+class Pixels(torch.nn.Module):
+    """Stands for a feature network: the first pixels of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return images.flatten(1)[:, :8].float() * self.scale
+
+
+def pixels(images, network):
+    return extract(images, network, network, 7, "pixels")
+
+
+def distance(generated, real):
+    return frechet_distance(*feature_statistics(generated), *feature_statistics(real))
+
+
+@pytest.fixture(autouse=True)
+def table(monkeypatch, tmp_path):
+    """One metric on the stand-in, as the FID is on Inception."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(evaluation, "NETWORKS", {"pixels": lambda *_: FeatureNetwork(Pixels(), pixels, "pixels")})
+    metric = Metric("pixels", 5, 5, lambda seen: {"fid": distance(seen.generated, seen.real)})
+    monkeypatch.setattr(evaluation, "GENERATED_METRICS", {"fid": metric})
+
+
+def figures(*arguments):
+    return evaluate.evaluate(evaluate.parse([str(argument) for argument in (*arguments, "--device", "cpu")]))
+
+
+def mistake(capsys, *arguments):
+    """The one line that a mistake of the user leaves on stderr."""
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert exit_.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_folder_archive_and_memory_give_the_same_figure(channels, tmp_path, capsys):
+    generated, real = random_pictures(12, channels), random_pictures(9, channels, seed=1) // 4
+    folders = [write_folder(tmp_path / name, images) for name, images in (("g", generated), ("r", real))]
+    archives = [write_npz(tmp_path / f"{name}.npz", images) for name, images in (("g", generated), ("r", real))]
+    in_memory = [torch.from_numpy(images).permute(0, 3, 1, 2) for images in (generated, real)]
+    expected = distance(*(pixels(images, Pixels()) for images in in_memory))
+    for sides in (archives, folders, (folders[0], archives[1])):
+        (figure,) = figures(*sides)
+        assert figure["value"] == pytest.approx(expected) and expected > 1
+        assert (figure["num_generated"], figure["num_real"]) == (12, 9) and str(sides[0]) in figure["protocol"]
+    evaluate.main([str(archives[0]), str(archives[1]), "--output", str(tmp_path / "figures.json"), "--device", "cpu"])
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures(*archives)
+    assert f"{expected:.4f}" in capsys.readouterr().out
+
+
+def test_a_run_against_its_data_set(run, grey):
+    with np.load(run / "samples" / "images.npz") as archive:
+        images = torch.from_numpy(archive["images"]).permute(0, 3, 1, 2)
+    test = load_dataset("ImageFolder", grey[3], image_size=16)
+    (figure,) = figures(run, "--reference", "train")
+    assert figure["value"] == pytest.approx(distance(pixels(images, Pixels()), pixels(test.train, Pixels())))
+    assert (figure["split"], figure["num_real"]) == ("train", 120)
+
+
+def test_pictures_against_a_data_set(tmp_path):
+    pictures = write_folder(tmp_path / "pictures", random_pictures(6, channels=1, size=28))
+    (figure,) = figures(pictures, "--dataset_name", "Digits")
+    assert figure["num_real"] == 360 and figure["value"] > 0
+
+
+def test_sizes_and_colours_must_be_alike(tmp_path, capsys):
+    colour, grey = (
+        write_npz(tmp_path / "c.npz", random_pictures(6)),
+        write_npz(tmp_path / "g.npz", random_pictures(6, 1)),
+    )
+    small = write_npz(tmp_path / "s.npz", random_pictures(6, size=8))
+    assert "have colours" in mistake(capsys, colour, grey)
+    assert "[16, 16]" in mistake(capsys, colour, small)
+    assert len(figures(grey, colour)) == 1  # grey is repeated
+
+
+def test_odd_picture_is_named(tmp_path, capsys):
+    folder = write_folder(tmp_path / "folder", random_pictures(2))
+    Image.new("RGB", (16, 20)).save(folder / "odd.png")
+    assert f"{folder / 'odd.png'} is 16x20" in mistake(capsys, folder, folder)
+
+
+def test_unreadable_picture_is_named(tmp_path, capsys):
+    folder = write_folder(tmp_path / "folder", random_pictures(2))
+    (folder / "broken.png").write_bytes((folder / "00000.png").read_bytes()[:60])
+    assert "broken.png" in mistake(capsys, folder, folder)
+
+
+def test_folder_without_pictures(tmp_path, capsys):
+    assert f"no pictures in {tmp_path}" in mistake(capsys, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("arrays", [{"pictures": np.zeros(3)}, {"images": np.zeros((2, 8, 8, 3))}])
+def test_npz_with_something_else(arrays, tmp_path, capsys):
+    np.savez(tmp_path / "other.npz", **arrays)
+    assert "other.npz" in mistake(capsys, tmp_path / "other.npz", tmp_path / "other.npz")
+
+
+@pytest.mark.parametrize("config", [None, "{", "[]", '{"dataset_name": "mnist"}'])
+def test_folder_that_is_no_run(config, tmp_path, capsys):
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    assert "config.json" in mistake(capsys, tmp_path)
+
+
+def test_run_without_samples(run, capsys):
+    (run / "samples" / "images.npz").unlink()
+    assert "images.npz" in mistake(capsys, run)
+
+
+def test_two_real_sides(tmp_path, capsys):
+    assert "give one of them" in mistake(capsys, tmp_path, tmp_path, "--dataset_name", "Digits")
+
+
+def test_options_are_checked(tmp_path, capsys):
+    with pytest.raises(UserError, match="cuda:N"):
+        evaluate.evaluate(evaluate.parse([str(tmp_path), str(tmp_path), "--device", "tpu?"]))
+
+
+@pytest.mark.parametrize("case", ["missing folder", "too few pictures", "wrong weights"])
+def test_mistakes_on_the_command_line(case, tmp_path):
+    count = 10_000 - (case == "too few pictures")
+    generated = write_npz(tmp_path / "generated.npz", np.zeros((count, 2, 2, 1), dtype=np.uint8))
+    real = write_npz(tmp_path / "real.npz", np.zeros((2048, 2, 2, 1), dtype=np.uint8))
+    weights = tmp_path / "weights.pth"
+    weights.write_text("not weights")
+    generated = tmp_path / "nowhere" if case == "missing folder" else generated
+    command = [sys.executable, "scripts/evaluate.py", generated, real, "--metrics", "fid", "--fid_weights", weights]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
+    expected = {"missing folder": "nowhere", "too few pictures": "not 9999", "wrong weights": "--fid_weights PATH"}
+    assert expected[case] in process.stderr

@@ -1,0 +1,224 @@
+"""Which figures are computed of which images, what is said where one cannot be, and the choice of a temperature."""
+
+import json
+from argparse import Namespace
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import ImageData
+from errors import UserError
+from metrics.extraction import extract
+from metrics.frechet import feature_statistics, frechet_distance
+from models import FSVAE, SDID, VQSVAE, VQVAE
+from pipeline import evaluation, temperature
+from pipeline.evaluation import Evaluation, FeatureNetwork, Metric, energy_figures
+from pipeline.generators import CodeDiffusion, PriorSampling
+from pipeline.machine import Machine
+from pipeline.run_folder import RunFolder
+
+CPU = Machine(torch.device("cpu"), bf16=False)
+
+
+class Pooling(torch.nn.Module):
+    """Stands for a feature network: 4 numbers of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images.float() * self.scale, 2).flatten(1)
+
+
+def pooled(images, network):
+    return extract(images, network, network, 5, "pooling")
+
+
+def noise(count, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 1, 8, 8), dtype=np.uint8))
+
+
+@pytest.fixture
+def data():
+    labels = torch.arange(9) % 3
+    return ImageData("noise", noise(9, 1), noise(7, 2) // 2, noise(70, 3) // 3, labels, labels[:7])
+
+
+@pytest.fixture(autouse=True)
+def pooling(monkeypatch, tmp_path):
+    """Two feature networks instead of the real ones, and two metrics on the first; those used are counted."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    loaded = []
+
+    def load(name, **more):
+        return lambda options, data, machine: loaded.append(name) or FeatureNetwork(Pooling(), pooled, name, **more)
+
+    def refuse(*_):
+        raise UserError("it cannot be downloaded")
+
+    networks = {"free": load("free"), "fixed": load("fixed", fixed=(4, 5)), "missing": refuse}
+    monkeypatch.setattr(evaluation, "NETWORKS", networks)
+
+    def distance(seen):
+        return {"distance": frechet_distance(*feature_statistics(seen.generated), *feature_statistics(seen.real))}
+
+    table = {
+        "distance": Metric("free", 6, 3, distance),
+        "counts": Metric("fixed", 4, 5, lambda seen: {"n": len(seen.generated), "m": len(seen.real)}),
+        "both": Metric("missing", 2, 0, distance),
+        "more": Metric("missing", 2, 0, distance),
+    }
+    monkeypatch.setattr(evaluation, "GENERATED_METRICS", table)
+    return loaded
+
+
+def options(**changed):
+    return Namespace(**{"metrics": None, "num_samples": None, "reference": "test", "seed": 3, **changed})
+
+
+def test_all_that_can_be_had_and_what_cannot_is_said_in_one_line(data, pooling, capsys):
+    ready = Evaluation(options(), data, CPU)
+    assert list(ready.metrics) == ["distance", "counts"] and ready.images_needed == 6
+    assert capsys.readouterr().out == "no both, more: it cannot be downloaded\n"
+    figures = {figure["name"]: figure for figure in ready.figures(noise(8), "drawn so")}
+    assert sorted(pooling) == ["fixed", "free"]  # each network is loaded once
+    statistics = (feature_statistics(pooled(images, Pooling())) for images in (noise(8), data.test))
+    (mu, sigma), (real_mu, real_sigma) = statistics
+    assert figures["distance"]["value"] == pytest.approx(frechet_distance(mu, sigma, real_mu, real_sigma))
+    expected = {"protocol": "free; drawn so", "split": "test", "num_generated": 8, "num_real": 7, "seed": 3}
+    assert figures["distance"].items() >= expected.items()
+    assert (figures["n"]["value"], figures["m"]["value"]) == (4, 5)
+    assert (figures["n"]["num_generated"], figures["n"]["num_real"]) == (4, 5)
+
+
+def test_against_the_training_split_where_the_protocol_leaves_it_open(data):
+    ready = Evaluation(options(reference="train"), data, CPU)
+    figures = {figure["name"]: figure for figure in ready.figures(noise(6))}
+    assert (figures["distance"]["split"], figures["distance"]["num_real"]) == ("train", 9)
+    assert (figures["n"]["split"], figures["n"]["num_real"]) == ("test", 5)
+
+
+def test_the_real_side_comes_from_the_cache_and_is_the_same(data, monkeypatch):
+    first = Evaluation(options(metrics=["distance"]), data, CPU).figures(noise(6))
+    monkeypatch.setattr(evaluation, "reference_features", evaluation.reference_features)
+    asked = []
+    original = Pooling.forward
+    monkeypatch.setattr(Pooling, "forward", lambda self, images: asked.append(len(images)) or original(self, images))
+    assert Evaluation(options(metrics=["distance"]), data, CPU).figures(noise(6)) == first
+    assert sum(asked) == 6  # generated images only
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"metrics": ["both"]}, "no both: it cannot be downloaded"),
+        ({"metrics": ["distance"], "num_samples": 5}, "no distance: this needs at least 6 generated images, not 5"),
+    ],
+)
+def test_what_was_asked_for_by_name_is_never_left_out(changed, words, data):
+    with pytest.raises(UserError, match=words):
+        Evaluation(options(**changed), data, CPU)
+
+
+def test_too_few_real_images(data, capsys):
+    few = replace(data, test=data.test[:2])
+    assert "distance" not in Evaluation(options(), few, CPU).metrics
+    assert "no distance: this needs at least 3 real images, not 2" in capsys.readouterr().out
+
+
+def test_no_networks_are_loaded_for_too_few_samples(data, pooling):
+    assert Evaluation(options(num_samples=1), data, CPU).images_needed == 0 and pooling == []
+
+
+# ---- the choice of a temperature ----
+
+
+@dataclass(frozen=True)
+class Stub:
+    """A generator whose samples come near the held-out images at 0.8."""
+
+    target: torch.Tensor
+    machine: Machine = CPU
+    seed: int = 0
+    temperature: float = 1.0
+
+    def draw(self, samples):
+        shift = abs(self.temperature - 0.8) * 300
+        return (self.target[: len(samples)].float() + shift).clamp(0, 255).byte()
+
+
+def test_the_temperature_is_that_nearest_to_the_held_out_images(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(temperature, "fad_network", lambda *_: (Pooling(), "pooling", None))
+    monkeypatch.setattr(temperature, "fad_features", pooled)
+    changed = replace(data, test=data.test * 0)
+    chosen = temperature.choose_temperature(Stub(data.held_out), changed, None, RunFolder(tmp_path / "run"))
+    written = json.loads((tmp_path / "run" / "temperature.json").read_text())
+    assert chosen == written["temperature"] == 0.8
+    assert min(written["distances"], key=written["distances"].get) == "0.8"
+    assert written["distances"]["1.0"] > written["distances"]["0.9"] > written["distances"]["0.8"]
+
+
+def test_a_temperature_is_not_chosen_on_few_images_or_on_the_test_split(data, tmp_path):
+    few = replace(data, held_out=data.held_out[:64])
+    with pytest.raises(UserError, match="--held_out"):
+        temperature.choose_temperature(Stub(data.held_out), few, None, RunFolder(tmp_path))
+
+
+# ---- generators ----
+
+
+def code_diffusion(autoencoder, **changed):
+    return CodeDiffusion(autoencoder, SDID(5, 3, 4), (2, 2), CPU, 0, **{"batch_size": 3, **changed})
+
+
+def generators():
+    torch.manual_seed(0)
+    return {
+        "snn-vq-vae": code_diffusion(VQSVAE(1, 5, 4, 3, 4)),
+        "vq-vae": code_diffusion(VQVAE(1, 5, 4, 4)),
+        "snn-vae": PriorSampling(FSVAE(1, 8, 6, 4, spike_steps=3, hidden=4), CPU, 0, batch_size=3),
+    }
+
+
+@pytest.mark.parametrize("name", ["snn-vq-vae", "vq-vae", "snn-vae"])
+def test_samples_do_not_depend_on_the_batch(name):
+    generator = generators()[name]
+    images = generator.draw(range(8))
+    assert images.shape == (8, 1, 8, 8) and images.dtype == torch.uint8
+    assert torch.equal(replace(generator, batch_size=8).draw(range(2, 7)), images[2:7])
+    assert torch.equal(replace(generator, batch_size=1).reconstruct(noise(4)), generator.reconstruct(noise(4)))
+
+
+@pytest.mark.parametrize("name", ["snn-vq-vae", "vq-vae", "snn-vae"])
+def test_cost_is_counted_and_leaves_the_model_as_it_was(name):
+    generator = generators()[name]
+    before = generator.draw(range(4))
+    cost = generator.cost(noise(4))
+    assert torch.equal(generator.draw(range(4)), before)
+    assert set(cost.operations) >= {"encode", "decode", "sample"} and cost.operations["encode"].macs > 0
+    assert all(0 <= rate <= 1 for rate in cost.firing_rates.values()) and cost.firing_rates
+    if name == "vq-vae":
+        assert cost.operations["encode"].acs == 0
+        assert cost.operations["encode"].macs == cost.operations["encode"].dense_macs
+    else:
+        assert cost.operations["encode"].macs != cost.operations["encode"].dense_macs
+
+
+def test_a_sample_costs_a_pass_of_the_denoiser_at_each_timestep_and_a_decoding():
+    whole = generators()["snn-vq-vae"]
+    for generator, passes in ((whole, 4), (replace(whole, sample_steps=3), 3)):
+        parts = generator.cost(noise(4)).operations
+        assert parts["sample"] == passes * parts["denoiser_pass"] + parts["decode"]
+
+
+def test_energy_in_nanojoules():
+    generator = generators()["snn-vq-vae"]
+    figures = {figure["name"]: figure for figure in energy_figures(generator, noise(4), 0)}
+    counted = generator.cost(noise(4)).operations["sample"]
+    assert figures["energy_sample"]["value"] == pytest.approx((4.6 * counted.macs + 0.9 * counted.acs) / 1000)
+    assert figures["energy_sample_without_spikes"]["value"] == pytest.approx(4.6 * counted.dense_macs / 1000)
+    assert figures["energy_sample"]["macs"] == counted.macs and figures["energy_sample"]["acs"] == counted.acs
+    assert figures["firing_rate"]["layers"].keys() >= {"encode: encoder.snn_convs.2", "denoiser_pass: conv1.2"}

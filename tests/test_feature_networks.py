@@ -1,0 +1,204 @@
+import numpy as np
+import pytest
+import torch
+
+from datasets import ImageData
+from errors import UserError
+from metrics.classifier import accuracy, classifier_features, classifier_logits
+from metrics.fad import FadAutoencoder, fad_features, to_fad_range, to_fad_size
+from metrics.frechet import feature_statistics
+from pipeline import feature_networks
+from pipeline.cache import cache_folder, cached, digest
+from pipeline.feature_networks import classifier, fad_network, reference_features
+from pipeline.machine import choose_machine
+
+MACHINE = choose_machine("cpu", "float32")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache folder of the test's own, and trainings of 80 steps that take a second."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(feature_networks, "BATCH_SIZE", 8)
+    monkeypatch.setattr(feature_networks, "FEWEST_STEPS", 80)
+    for name in ("CLASSIFIER", "AUTOENCODER"):
+        monkeypatch.setattr(feature_networks, name, getattr(feature_networks, name)._replace(epochs=1))
+    return tmp_path / "cache" / "spiking-diffusion"
+
+
+def bars(count, channels=1, seed=0):
+    """Noisy images 8x8 with a bright bar, lying (class 0) or standing (class 1)."""
+    generator = np.random.default_rng(seed)
+    labels = torch.arange(count) % 2
+    images = torch.from_numpy(generator.integers(0, 60, (count, channels, 8, 8), dtype=np.uint8))
+    for image, label, place in zip(images, labels, generator.integers(0, 8, count), strict=True):
+        (image[:, place] if label == 0 else image[:, :, place])[:] = 255
+    return images, labels
+
+
+def make_data(name="Bars", channels=1, labels=True):
+    (train, train_labels), (test, test_labels) = bars(128, channels), bars(40, channels, seed=1)
+    if not labels:
+        train_labels = test_labels = None
+    return ImageData(name, train, test, train[:0], train_labels, test_labels)
+
+
+def no_training(*_):
+    pytest.fail("trained again")
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    assert cache_folder() == tmp_path / "cache" / "spiking-diffusion"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "home" / ".cache" / "spiking-diffusion"
+
+
+def test_arrays_are_computed_once(cache):
+    arrays = {"a": np.arange(6).reshape(2, 3), "b.c": np.float32(0.5)}
+    assert cached("name", lambda: arrays) is arrays
+    kept = cached("name", no_training)
+    assert kept.keys() == arrays.keys() and all((kept[key] == arrays[key]).all() for key in arrays)
+    assert kept["a"].dtype == np.int64 and kept["b.c"].dtype == np.float32
+    assert [path.name for path in cache.iterdir()] == ["name.npz"]
+
+
+def test_damaged_file_is_noticed(cache):
+    arrays = cached("name", lambda: {"a": np.arange(10), "b": np.ones(3)})
+    path = cache / "name.npz"
+    whole = path.read_bytes()
+    noticed = 0
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        try:
+            kept = cached("name", no_training)
+        except UserError:
+            noticed += 1
+        else:  # in a byte that says nothing about the contents, as a date
+            assert kept.keys() == arrays.keys() and all((kept[key] == arrays[key]).all() for key in arrays), place
+    assert noticed > len(whole) / 2
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=rf"{path} is damaged \(.*\): delete it") as caught:
+            cached("name", no_training)
+        assert "\n" not in str(caught.value)
+
+
+def test_digest_depends_on_values_types_shapes_names_and_order():
+    numbers = torch.arange(4, dtype=torch.int32)
+    different = [
+        *((numbers,), (numbers + 1,), (numbers.long(),), (numbers.view(2, 2),), (numbers.float(),), ("a",), ("b",)),
+        *(({"a": numbers},), ({"b": numbers},), ("a", "b"), ("b", "a"), (numbers, "a"), ("a", numbers)),
+    ]
+    digests = [digest(*parts) for parts in different]
+    assert len(set(digests)) == len(digests) and all(len(text) == 16 for text in digests)
+    transposed = torch.arange(4, dtype=torch.int32).view(2, 2).T
+    assert digest(transposed) == digest(transposed.contiguous()) != digest(transposed.T)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_classifier_learns_and_is_kept(channels, monkeypatch, capsys):
+    data = make_data(channels=channels)
+    network, protocol = classifier(data, MACHINE, seed=0)
+    assert protocol == "own classifier, 5 epochs"
+    assert capsys.readouterr().out == "training the classifier on Bars once, about 1 min on two cores\n"
+    logits = classifier_logits(classifier_features(data.test, network), network)
+    assert logits.shape == (40, 2) and accuracy(logits, data.test_labels) > 0.9
+    assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
+
+    monkeypatch.setattr(feature_networks, "_train", no_training)
+    again, _ = classifier(data, MACHINE, seed=0)
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    assert capsys.readouterr().out == ""
+
+
+def test_classifier_follows_from_the_seed_alone(cache, monkeypatch):
+    data = make_data()
+    torch.manual_seed(5)
+    first, _ = classifier(data, MACHINE, seed=0)
+    assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(5))
+    for path in cache.iterdir():
+        path.unlink()
+    second, _ = classifier(data, MACHINE, seed=0)
+    assert torch.equal(first.head.weight, second.head.weight)
+    other, _ = classifier(data, MACHINE, seed=1)
+    assert not torch.equal(first.head.weight, other.head.weight)
+
+
+def test_other_images_or_settings_are_another_network(cache, monkeypatch):
+    monkeypatch.setattr(feature_networks, "_train", lambda *_: None)
+    data = make_data()
+    classifier(data, MACHINE, seed=0)
+    data.train[0, 0, 0, 0] += 1
+    classifier(data, MACHINE, seed=0)
+    data.train_labels[:2] = data.train_labels[:2].flip(0)
+    classifier(data, MACHINE, seed=0)
+    classifier(data, MACHINE, seed=1)
+    monkeypatch.setattr(feature_networks, "FEWEST_STEPS", 81)
+    classifier(data, MACHINE, seed=1)
+    assert len(list(cache.glob("classifier-Bars-train-128-*.npz"))) == 5
+
+
+def test_data_without_classes_has_no_classifier():
+    with pytest.raises(UserError, match="Bars has no classes"):
+        classifier(make_data(labels=False), MACHINE, seed=0)
+
+
+def test_own_fad_network_learns(capsys):
+    data = make_data(channels=3, labels=False)
+    network, protocol, reference = fad_network(data, None, MACHINE, seed=0)
+    assert protocol == "own FAD autoencoder, 5 epochs"
+    assert capsys.readouterr().out.startswith("training the FAD autoencoder on Bars once")
+    images = to_fad_range(to_fad_size(data.test))
+    with torch.inference_mode():
+        error = (network(images) - images).square().mean()
+    assert error < images.square().mean() / 2  # which is about the error before training
+    mu, sigma = feature_statistics(fad_features(data.test, network))
+    np.testing.assert_allclose(reference[0], mu)
+    np.testing.assert_allclose(reference[1], sigma)
+
+
+def test_nothing_to_learn_from_is_refused():
+    images, _ = bars(10)
+    with pytest.raises(UserError, match="no training images"):
+        fad_network(ImageData("Bars", images[:0], images, images[:0]), None, MACHINE, seed=0)
+
+
+def test_published_fad_network_is_preferred(tmp_path, monkeypatch):
+    published = FadAutoencoder(1)
+    (tmp_path / "stat_checkpoints").mkdir()
+    (tmp_path / "stats").mkdir()
+    torch.save(published.state_dict(), tmp_path / "stat_checkpoints" / "fashion_64.pth")
+    np.savez(tmp_path / "stats" / "fashion_test_64.npz", mu=np.arange(64.0), sigma=np.eye(64))
+    trained = []
+    monkeypatch.setattr(feature_networks, "_train", lambda *arguments: trained.append(arguments))
+
+    network, protocol, (mu, _) = fad_network(make_data("FMNIST"), tmp_path, MACHINE, seed=0)
+    assert protocol == "published weights" and mu[63] == 63 and not trained
+    assert torch.equal(network.latent_layer.weight, published.latent_layer.weight)
+    _, protocol, _ = fad_network(make_data("KMNIST"), tmp_path, MACHINE, seed=0)
+    assert protocol.startswith("own") and len(trained) == 1
+
+
+def test_reference_features_are_kept_for_images_and_weights(cache):
+    images, _ = bars(20)
+    torch.manual_seed(0)
+    networks = FadAutoencoder(1), FadAutoencoder(1)
+    expected = fad_features(images, networks[0])
+    calls = []
+
+    def extract(images, network):
+        calls.append(network)
+        return fad_features(images, network)
+
+    for _ in range(2):
+        np.testing.assert_array_equal(reference_features(networks[0], extract, images, "Bars-test"), expected)
+    assert len(calls) == 1
+    reference_features(networks[1], extract, images, "Bars-test")
+    reference_features(networks[0], extract, images[1:], "Bars-test")
+    assert len(calls) == 3
+    assert len(list(cache.glob("extract-Bars-test-20-*.npz"))) == 2
