@@ -33,5 +33,3 @@ def build_model(name: str, **options: Any) -> nn.Module:
 
 
 __all__ = ["AUTOENCODERS", "FSVAE", "SDID", "VQSVAE", "VQVAE", "build_model", "model_options"]
-
-autoencoder_options, denoiser_options = VQSVAE.options_of, SDID.options_of

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models import fused_lif
 
 MEMBRANE_DECAY = 0.8
+SURROGATE = surrogate.ATan(2.0)
 
 
 def full_precision(x: Tensor) -> torch.autocast:
@@ -26,7 +27,7 @@ class LIF(neuron.LIFNode):
     """
 
     def __init__(self):
-        super().__init__(tau=2.0, surrogate_function=surrogate.ATan(2.0), step_mode="m")
+        super().__init__(tau=2.0, surrogate_function=SURROGATE, step_mode="m")
 
     def forward(self, x: Tensor) -> Tensor:
         """Input currents `[S,...]` to spikes `[S,...]`."""
@@ -34,6 +35,16 @@ class LIF(neuron.LIFNode):
         spikes = super().forward(x)
         self.reset()
         return spikes
+
+
+def lif_step(current: Tensor, potential: Tensor | float) -> tuple[Tensor, Tensor]:
+    """One spike step of `LIF` in plain tensors: input current and membrane potential to spikes and the new potential.
+
+    For networks whose next input depends on their output. At rest the potential is 0.
+    """
+    charged = potential + (current - potential) / 2
+    spikes = SURROGATE(charged - 1)
+    return spikes, charged * (1 - spikes)
 
 
 def postsynaptic_potential(spikes: Tensor) -> Tensor:

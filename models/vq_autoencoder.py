@@ -34,6 +34,7 @@ class VQAutoencoder(nn.Module):
     """
 
     downsampling = 4  # side of an image over side of its grid of codes
+    spike_steps = 1  # runs of each layer for one image; spiking models have more
 
     def __init__(
         self, channels: int, codebook_size: int, *, encoder: nn.Module, vq_layer: Codebook, decoder: nn.Module

@@ -78,6 +78,7 @@ class VQSVAE(VQAutoencoder):
             vq_layer=SpikingQuantizer(codebook_size, embedding_dim, spike_steps, readout, spike_generator),
             decoder=Decoder(channels, hidden, embedding_dim, spike_steps),
         )
+        self.spike_steps = spike_steps
 
     @staticmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, int]:

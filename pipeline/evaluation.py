@@ -113,13 +113,13 @@ def _paper_inception(options: Namespace, data: ImageData, machine: Machine) -> F
 
 
 def _fad(options: Namespace, data: ImageData, machine: Machine) -> FeatureNetwork:
-    network, origin, statistics = fad_network(data, options.fad_weights, machine, options.seed)
+    network, origin, statistics = fad_network(data, options.fad_weights, machine)
     fixed = FAD_IMAGES, len(data.test)
     return FeatureNetwork(network, fad_features, f"autoencoder at 32x32, {origin}", fixed, statistics)
 
 
 def _classifier(options: Namespace, data: ImageData, machine: Machine) -> FeatureNetwork:
-    network, origin = classifier(data, machine, options.seed)
+    network, origin = classifier(data, machine)
     return FeatureNetwork(network, classifier_features, origin)
 
 
@@ -285,17 +285,17 @@ def reconstruction_figures(generator: Generator, test: Tensor, wanted: Collectio
 
 
 def energy_figures(generator: Generator, test: Tensor, seed: int) -> list[dict]:
-    """Energy in nJ per image of each part and of a whole sample, with and without spikes, and the mean firing rate."""
+    """Energy in µJ per image of each part and of a whole sample, with and without spikes, and the mean firing rate."""
     images = test[:ENERGY_IMAGES]
     cost = generator.cost(images)
     about = {"split": "test", "real": len(images), "seed": seed}
     figures = []
     for part, counted in cost.operations.items():
         counts = {"macs": counted.macs, "acs": counted.acs, "macs_without_spikes": counted.dense_macs}
-        protocol = f"nJ an image: {counted.macs:.4g} MACs of 4.6 pJ, {counted.acs:.4g} ACs of 0.9 pJ"
-        figures.append(record(f"energy_{part}", counted.energy / 1000, protocol, **about, **counts))
-        protocol = f"nJ an image: the same layers once, without spikes, {counted.dense_macs:.4g} MACs"
-        figures.append(record(f"energy_{part}_without_spikes", counted.dense_energy / 1000, protocol, **about))
+        protocol = f"µJ an image: {counted.macs:.4g} MACs of 4.6 pJ, {counted.acs:.4g} ACs of 0.9 pJ"
+        figures.append(record(f"energy_{part}", counted.energy / 1e6, protocol, **about, **counts))
+        protocol = f"µJ an image: the same layers once, without spikes, {counted.dense_macs:.4g} MACs"
+        figures.append(record(f"energy_{part}_without_spikes", counted.dense_energy / 1e6, protocol, **about))
     if cost.firing_rates:
         mean = sum(cost.firing_rates.values()) / len(cost.firing_rates)
         protocol = "spikes per neuron and spike step, mean over layers"
@@ -315,7 +315,10 @@ def print_figures(figures: list[dict]) -> None:
         return
     width = max(len(figure["name"]) for figure in figures)
     print(f"\n{'figure':{width}}  {'value':>10}  protocol")
+    said = None
     for figure in figures:
         against = f"{figure['num_real']} {figure['split']} images"
         counts = f"{figure['num_generated']} generated, {against}" if figure["num_generated"] else against
-        print(f"{figure['name']:{width}}  {figure['value']:10.4f}  {figure['protocol']} ({counts})")
+        protocol = f"{figure['protocol']} ({counts})"
+        print(f"{figure['name']:{width}}  {figure['value']:10.4f}  {'same' if protocol == said else protocol}")
+        said = protocol

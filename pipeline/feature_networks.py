@@ -20,6 +20,7 @@ from pipeline.cache import cached, digest
 from pipeline.machine import Machine
 
 BATCH_SIZE = 128
+NETWORK_SEED = 0  # not the run's: figures of all runs on a data set come from one network
 FEWEST_STEPS = 1000  # small data sets get more epochs
 
 Loss = Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
@@ -43,7 +44,7 @@ class FadNetwork(NamedTuple):
     reference: Statistics
 
 
-def classifier(data: ImageData, machine: Machine, seed: int) -> tuple[Classifier, str]:
+def classifier(data: ImageData, machine: Machine, seed: int = NETWORK_SEED) -> tuple[Classifier, str]:
     """A classifier trained on `data`'s training split, and its protocol. Raises UserError where it has no classes."""
     if data.train_labels is None:
         raise UserError(f"{data.name} has no classes for a classifier to learn: leave out the figures that need one")
@@ -52,7 +53,7 @@ def classifier(data: ImageData, machine: Machine, seed: int) -> tuple[Classifier
     return _trained(CLASSIFIER, lambda: Classifier(data.shape[0], classes), data.name, examples, machine, seed)
 
 
-def fad_network(data: ImageData, fad_weights: Path | None, machine: Machine, seed: int) -> FadNetwork:
+def fad_network(data: ImageData, fad_weights: Path | None, machine: Machine, seed: int = NETWORK_SEED) -> FadNetwork:
     """The published network and statistics from the folder `fad_weights` where it has them for `data`, else our own.
 
     Our own has the same architecture, for the channels of `data`, and learns the training split. Raises UserError

@@ -166,6 +166,6 @@ def _cost(parts: dict[str, tuple[nn.Module, Callable[[], Any]]], images: int) ->
     operations, rates = {}, {}
     for name, (model, call) in parts.items():
         with literally(model):
-            operations[name] = count(model, call, images, getattr(model, "spike_steps", 1))
+            operations[name] = count(model, call, images, model.spike_steps)
             rates |= {f"{name}: {layer}": rate for layer, rate in firing_rates(model, call).items()}
     return Cost(operations, rates)

@@ -24,7 +24,7 @@ def choose_temperature(generator: CodeDiffusion, data: ImageData, fad_weights: P
     if len(data.held_out) <= FEATURES:
         fewest = f"more than {FEATURES} images that no training sees, not {len(data.held_out)}"
         raise UserError(f"--temperature auto needs {fewest}: train with --held_out 1000, or choose a temperature")
-    network, origin, _ = fad_network(data, fad_weights, generator.machine, generator.seed)
+    network, origin, _ = fad_network(data, fad_weights, generator.machine)
     reference = feature_statistics(reference_features(network, fad_features, data.held_out, f"{data.name}-held_out"))
     distances = {}
     for temperature in TEMPERATURES:

@@ -24,7 +24,7 @@ COLUMNS = {
     "classifier_frechet": "classifier distance",
     "mse": "MSE",
     "ssim": "SSIM",
-    "energy_sample": "energy of a sample",
+    "energy_sample": "energy of a sample, µJ",
 }
 """Name in metrics.json, and heading; those without any figure are left out, FID excepted."""
 

@@ -188,12 +188,13 @@ def test_spike_generators_plain_and_fast(kind):
         model.load_state_dict(state)
         set_plain(model, plain)
         out = model.train()(images, 0.1, seeded())
+        first = model.encoder.snn_convs[0].weight
+        assert torch.autograd.grad(out.mse, first, retain_graph=True)[0].any(), "the error reaches the encoder"
         results.append([out.loss.detach(), *gradients_of(model, out.loss)])
         with torch.no_grad():
             torch.testing.assert_close(model.eval().decode(model.encode(images)), model(images).images)
             torch.testing.assert_close(model.decode(model.encode(images[1:2])), model(images).images[1:2])
     torch.testing.assert_close(*results)
-    assert results[0][1].any(), "the gradient reaches the encoder"
 
 
 @pytest.mark.parametrize("option", ["readout", "spike_generator"])
@@ -218,7 +219,7 @@ def test_stepping_equals_running_each_prefix_from_rest():
     """Latents of the prior, and of the posterior, each drawn by running the network anew over all steps so far."""
     model, images = small_fsvae().eval(), torch.rand(6, 1, 12, 12, **DOUBLE)
     picks = model.noise(3, range(6))
-    x = model.to_latent(model.encoder(images - 0.5).flatten(2))
+    x = model._features(images)
     drawn = {"prior": model.sample(picks), "posterior": model.encode(images, picks)}
     for name, latents in drawn.items():
         given = torch.zeros(1, 6, 7, **DOUBLE)
@@ -315,12 +316,12 @@ def test_scheduled_sampling_switches_on():
     """From the sixth step on the next input is the prior's own: always at p = 1, else in this share of the images."""
     model = small_fsvae().eval()
     latents = (torch.rand(9, 300, 7) < 0.5).double()
-    given, own, some = (model._prior(latents, p, seeded()) for p in (0.0, 1.0, 0.3))
+    given, own, some = (model._follow(latents, p, seeded()) for p in (0.0, 1.0, 0.3))
     torch.testing.assert_close(given, run_from_rest(model.prior, F.pad(latents, (0, 0, 0, 0, 1, -1))).mean(3))
     assert torch.equal(own[:6], given[:6])
     changed = latents.clone()
     changed[5:] = 1 - changed[5:]
-    assert torch.equal(model._prior(changed, 1.0, seeded()), own), "what the posterior drew is not looked at"
+    assert torch.equal(model._follow(changed, 1.0, seeded()), own), "what the posterior drew is not looked at"
     follows_own = (some[6] == own[6]).all(1) & (own[6] != given[6]).any(1)
     assert float(follows_own.double().mean()) == pytest.approx(0.3, abs=0.1)
     assert ((some[6] == own[6]).all(1) | (some[6] == given[6]).all(1)).all()
@@ -330,7 +331,7 @@ def test_scheduled_sampling_switches_on():
 def test_own_latents_of_the_prior_are_what_most_candidates_say():
     model = small_fsvae().eval()
     latents = (torch.rand(9, 50, 7) < 0.5).double()
-    own = model._prior(latents, 1.0, seeded())
+    own = model._follow(latents, 1.0, seeded())
     inputs = torch.cat((torch.zeros(1, 50, 7, **DOUBLE), latents[:5], (own[5:8] > 0.5).double()))
     torch.testing.assert_close(own, run_from_rest(model.prior, inputs).mean(3))
 
@@ -364,11 +365,11 @@ def test_drawn_latents_enter_the_next_step_without_gradient():
     """The last latents learn through potentials alone: none of the gradient goes by way of earlier draws."""
     model, images = small_fsvae(), torch.rand(6, 1, 12, 12, **DOUBLE)
     picks = model.noise(0, range(6))
-    latents, means = model._posterior(images, picks)
+    latents, means = model._draw(model.posterior, picks, model._features(images))
     last = torch.autograd.grad(means[-1].sum(), model.posterior.layers[-1].weight)[0]
     given = torch.cat((torch.zeros(1, 6, 7, **DOUBLE), latents[:-1].detach()))
     model.zero_grad()
-    x = model.to_latent(model.encoder(images - 0.5).flatten(2))
+    x = model._features(images)
     run_from_rest(model.posterior, torch.cat((x, given), 2)).mean(3)[-1].sum().backward()
     torch.testing.assert_close(last, model.posterior.layers[-1].weight.grad)
 

@@ -1,0 +1,118 @@
+"""scripts/reproduce.py and scripts/results_table.py: the matrix of runs, and what is made of their figures."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from pipeline.evaluation import GENERATED_METRICS
+from scripts import reproduce, results_table
+
+FIGURE = {"split": "test", "num_generated": 5000, "num_real": 10000, "seed": 42}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of main.py that reproduce makes; those that name KMNIST fail."""
+    made = []
+
+    def call(arguments):
+        made.append(arguments[3:])
+        return SimpleNamespace(returncode=int("KMNIST" in arguments))
+
+    monkeypatch.setattr(reproduce.subprocess, "run", call)
+    return made
+
+
+def test_the_matrix_is_run_and_a_failure_does_not_stop_it(calls, tmp_path, capsys):
+    place = ["--result_path", str(tmp_path), "--", "--device", "cpu"]
+    with pytest.raises(SystemExit) as exit_:
+        reproduce.main(
+            ["--datasets", "KMNIST", "MNIST", "--models", "vq-vae", "readout-rate", "--budget", "paper", *place]
+        )
+    assert exit_.value.code == 1 and "failed: KMNIST/vq-vae, KMNIST/readout-rate" in capsys.readouterr().err
+    assert len(calls) == 4
+    expected = ["--dataset_name", "MNIST", "--result_path", str(tmp_path / "paper" / "readout-rate")]
+    assert calls[3][:4] == expected and calls[3][-2:] == ["--device", "cpu"]
+    text = " ".join(calls[3])
+    assert "--readout rate" in text and "--epochs 100 --diffusion_epochs 200" in text and "--temperature auto" in text
+
+
+def test_finished_runs_are_left_alone_and_others_resumed(calls, tmp_path):
+    for dataset, name in (("MNIST", "metrics.json"), ("FMNIST", "config.json")):
+        run = tmp_path / "short" / "snn-vae" / dataset / "snn-vae"
+        run.mkdir(parents=True)
+        (run / name).touch()
+    reproduce.main(
+        [*("--datasets", "MNIST", "FMNIST", "--models", "snn-vae", "--budget", "short"), "--result_path", str(tmp_path)]
+    )
+    assert calls == [["--resume", str(run)]]
+
+
+def test_options_of_budgets_and_variants_are_those_of_main(cli, tmp_path):
+    """Asked of the program itself, which stops at the data set that is not there."""
+    for variant in reproduce.VARIANTS.values():
+        for budget in reproduce.BUDGETS.values():
+            arguments = (*variant, *budget, "--temperature", "auto", "--dataset_name", "ImageFolder")
+            outcome = cli(*arguments, "--data_path", tmp_path, "--result_path", tmp_path / "result")
+            assert outcome.status == 2 and "holds 0 pictures" in outcome.err
+
+
+def make_run(folder, dataset, figures, **options):
+    folder.mkdir(parents=True)
+    config = {
+        "dataset_name": dataset,
+        "model": "snn-vq-vae",
+        "readout": "both",
+        "spike_generator": "adaptive",
+        **options,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = [{"stage": stage, "images": 3600, "images_per_second": 2} for stage in ("vqsvae", "vqsvae", "sdid")]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    content = [{"name": name, "value": value, "protocol": protocol, **FIGURE} for name, value, protocol in figures]
+    (folder / "metrics.json").write_text(json.dumps(content))
+
+
+def test_table_and_plot(tmp_path):
+    make_run(tmp_path / "runs" / "a", "MNIST", [("fad", 12.345, "own"), ("mse", 0.5, "mean"), ("unknown", 1, "x")])
+    make_run(tmp_path / "runs" / "deep" / "b", "MNIST", [("fad", 7, "published")], readout="rate")
+    outputs = ["--output", str(tmp_path / "table.md"), "--plot", str(tmp_path / "plot.png")]
+    results_table.main([str(tmp_path / "runs"), *outputs])
+    text = (tmp_path / "table.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    head, ours, rate = rows[0], rows[2], rows[3]
+    assert ours[:3] == ["MNIST", "snn-vq-vae", "2 + 1 epochs, 1.5 h"] and rate[1] == "snn-vq-vae, rate"
+    column = {name: head.index(name) for name in ("FID", "FID, paper protocol", "FAD", "MSE")}
+    assert ours[column["FID"]] == ours[column["FID, paper protocol"]] == "not run"
+    assert ours[column["FAD"]].startswith("12.35 ") and rate[column["FAD"]].startswith("7 ")
+    letters = [row[column["FAD"]].split("<sup>")[1] for row in (ours, rate)]
+    assert letters[0] != letters[1]  # other protocols
+    assert "FAD: own; 5000 generated, 10000 test images" in text and "SSIM" not in text
+    paper = next(row for row in rows if row[1] == "Spiking-Diffusion (paper)")
+    assert paper[column["FID, paper protocol"]].startswith("37.5 ") and paper[column["FAD"]] == ""
+    assert "FMNIST" not in text
+    assert Image.open(tmp_path / "plot.png").size[0] > 300
+
+
+def test_columns_are_figures_that_runs_have(finished):
+    known = {"paper_fid", "fid", "kid", "fad"}
+    assert known <= results_table.COLUMNS.keys() and known <= GENERATED_METRICS.keys()
+    named = {figure["name"] for figure in json.loads((finished.path / "metrics.json").read_text())}
+    assert {"mse", "ssim", "energy_sample"} <= named & results_table.COLUMNS.keys()
+
+
+def test_the_table_of_a_real_run(run, capsys):
+    results_table.main([str(run)])
+    assert "| ImageFolder | snn-vq-vae | 2 + 2 epochs, 0.0 h |" in capsys.readouterr().out
+
+
+def test_no_runs(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        results_table.main([str(tmp_path)])
+    assert exit_.value.code == 2 and "evaluate a run first" in capsys.readouterr().err
+
+
+def test_letters():
+    assert [results_table._letter(i) for i in (0, 25, 26, 27, 52)] == ["a", "z", "aa", "ab", "ba"]
