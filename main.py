@@ -151,7 +151,7 @@ def build_parser() -> Parser:
     add("--num_samples", "images to draw [as many as the figures need]", type=many, metavar="N")
     add("--eval_batch_size", "images at once in encoding and sampling", 64, type=whole, metavar="N")
     add("--png", "write each sample as a PNG file, too [off]", False, action="store_true")
-    add("--metrics", f"of {','.join(METRICS)} [all that can be had]", type=names_of(METRICS), metavar="A,B")
+    add("--metrics", f"of {', '.join(METRICS)} [all that can be had]", type=names_of(METRICS), metavar="A,B")
     add("--reference", "the real images of FID, KID, IS, PRDC and classifier", "test", choices=("test", "train"))
     add("--fid_weights", "pytorch-fid's Inception weights [downloaded]", type=Path, metavar="FILE")
     add("--paper_fid_weights", "torchvision's Inception weights [downloaded]", type=Path, metavar="FILE")

@@ -242,19 +242,20 @@ class Evaluation:
             raise network
         return network
 
-    def figures(self, images: Tensor, about: str = "") -> list[dict]:
-        """The figures of generated `images`, uint8 `[N,C,H,W]`; `about` says how they were drawn."""
+    def figures(self, images: Tensor, drawn: str) -> list[dict]:
+        """The figures of generated `images`, uint8 `[N,C,H,W]`; `drawn` says how or from where."""
         o, networks = self.options, {metric.network for metric in self.metrics.values()}
         seen = {name: Seen(self._load(name), images, self.data, o.reference, o.seed) for name in networks}
         return [
             record(
                 figure,
                 value,
-                "; ".join(filter(None, (seen[metric.network].look.protocol, about))),
+                seen[metric.network].look.protocol,
                 split=seen[metric.network].split,
                 real=len(seen[metric.network].real_images),
                 generated=len(seen[metric.network].images),
                 seed=o.seed,
+                drawn=drawn,
             )
             for metric in self.metrics.values()
             for figure, value in metric.figures(seen[metric.network]).items()
@@ -291,11 +292,12 @@ def energy_figures(generator: Generator, test: Tensor, seed: int) -> list[dict]:
     about = {"split": "test", "real": len(images), "seed": seed}
     figures = []
     for part, counted in cost.operations.items():
-        counts = {"macs": counted.macs, "acs": counted.acs, "macs_without_spikes": counted.dense_macs}
-        protocol = f"µJ an image: {counted.macs:.4g} MACs of 4.6 pJ, {counted.acs:.4g} ACs of 0.9 pJ"
+        counts = {"macs": counted.macs, "acs": counted.acs}
+        protocol = "µJ an image, 4.6 pJ a MAC, 0.9 pJ an AC"
         figures.append(record(f"energy_{part}", counted.energy / 1e6, protocol, **about, **counts))
-        protocol = f"µJ an image: the same layers once, without spikes, {counted.dense_macs:.4g} MACs"
-        figures.append(record(f"energy_{part}_without_spikes", counted.dense_energy / 1e6, protocol, **about))
+        protocol = "µJ an image, each layer once, without spikes, 4.6 pJ a MAC"
+        dense = {"macs": counted.dense_macs}
+        figures.append(record(f"energy_{part}_without_spikes", counted.dense_energy / 1e6, protocol, **about, **dense))
     if cost.firing_rates:
         mean = sum(cost.firing_rates.values()) / len(cost.firing_rates)
         protocol = "spikes per neuron and spike step, mean over layers"
@@ -313,12 +315,19 @@ def print_figures(figures: list[dict]) -> None:
     """Print a table of figures with their protocols."""
     if not figures:
         return
+    for drawn in dict.fromkeys(figure["drawn"] for figure in figures if "drawn" in figure):
+        print(f"\ngenerated images: {drawn}")
     width = max(len(figure["name"]) for figure in figures)
     print(f"\n{'figure':{width}}  {'value':>10}  protocol")
     said = None
     for figure in figures:
-        against = f"{figure['num_real']} {figure['split']} images"
-        counts = f"{figure['num_generated']} generated, {against}" if figure["num_generated"] else against
-        protocol = f"{figure['protocol']} ({counts})"
+        protocol = describe(figure)
         print(f"{figure['name']:{width}}  {figure['value']:10.4f}  {'same' if protocol == said else protocol}")
         said = protocol
+
+
+def describe(figure: dict) -> str:
+    """Protocol of a figure and the images it is of, in a line."""
+    against = f"{figure['num_real']} {figure['split']} images"
+    counts = f"{figure['num_generated']} generated, {against}" if figure["num_generated"] else against
+    return f"{figure['protocol']} ({counts})"

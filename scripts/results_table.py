@@ -15,6 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
+
+from pipeline.evaluation import describe
+
 COLUMNS = {
     "paper_fid": "FID, paper protocol",
     "fid": "FID",
@@ -68,7 +72,7 @@ class Figure(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One model on one data set: figures by column."""
+    """One model on one data set: figures by column; `training` is empty for what others published."""
 
     dataset: str
     model: str
@@ -80,19 +84,16 @@ def read_run(path: Path) -> Row:
     """The row of a run, from its metrics.json; what there is to know of its training from the files beside."""
     config, log = path.with_name("config.json"), path.with_name("log.jsonl")
     options = json.loads(config.read_text())
-    figures = {
-        figure["name"]: Figure(
-            figure["value"],
-            f"{figure['protocol']}; {figure['num_generated']} generated, {figure['num_real']} {figure['split']} images",
-        )
-        for figure in json.loads(path.read_text())
-    }
+    figures = json.loads(path.read_text())
+    drawn = [figure["drawn"] for figure in figures if "drawn" in figure][:1]
     epochs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     counts = " + ".join(map(str, Counter(line["stage"] for line in epochs).values()))
     hours = sum(line["images"] / line["images_per_second"] for line in epochs) / 3600
     ablation = [options[key] for key in ("readout", "spike_generator") if options[key] not in ("both", "adaptive")]
     model = ", ".join([options["model"], *ablation])
-    return Row(options["dataset_name"], model, f"{counts} epochs, {hours:.1f} h", figures)
+    training = "; ".join([f"{counts} epochs, {hours:.1f} h", *drawn])
+    by_name = {figure["name"]: Figure(figure["value"], describe(figure)) for figure in figures}
+    return Row(options["dataset_name"], model, training, by_name)
 
 
 def published_rows(datasets: set[str]) -> Iterator[Row]:
@@ -121,7 +122,7 @@ def table(rows: list[Row]) -> str:
         return f"{value:.4g} <sup>{letter}</sup>"
 
     lines = [
-        f"| data set | model | training | {' | '.join(COLUMNS[column] for column in columns)} |",
+        f"| data set | model | training; samples | {' | '.join(COLUMNS[column] for column in columns)} |",
         "|---" * (3 + len(columns)) + "|",
     ]
     for row in sorted(rows, key=lambda row: row.dataset):

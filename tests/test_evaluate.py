@@ -89,7 +89,7 @@ def test_folder_archive_and_memory_give_the_same_figure(channels, tmp_path, caps
     for sides in (archives, folders, (folders[0], archives[1])):
         (figure,) = figures(*sides)
         assert figure["value"] == pytest.approx(expected) and expected > 1
-        assert (figure["num_generated"], figure["num_real"]) == (12, 9) and str(sides[0]) in figure["protocol"]
+        assert (figure["num_generated"], figure["num_real"]) == (12, 9) and str(sides[0]) in figure["drawn"]
     evaluate.main([str(archives[0]), str(archives[1]), "--output", str(tmp_path / "figures.json"), "--device", "cpu"])
     assert json.loads((tmp_path / "figures.json").read_text()) == figures(*archives)
     assert f"{expected:.4f}" in capsys.readouterr().out

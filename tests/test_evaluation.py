@@ -83,12 +83,12 @@ def test_all_that_can_be_had_and_what_cannot_is_said_in_one_line(data, pooling, 
     ready = Evaluation(options(), data, CPU)
     assert list(ready.metrics) == ["distance", "counts"] and ready.images_needed == 6
     assert capsys.readouterr().out == "no both, more: it cannot be downloaded\n"
-    figures = {figure["name"]: figure for figure in ready.figures(noise(8), "drawn so")}
+    figures = {figure["name"]: figure for figure in ready.figures(noise(8), "so")}
     assert sorted(pooling) == ["fixed", "free"]  # each network is loaded once
     statistics = (feature_statistics(pooled(images, Pooling())) for images in (noise(8), data.test))
     (mu, sigma), (real_mu, real_sigma) = statistics
     assert figures["distance"]["value"] == pytest.approx(frechet_distance(mu, sigma, real_mu, real_sigma))
-    expected = {"protocol": "free; drawn so", "split": "test", "num_generated": 8, "num_real": 7, "seed": 3}
+    expected = {"protocol": "free", "drawn": "so", "split": "test", "num_generated": 8, "num_real": 7, "seed": 3}
     assert figures["distance"].items() >= expected.items()
     assert (figures["n"]["value"], figures["m"]["value"]) == (4, 5)
     assert (figures["n"]["num_generated"], figures["n"]["num_real"]) == (4, 5)
@@ -96,18 +96,18 @@ def test_all_that_can_be_had_and_what_cannot_is_said_in_one_line(data, pooling, 
 
 def test_against_the_training_split_where_the_protocol_leaves_it_open(data):
     ready = Evaluation(options(reference="train"), data, CPU)
-    figures = {figure["name"]: figure for figure in ready.figures(noise(6))}
+    figures = {figure["name"]: figure for figure in ready.figures(noise(6), "so")}
     assert (figures["distance"]["split"], figures["distance"]["num_real"]) == ("train", 9)
     assert (figures["n"]["split"], figures["n"]["num_real"]) == ("test", 5)
 
 
 def test_the_real_side_comes_from_the_cache_and_is_the_same(data, monkeypatch):
-    first = Evaluation(options(metrics=["distance"]), data, CPU).figures(noise(6))
+    first = Evaluation(options(metrics=["distance"]), data, CPU).figures(noise(6), "so")
     monkeypatch.setattr(evaluation, "reference_features", evaluation.reference_features)
     asked = []
     original = Pooling.forward
     monkeypatch.setattr(Pooling, "forward", lambda self, images: asked.append(len(images)) or original(self, images))
-    assert Evaluation(options(metrics=["distance"]), data, CPU).figures(noise(6)) == first
+    assert Evaluation(options(metrics=["distance"]), data, CPU).figures(noise(6), "so") == first
     assert sum(asked) == 6  # generated images only
 
 

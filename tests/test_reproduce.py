@@ -9,7 +9,7 @@ from PIL import Image
 from pipeline.evaluation import GENERATED_METRICS
 from scripts import reproduce, results_table
 
-FIGURE = {"split": "test", "num_generated": 5000, "num_real": 10000, "seed": 42}
+FIGURE = {"drawn": "temperature 1", "split": "test", "num_generated": 5000, "num_real": 10000, "seed": 42}
 
 
 @pytest.fixture
@@ -83,13 +83,13 @@ def test_table_and_plot(tmp_path):
     text = (tmp_path / "table.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     head, ours, rate = rows[0], rows[2], rows[3]
-    assert ours[:3] == ["MNIST", "snn-vq-vae", "2 + 1 epochs, 1.5 h"] and rate[1] == "snn-vq-vae, rate"
+    assert ours[:3] == ["MNIST", "snn-vq-vae", "2 + 1 epochs, 1.5 h; temperature 1"] and rate[1] == "snn-vq-vae, rate"
     column = {name: head.index(name) for name in ("FID", "FID, paper protocol", "FAD", "MSE")}
     assert ours[column["FID"]] == ours[column["FID, paper protocol"]] == "not run"
     assert ours[column["FAD"]].startswith("12.35 ") and rate[column["FAD"]].startswith("7 ")
     letters = [row[column["FAD"]].split("<sup>")[1] for row in (ours, rate)]
     assert letters[0] != letters[1]  # other protocols
-    assert "FAD: own; 5000 generated, 10000 test images" in text and "SSIM" not in text
+    assert "FAD: own (5000 generated, 10000 test images)" in text and "SSIM" not in text
     paper = next(row for row in rows if row[1] == "Spiking-Diffusion (paper)")
     assert paper[column["FID, paper protocol"]].startswith("37.5 ") and paper[column["FAD"]] == ""
     assert "FMNIST" not in text
