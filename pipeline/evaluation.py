@@ -242,9 +242,13 @@ class Evaluation:
             raise network
         return network
 
-    def figures(self, images: Tensor, drawn: str) -> list[dict]:
-        """The figures of generated `images`, uint8 `[N,C,H,W]`; `drawn` says how or from where."""
-        o, networks = self.options, {metric.network for metric in self.metrics.values()}
+    def figures(self, images: Tensor, drawn: str, metrics: Collection[str] | None = None) -> list[dict]:
+        """Figures of generated `images`, uint8 `[N,C,H,W]`; `drawn` says how or from where.
+
+        Of all metrics that can be computed, or of those in `metrics`.
+        """
+        chosen = [metric for name, metric in self.metrics.items() if metrics is None or name in metrics]
+        o, networks = self.options, {metric.network for metric in chosen}
         seen = {name: Seen(self._load(name), images, self.data, o.reference, o.seed) for name in networks}
         return [
             record(
@@ -257,7 +261,7 @@ class Evaluation:
                 seed=o.seed,
                 drawn=drawn,
             )
-            for metric in self.metrics.values()
+            for metric in chosen
             for figure, value in metric.figures(seen[metric.network]).items()
         ]
 
@@ -265,17 +269,22 @@ class Evaluation:
 # ---- figures of a model itself ----
 
 
-def reconstruction_figures(generator: Generator, test: Tensor, wanted: Collection[str], seed: int) -> list[dict]:
-    """MSE, SSIM and codebook figures of the autoencoder on all of `test`, uint8 `[N,C,H,W]`."""
+def reconstruction_figures(generator: Generator, evaluation: Evaluation, wanted: Collection[str]) -> list[dict]:
+    """Figures of the autoencoder on the whole test split: MSE, SSIM, codebook, and FAD, the floor of any generator."""
+    test, seed = evaluation.data.test, evaluation.options.seed
     figures = []
     about = {"split": "test", "real": len(test), "seed": seed}
     mean = "reconstructions as 8-bit images in [0,1], mean over all"
-    if {"mse", "ssim"} & set(wanted):
-        pair = to_float(test), to_float(generator.reconstruct(test))
+    if {"mse", "ssim", "fad"} & set(wanted):
+        reconstructed = generator.reconstruct(test)
+        pair = to_float(test), to_float(reconstructed)
         if "mse" in wanted:
             figures.append(record("mse", mse(*pair), f"{mean} pixels", **about))
         if "ssim" in wanted:
             figures.append(record("ssim", ssim(*pair), f"{mean} images, torchmetrics", **about))
+        if len(test) >= FAD_IMAGES:
+            scored = evaluation.figures(reconstructed, "reconstructions of the test split", ["fad"])
+            figures += [figure | {"name": "reconstruction_fad"} for figure in scored]
     if "codebook" in wanted and isinstance(generator, CodeDiffusion):
         codes, size = generator.encode(test), generator.autoencoder.codebook_size
         figures += [

@@ -140,7 +140,7 @@ class Pipeline:
         evaluation = Evaluation(o, self.data, self.machine)
         images, how = self.draw(generator, o.num_samples or evaluation.images_needed or GRID_IMAGES)
         wanted = METRICS if o.metrics is None else o.metrics
-        figures = evaluation.figures(images, how) + reconstruction_figures(generator, test, wanted, o.seed)
+        figures = evaluation.figures(images, how) + reconstruction_figures(generator, evaluation, wanted)
         if "energy" in wanted:
             figures += energy_figures(generator, test, o.seed)
         write_figures(self.run, figures)

@@ -25,6 +25,7 @@ COLUMNS = {
     "kid": "KID",
     "inception_score": "IS",
     "fad": "FAD",
+    "reconstruction_fad": "FAD of reconstructions",
     "classifier_frechet": "classifier distance",
     "mse": "MSE",
     "ssim": "SSIM",
@@ -85,7 +86,7 @@ def read_run(path: Path) -> Row:
     config, log = path.with_name("config.json"), path.with_name("log.jsonl")
     options = json.loads(config.read_text())
     figures = json.loads(path.read_text())
-    drawn = [figure["drawn"] for figure in figures if "drawn" in figure][:1]
+    drawn = [figure["drawn"] for figure in figures if figure["name"] in COLUMNS and "drawn" in figure][:1]
     epochs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     counts = " + ".join(map(str, Counter(line["stage"] for line in epochs).values()))
     hours = sum(line["images"] / line["images_per_second"] for line in epochs) / 3600

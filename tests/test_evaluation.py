@@ -14,7 +14,7 @@ from metrics.extraction import extract
 from metrics.frechet import feature_statistics, frechet_distance
 from models import FSVAE, SDID, VQSVAE, VQVAE
 from pipeline import evaluation, temperature
-from pipeline.evaluation import Evaluation, FeatureNetwork, Metric, energy_figures
+from pipeline.evaluation import Evaluation, FeatureNetwork, Metric, energy_figures, reconstruction_figures
 from pipeline.generators import CodeDiffusion, PriorSampling
 from pipeline.machine import Machine
 from pipeline.run_folder import RunFolder
@@ -225,3 +225,19 @@ def test_energy_in_microjoules():
     assert figures["energy_sample_without_spikes"]["value"] == pytest.approx(4.6 * counted.dense_macs / 1e6)
     assert figures["energy_sample"]["macs"] == counted.macs and figures["energy_sample"]["acs"] == counted.acs
     assert figures["firing_rate"]["layers"].keys() >= {"encode: encoder.snn_convs.2", "denoiser_pass: conv1.2"}
+
+
+def test_reconstructions_are_scored_as_samples_are(data, monkeypatch):
+    """FAD of the autoencoder, the floor of whatever draws its codes: by the same network and reference."""
+    generator = generators()["vq-vae"]
+    monkeypatch.setattr(evaluation, "FAD_IMAGES", 7)
+    table = {**evaluation.GENERATED_METRICS, "fad": evaluation.GENERATED_METRICS["distance"]}
+    monkeypatch.setattr(evaluation, "GENERATED_METRICS", table)
+    ready = Evaluation(options(metrics=["fad"]), data, CPU)
+    (figure,) = reconstruction_figures(generator, ready, ["fad"])
+    reconstructed, real = (pooled(images, Pooling()) for images in (generator.reconstruct(data.test), data.test))
+    expected = frechet_distance(*feature_statistics(reconstructed), *feature_statistics(real))
+    assert figure["name"] == "reconstruction_fad" and figure["value"] == pytest.approx(expected)
+    assert figure["num_generated"] == 7 and "reconstructions" in figure["drawn"]
+    monkeypatch.setattr(evaluation, "FAD_IMAGES", 8)
+    assert reconstruction_figures(generator, ready, ["fad"]) == []
