@@ -60,10 +60,10 @@ def load_published(folder: Path, name: str) -> tuple[FadAutoencoder, Statistics]
 
     From `folder/stat_checkpoints/NAME_64.pth`, of which encoder and latent layer are taken, and
     `folder/stats/NAME_test_64.npz`; None where there are no weights for the data set `name`. Raises UserError where
-    `folder` is no folder or a file cannot be used.
+    `folder` is another folder or a file cannot be used.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: name the one that holds stat_checkpoints and stats with --fad_weights")
+    if not (folder / "stat_checkpoints").is_dir():
+        raise UserError(f"{folder} holds no folder stat_checkpoints: --fad_weights names the one that does")
     weights = folder / "stat_checkpoints" / f"{PUBLISHED.get(name)}_64.pth"
     statistics = folder / "stats" / f"{PUBLISHED.get(name)}_test_64.npz"
     if not weights.exists():
