@@ -17,27 +17,16 @@ from errors import UserError
 from models import AUTOENCODERS, model_options
 from models.quantizer import READOUTS, SPIKE_GENERATORS
 from pipeline.evaluation import METRICS, names_of
+from pipeline.interruption import Interrupted
 from pipeline.machine import PRECISIONS, choose_machine, keep_freed_memory
-from pipeline.run_folder import RunFolder
+from pipeline.run_folder import IDENTITY, UNCHANGEABLE, RunFolder
 from pipeline.stages import STAGES, Pipeline
 
 HERE_AND_NOW = ("resume", "checkpoint", "stage", "max_minutes", "device", "compile")
 """Options of one call of the program, which a run's config.json does not pass on to the next."""
 
-IDENTITY = (
-    *("dataset_name", "image_size", "channels", "model"),
-    *("codebook_size", "embedding_dim", "spike_steps", "hidden_channels", "spike_generator"),
-)
-"""Options that whoever uses a run's autoencoder must share with it."""
-
 MODEL_OPTIONS = ("codebook_size", "embedding_dim", "readout", "spike_generator")
 """Options that not every model has."""
-
-UNCHANGEABLE = (
-    *(*IDENTITY, "readout", "train_images", "held_out"),
-    *("denoiser_channels", "batch_size", "lr", "loss", "seed"),
-)
-"""Options that a resumed training must share with its beginning."""
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
@@ -66,14 +55,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Print the mistake; exit status 2."""
-        self.exit(2, f"error: {message} (--help lists the options)\n")
+        stop(f"error: {message} (--help lists the options)")
 
 
 def build_parser() -> Parser:
     """All options, in groups."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__.replace("`", ""), formatter_class=layout, allow_abbrev=False)
-    whole, positive = number(int, 1), number(float, 1e-9)
+    whole, positive = number(int, 1, 10**9), number(float, 1e-9)
     width = number(int, 1, 4096)
 
     def group(title: str) -> Callable[..., None]:
@@ -96,6 +85,7 @@ def build_parser() -> Parser:
     add("--resume", "go on with this run folder, or its last.pth", type=Path, metavar="RUN")
     add("--result_path", "where run folders are made", Path("result"), type=Path, metavar="DIR")
     add("--max_minutes", "stop each stage after M minutes, saved and resumable [no limit]", type=positive, metavar="M")
+    add("--save_every", "save every M minutes of training, besides after each epoch", 10.0, type=positive, metavar="M")
     add("--seed", "of everything that is random", 42, type=number(int, 0, 2**32 - 1), metavar="N")
     add("--device", "auto (CUDA where there is one), cpu, cuda or cuda:N", "auto")
     add("--compile", "train through torch.compile [off]", False, action="store_true")
@@ -208,7 +198,7 @@ def find_folder(options: argparse.Namespace) -> Path:
 
 def stop(message: str, status: int = 2) -> None:
     """End the program with one line on stderr."""
-    print(message, file=sys.stderr)
+    print(*message.splitlines(), file=sys.stderr)
     sys.exit(status)
 
 
@@ -222,11 +212,16 @@ def main(arguments: list[str] | None = None) -> None:
                 raise UserError(f"--{key} {path} is not there: mend the path, or leave the option out")
         keep_freed_memory()
         machine = choose_machine(options.device, options.precision, options.compile)
-        Pipeline(options, run, machine).execute()
+        with run:
+            Pipeline(options, run, machine).execute()
     except UserError as error:
         stop(f"error: {error}")
+    except Interrupted as interrupted:
+        stop(str(interrupted), interrupted.status)
     except KeyboardInterrupt:
-        stop("interrupted: --resume with the run folder goes on after the last whole epoch", 130)
+        stop("interrupted: --resume with the run folder goes on from its last save", 130)
+    except OSError as error:
+        stop(f"error: {error}")
     except RuntimeError as error:
         if "out of memory" not in str(error) and "allocate memory" not in str(error):
             raise

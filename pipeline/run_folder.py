@@ -3,20 +3,25 @@
 config.json                    resolved options, image shape, versions, git commit
 model.pth                      autoencoder, plain state dict
 diff_result/diff_model.pth     denoiser, plain state dict
-last.pth                       what --resume needs: stage, epoch, step, weights, optimizer
+last.pth                       what --resume needs: stage, epoch, step, weights, optimizer, and what run it is of
 log.jsonl, TensorBoard files   training curves
 samples/                       pictures and images.npz
 metrics.json                   figures, each with its protocol
+.lock                          held by the process that works here
 """
 
+import fcntl
 import io
 import json
 import os
 import subprocess
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -26,19 +31,57 @@ from errors import UserError
 
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy")
 
+LAST_VERSION = 2
+"""Of what last.pth holds: counts up when a program could misread the file of another."""
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there, so that a reader never meets half of it. Raises UserError."""
-    fresh = path.with_name(path.name + ".part")
+IDENTITY = (
+    *("dataset_name", "image_size", "channels", "model"),
+    *("codebook_size", "embedding_dim", "spike_steps", "hidden_channels", "spike_generator"),
+)
+"""Options that whoever uses a run's autoencoder must share with it."""
+
+UNCHANGEABLE = (
+    *(*IDENTITY, "readout", "train_images", "held_out"),
+    *("denoiser_channels", "batch_size", "lr", "loss", "seed"),
+)
+"""Options that a resumed training must share with its beginning."""
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Context in which a failure to write is the user's to mend."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with fresh.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): make room there or choose another place") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside its place and move it there, so that a reader never meets half of it. Raises UserError.
+
+    When this returns the file is on the disk: a power loss afterwards leaves it, one before leaves the file of before.
+    """
+    fresh = path.with_name(path.name + ".part")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with fresh.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(path)
+        except OSError:
+            fresh.unlink(missing_ok=True)  # the disk may be full
+            raise
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the disk keep the names of the files there."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some network file systems cannot
+        os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def save_weights(path: Path, content: Any) -> None:
@@ -51,20 +94,31 @@ def save_weights(path: Path, content: Any) -> None:
 def load_weights(path: Path) -> dict[str, Any]:
     """Read what `save_weights` wrote, onto the CPU and without running code from the file.
 
-    Raises UserError if the file is missing or unreadable.
+    Raises UserError if the file is missing or unreadable, or if a checksum in it shows that a bit has changed.
     """
     if not path.is_file():
         wrong = "is a folder" if path.is_dir() else "is not there"
         raise UserError(f"{path} {wrong}: train first, or name a file of weights that a run has written")
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign or damaged bytes fail in any way while they are unpickled
-        raise UserError(
-            f"{path} is no checkpoint that can be read ({type(error).__name__}): it may be cut short or another file"
-        ) from error
+        cause = f"{path} is no checkpoint that can be read ({type(error).__name__})"
+        raise UserError(f"{cause}: it is damaged, cut short or another file; put back a copy, or train anew") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
     return content
+
+
+def _check_sums(path: Path) -> None:
+    """Raise BadZipFile where a checksum does not fit: torch.load reads the archive without looking at them."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return  # the format of PyTorch before 1.6, which has none
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    if damaged:
+        raise zipfile.BadZipFile(damaged)
 
 
 def _git_commit() -> str | None:
@@ -76,7 +130,7 @@ def _git_commit() -> str | None:
 
 
 class RunFolder:
-    """Paths, configuration and log of one run."""
+    """Paths, configuration and log of one run; as a context it closes what it has opened."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -86,10 +140,39 @@ class RunFolder:
         self.last = path / "last.pth"
         self.samples = path / "samples"
         self.metrics = path / "metrics.json"
+        self.log_file = path / "log.jsonl"
         self._writer: SummaryWriter | None = None
+        self._lock: BinaryIO | None = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _writing(self.path):
+            for opened in (self._lock, self._writer):
+                if opened:
+                    opened.close()
+
+    def lock(self) -> None:
+        """Make the folder and keep other processes out of it until this one ends, however it does. Raises UserError."""
+        if self._lock:
+            return
+        path = self.path / ".lock"
+        with _writing(path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = path.open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise UserError(f"another process is at work in {self.path}: wait for its end, or use a copy") from error
+        except OSError:
+            pass  # a file system without locks
+        self._lock = lock
 
     def write_config(self, options: dict[str, Any]) -> None:
         """Record the resolved options together with what the figures may depend on besides them."""
+        self.lock()
         versions = {name: version(name) for name in PACKAGES}
         config = {**options, "versions": versions, "git_commit": _git_commit()}
         write_whole(self.config, (json.dumps(config, indent=1) + "\n").encode())
@@ -104,19 +187,41 @@ class RunFolder:
             raise UserError(f"{self.config} cannot be read ({error}): put back the file that the run wrote") from error
 
     def check_writable(self) -> None:
-        """Make the folder; raise UserError now, not after hours of computing, if nothing can be written there."""
+        """Lock the folder; raise UserError now, not after hours of computing, if nothing can be written there."""
+        self.lock()
         probe = self.path / ".writable"
         write_whole(probe, b"")
         probe.unlink()
 
+    def write_last(self, state: dict[str, Any]) -> None:
+        """Write last.pth: `state`, and what tells it from the file of another run or program."""
+        config = self.read_config()
+        run = {key: config[key] for key in UNCHANGEABLE if key in config}
+        save_weights(self.last, {"version": LAST_VERSION, "run": run, **state})
+
     def read_last(self) -> dict[str, Any]:
-        """What last.pth holds; empty if the run was stopped before it had written any weights."""
+        """What last.pth holds; empty if the run was stopped before it had written any weights.
+
+        Raises UserError, which names the difference, if the file is of another program or of a run with other options.
+        """
         if not (self.last.exists() or self.model.exists()):
             return {}
-        state = load_weights(self.last)
+        state, config = load_weights(self.last), self.read_config()
         if "stage" not in state:
             raise UserError(f"{self.last} is not what a training saved: put back the file that the run wrote")
+        if state.get("version") != LAST_VERSION:
+            versions = f"version {state.get('version', 1)}, this program reads version {LAST_VERSION}"
+            raise UserError(f"{self.last} has {versions}: go on with git commit {config.get('git_commit')}")
+        there = {key: config.get(key) for key in state["run"]}
+        other = [f"--{key} {value}, not {there[key]}" for key, value in state["run"].items() if there[key] != value]
+        if other:
+            raise UserError(f"{self.last} is of a run with {', '.join(other)}: put back the file that the run wrote")
         return state
+
+    @property
+    def how_to_go_on(self) -> str:
+        """The command that goes on with this run, in words."""
+        return f"go on with: python -u main.py --resume {self.path}"
 
     def contents(self) -> list[Path]:
         """The files and folders for people to look at, as far as they are there."""
@@ -125,22 +230,31 @@ class RunFolder:
         return [path for path in paths if path.exists()]
 
     def log(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
-        """Append one epoch's figures to log.jsonl and to TensorBoard."""
-        line = {
-            "stage": stage,
-            "epoch": epoch,
-            **figures,
-            "time": datetime.now(timezone.utc).isoformat("T", "seconds"),
-        }
-        with (self.path / "log.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in figures.items():
-            self.tensorboard.add_scalar(f"{stage}/{name}", value, epoch)
-        self.tensorboard.flush()
+        """Append one epoch's figures to log.jsonl and to TensorBoard.
+
+        A line of this or a later epoch, left by a run that was killed before it had saved, is replaced.
+        """
+        now = datetime.now(timezone.utc).isoformat("T", "seconds")
+        line = {"stage": stage, "epoch": epoch, **figures, "time": now}
+        before = [old for old in self.read_log() if old.get("stage") != stage or old["epoch"] < epoch]
+        write_whole(self.log_file, "".join(json.dumps(each) + "\n" for each in (*before, line)).encode())
+        with _writing(self.path):
+            for name, value in figures.items():
+                self.tensorboard.add_scalar(f"{stage}/{name}", value, epoch)
+            self.tensorboard.flush()
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The lines of log.jsonl. Raises UserError if it is damaged."""
+        try:
+            lines = self.log_file.read_text().splitlines() if self.log_file.exists() else []
+            return [dict(json.loads(line)) for line in lines]
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{self.log_file} cannot be read ({error}): mend or remove it") from error
 
     def log_picture(self, name: str, picture: Tensor, epoch: int) -> None:
         """Show a picture, uint8 `[3,H,W]`, in TensorBoard."""
-        self.tensorboard.add_image(name, picture, epoch)
+        with _writing(self.path):
+            self.tensorboard.add_image(name, picture, epoch)
 
     @property
     def tensorboard(self) -> SummaryWriter:

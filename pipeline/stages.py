@@ -41,7 +41,10 @@ class Pipeline:
     def __init__(self, options: Namespace, run: RunFolder, machine: Machine):
         self.options, self.run, self.machine = options, run, machine
         self.autoencoder_path = options.checkpoint or run.model
-        self.last = run.read_last() if options.resume else {}
+        self.last = {}
+        if options.resume:
+            run.lock()
+            self.last = run.read_last()
 
     @cached_property
     def data(self) -> ImageData:
@@ -77,7 +80,7 @@ class Pipeline:
             for name, train in trainings.items():
                 if stage in (name, "all") and not train():
                     minutes = f"--max_minutes {self.options.max_minutes:g} are over"
-                    print(f"{minutes}: saved; go on with: python -u main.py --resume {self.run.path}")
+                    print(f"{minutes}: saved; {self.run.how_to_go_on}")
                     return
         if stage == "sample":
             self.sample()
@@ -209,7 +212,7 @@ class Pipeline:
 
     def _schedule(self, epochs: int) -> Schedule:
         o = self.options
-        return Schedule(epochs, o.batch_size, o.lr, o.seed, o.max_minutes)
+        return Schedule(epochs, o.batch_size, o.lr, o.seed, o.max_minutes, o.save_every)
 
     def _load(self, path: Path, kind: str, build: Callable[..., Network], shape_of: Callable[[dict], dict]) -> Network:
         weights = load_weights(path)
@@ -225,6 +228,7 @@ class Pipeline:
         if self.data.variance == 0:
             raise UserError("all training images are of one and the same colour: nothing can be learned from them")
         self.code_grid()
+        self.run.read_log()
         if self.options.stage == "sdid":
             if not self.has_denoiser:
                 raise UserError(f"--stage sdid: {self.options.model} draws from its own prior and has no second stage")

@@ -1,6 +1,7 @@
 """Training: one epoch loop, and the two stages that use it."""
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,9 +15,11 @@ from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
+from metrics.codebook import usage
 from models import FSVAE, SDID
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.generators import PriorSampling
+from pipeline.interruption import Interruption
 from pipeline.machine import Machine
 from pipeline.pictures import grid, save_png, to_float
 from pipeline.run_folder import RunFolder, save_weights
@@ -24,10 +27,14 @@ from pipeline.sampling import decode_codes, draw_codes, encode_images
 
 PREVIEW_IMAGES = 16
 PREVIEW_TEMPERATURE = 0.65  # of the release's pictures during training
+USAGE_IMAGES = 1000  # of the test split, whose codes tell the codebook's usage after each epoch
+FEWEST_CODES = 0.02  # of the codebook; a usage below this is warned about
+STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}  # of the loss; a GPU would have to be waited for
 SCHEDULED_SAMPLING = (0.1, 0.3)  # probability in the first epoch, and after the last, of FSVAE
 
 Losses = dict[str, Tensor]
 LossFunction = Callable[[Tensor, torch.Generator], Losses]
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -39,15 +46,17 @@ class Schedule:
     lr: float
     seed: int
     max_minutes: float | None = None
+    save_every: float = 10.0  # minutes
 
 
 @dataclass
 class Progress:
-    """Where a stage stands: whole epochs done, steps done in the next, and that epoch's sums so far."""
+    """Where a stage stands: whole epochs done, steps done in the next; that epoch's seconds and sums so far."""
 
     epoch: int = 0
     step: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
 
 def derive_seed(*numbers: int) -> int:
@@ -63,8 +72,8 @@ class Trainer:
         model: trained in place.
         examples: `[N,...]`; kept on the machine's device as a whole.
         losses: a batch and a generator to scalars by name; the one called "loss" is minimised, all are logged.
-        preview: called after each epoch, with its number, in evaluation mode.
-        checkpoint: where the weights of `model` go after each epoch.
+        preview: called after each epoch, with its number, in evaluation mode; returns figures for the log.
+        checkpoint: where the weights of `model` go whenever they are saved.
     """
 
     def __init__(
@@ -73,7 +82,7 @@ class Trainer:
         model: nn.Module,
         examples: Tensor,
         losses: LossFunction,
-        preview: Callable[[int], None],
+        preview: Callable[[int], Figures],
         *,
         run: RunFolder,
         checkpoint: Path,
@@ -87,71 +96,101 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(model.parameters(), schedule.lr, betas=(0.9, 0.999), weight_decay=1e-3)
         self.progress = Progress()
 
+    @property
+    def title(self) -> str:
+        """Stage and epoch, for people."""
+        return f"stage {self.number} ({self.name}) epoch {self.progress.epoch + 1}/{self.schedule.epochs}"
+
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `save` wrote to last.pth."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.progress = Progress(state["epoch"], state["step"], state["sums"])
+        sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["sums"].items()}
+        self.progress = Progress(state["epoch"], state["step"], state["seconds"], sums)
+        save_weights(self.checkpoint, state["model"])  # a kill may have come before `save` did
 
     def save(self) -> None:
-        """Write the weights, and last.pth."""
-        progress = {"epoch": self.progress.epoch, "step": self.progress.step, "sums": self.progress.sums}
-        states = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """Write last.pth, then the weights. UserError, and nothing is written, if loss or weights are not finite."""
+        progress, states = self.progress, {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        self._check_finite(progress.sums, states["model"])
+        sums = {name: value.item() for name, value in progress.sums.items()}
+        where = {"epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds, "sums": sums}
+        self.run.write_last({"stage": self.name, **where, **states})
         save_weights(self.checkpoint, states["model"])
-        save_weights(self.run.last, {"stage": self.name, **progress, **states})
 
     def train(self) -> bool:
-        """Train to the last epoch; False if the time was over before. Saves after each epoch and at the end."""
+        """Train to the last epoch; False if the time was over before.
+
+        Saves every `save_every` minutes, after each epoch and at the end. Raises Interrupted, after saving, if a signal
+        came, and UserError, without saving, if loss or weights are not finite.
+        """
         deadline = time.monotonic() + 60 * (self.schedule.max_minutes or float("inf"))
-        while self.progress.epoch < self.schedule.epochs:
-            if not self._train_epoch(deadline):
+        with Interruption(self.run.how_to_go_on) as interruption:
+            while self.progress.epoch < self.schedule.epochs:
+                if self._train_epoch(deadline, interruption):
+                    self._end_epoch()
                 self.save()
-                return False
-            self.save()
-            self.model.eval()
-            self.preview(self.progress.epoch)
-            if time.monotonic() > deadline and self.progress.epoch < self.schedule.epochs:
-                return False
+                over = time.monotonic() > deadline and self.progress.epoch < self.schedule.epochs
+                if over or interruption.signal:
+                    return False
         return True
 
-    def _train_epoch(self, deadline: float) -> bool:
-        """The rest of the current epoch; False if the time was over before its end."""
+    def _train_epoch(self, deadline: float, interruption: Interruption) -> bool:
+        """The rest of the current epoch; False if a signal came, or the time was over, before its end."""
         schedule, progress, count = self.schedule, self.progress, len(self.examples)
         epoch_seed = (schedule.seed, self.number, progress.epoch)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(*epoch_seed)))
         batches = order.to(self.examples.device).split(schedule.batch_size)
         generator = torch.Generator(self.machine.device)
-        sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in progress.sums.items()}
         first = progress.step * schedule.batch_size
-        title = f"stage {self.number} ({self.name}) epoch {progress.epoch + 1}/{schedule.epochs}"
-        started = time.monotonic()
+        saved = time.monotonic()
+        started = saved - progress.seconds
         self.model.train()
-        with tqdm(total=count, initial=first, desc=title, unit=" images", leave=False, disable=None) as bar:
+        with tqdm(total=count, initial=first, desc=self.title, unit=" images", leave=False, disable=None) as bar:
             for indices in batches[progress.step :]:
                 generator.manual_seed(derive_seed(*epoch_seed, progress.step))
                 losses = self._step(self.examples[indices], generator)
                 for name, value in losses.items():
-                    sums[name] = sums.get(name, 0) + value.detach().double() * len(indices)
+                    progress.sums[name] = progress.sums.get(name, 0) + value.detach().double() * len(indices)
                 progress.step += 1
                 bar.update(len(indices))
                 if progress.step % 10 == 0 and not bar.disable:
                     bar.set_postfix(loss=f"{losses['loss'].item():.4f}")
-                if time.monotonic() > deadline and progress.step < len(batches):
-                    progress.sums = {name: value.item() for name, value in sums.items()}
+                if progress.step % STEPS_BETWEEN_CHECKS[self.machine.device.type] == 0:
+                    self._check_finite(progress.sums)
+                now = time.monotonic()
+                progress.seconds = now - started
+                if progress.step == len(batches):
+                    break
+                if interruption.signal or now > deadline:
                     return False
-        means = {name: value.item() / count for name, value in sums.items()}
-        self._end_epoch(title, means, count - first, time.monotonic() - started)
+                if now > saved + 60 * schedule.save_every:
+                    self.save()
+                    saved = now
         return True
 
-    def _end_epoch(self, title: str, means: dict[str, float], images: int, seconds: float) -> None:
-        if not math.isfinite(means["loss"]):
-            raise UserError(f"{title}: the loss is {means['loss']}: begin a new run with a lower --lr")
-        rate = images / seconds
-        cost = {"images": images, "images_per_second": round(rate, 2)}
-        self.run.log(self.name, self.progress.epoch + 1, {**means, **cost})
-        figures = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
-        print(f"{title}: {figures}, {rate:.0f} images/s", flush=True)
-        self.progress = Progress(self.progress.epoch + 1)
+    def _end_epoch(self) -> None:
+        """Preview and log of an epoch whose steps are done: whatever is saved as done has both."""
+        progress, count = self.progress, len(self.examples)
+        self._check_finite(progress.sums, self.model.state_dict())
+        means = {name: value.item() / count for name, value in progress.sums.items()}
+        rate = count / progress.seconds
+        self.model.eval()
+        figures = {**means, **self.preview(progress.epoch + 1)}
+        cost = {"images": count, "images_per_second": round(rate, 2)}
+        self.run.log(self.name, progress.epoch + 1, {**figures, **cost})
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        print(f"{self.title}: {shown}, {rate:.0f} images/s", flush=True)
+        self.progress = Progress(progress.epoch + 1)
+
+    def _check_finite(self, *numbers: dict[str, Tensor]) -> None:
+        """Raise UserError, which says what to do, if one of the losses or weights is infinite or no number."""
+        for name, value in ((name, value) for group in numbers for name, value in group.items()):
+            if not math.isfinite(total := value.sum().item()):
+                where = f"{self.title}, step {self.progress.step}: {name} is {total}"
+                saved = self.run.last.exists()
+                good = f"{self.run.last} is the last good checkpoint" if saved else "nothing is saved yet"
+                raise UserError(f"{where}; {good}: begin a new run with a lower --lr, or try --precision float32")
 
     def _step(self, batch: Tensor, generator: torch.Generator) -> Losses:
         with self.machine.autocast():
@@ -171,10 +210,15 @@ def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: 
         out = model(to_float(batch), variance, generator)
         return {"loss": out.loss, "mse": out.mse, "quantizer_loss": out.quantizer_loss}
 
-    def preview(epoch: int) -> None:
-        codes = encode_images(model, shown, machine)
-        rows = torch.cat((shown, decode_codes(model, codes, machine)))
+    def preview(epoch: int) -> Figures:
+        codes = encode_images(model, test[:USAGE_IMAGES], machine)
+        rows = torch.cat((shown, decode_codes(model, codes[: len(shown)], machine)))
         show(run, "reconstructions", grid(rows, len(shown)), epoch)
+        share = usage(codes, model.codebook_size)
+        if share < FEWEST_CODES:
+            cause = f"warning: epoch {epoch}: the codebook collapses, {share:.1%} of its codes are used"
+            print(f"{cause}; if this lasts, begin a new run with a smaller --codebook_size or --lr", file=sys.stderr)
+        return {"codebook_usage": share}
 
     return Trainer((1, "vqsvae"), model, train, losses, preview, checkpoint=run.model, **options)
 
@@ -191,10 +235,11 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> 
         out = model(to_float(batch), generator, p)
         return {"loss": out.loss, "mse": out.mse, "mmd": out.mmd}
 
-    def preview(epoch: int) -> None:
+    def preview(epoch: int) -> Figures:
         rows = torch.cat((shown, generator_of.reconstruct(shown)))
         show(run, "reconstructions", grid(rows, len(shown)), epoch)
         show(run, "samples", grid(generator_of.draw(range(PREVIEW_IMAGES)), PREVIEW_IMAGES // 2), epoch)
+        return {}
 
     trainer = Trainer((1, "vae"), model, train, losses, preview, checkpoint=run.model, **options)
     return trainer
@@ -209,10 +254,11 @@ def sdid_trainer(
     def losses(batch: Tensor, generator: torch.Generator) -> Losses:
         return {"loss": diffusion.loss(denoiser, batch.long(), generator, loss)}
 
-    def preview(epoch: int) -> None:
+    def preview(epoch: int) -> Figures:
         noise = diffusion.noise(seed, range(PREVIEW_IMAGES), tuple(codes.shape[1:]))
         drawn = draw_codes(denoiser, diffusion, noise, machine, temperature=PREVIEW_TEMPERATURE)
         show(run, "samples", grid(decode_codes(vqsvae, drawn, machine), PREVIEW_IMAGES // 2), epoch)
+        return {}
 
     return Trainer((2, "sdid"), denoiser, codes, losses, preview, checkpoint=run.denoiser, **options)
 

@@ -1,0 +1,49 @@
+"""SIGTERM and Ctrl-C while a training runs: noted, so that it can save before it ends."""
+
+import signal
+from types import FrameType
+
+SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class Interrupted(Exception):
+    """A signal has ended what it found running, in good order; the message is one line that says how to go on.
+
+    `status` is the exit status of a program that a signal ends, 128 and its number.
+    """
+
+    def __init__(self, number: int, how_to_go_on: str):
+        super().__init__(f"{SIGNALS[number]}: saved; {how_to_go_on}")
+        self.status = 128 + number
+
+
+class Interruption:
+    """Context in which the first signal is only noted, as `signal`, and the second acts at once.
+
+    Whoever looks at `signal` ends in good order; Interrupted is raised then, at the end of the context. A signal that
+    was ignored before, as by nohup, is ignored here, too.
+    """
+
+    def __init__(self, how_to_go_on: str):
+        self.how_to_go_on = how_to_go_on
+        self.signal: int | None = None
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        self._handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+
+    def __enter__(self) -> "Interruption":
+        for number in self._handlers:
+            signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._let_act()
+        if self.signal and error is None:
+            raise Interrupted(self.signal, self.how_to_go_on)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+        self._let_act()
+
+    def _let_act(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
