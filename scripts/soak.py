@@ -1,0 +1,74 @@
+"""Runs in a loop in one process: whether memory, open files, threads or processes are left behind by each.
+
+python scripts/soak.py               # 3 rounds, seconds
+python scripts/soak.py --rounds 200
+"""
+
+import argparse
+import io
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import main as program
+
+MEBIBYTE = 2**20
+LEAK = 2 * MEBIBYTE  # of memory in a round, beyond the first two, which fill caches; a run needs some 100
+OPTIONS = (
+    *("--dataset_name", "Digits", "--train_images", "64", "--batch_size", "16", "--device", "cpu"),
+    *("--spike_steps", "2", "--hidden_channels", "4", "--denoiser_channels", "2", "--codebook_size", "8"),
+    *("--epochs", "1", "--diffusion_epochs", "1", "--num_samples", "4", "--metrics", "mse,ssim,codebook"),
+)
+
+
+def state() -> dict[str, int]:
+    """What this process holds: memory in bytes; open files, threads and child processes in number. Linux only."""
+    own = Path("/proc/self")
+    children = (own / "task" / str(os.getpid()) / "children").read_text().split()
+    return {
+        "memory": int((own / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+        "files": len(list((own / "fd").iterdir())),
+        "threads": len(list((own / "task").iterdir())),
+        "processes": len(children),
+    }
+
+
+def one_round() -> None:
+    """A run from beginning to end, going on once, and its evaluation."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        run = Path(folder) / "Digits" / "snn-vq-vae"
+        program.main([*OPTIONS, "--result_path", folder])
+        program.main(["--resume", str(run), "--diffusion_epochs", "2"])
+        program.main(["--checkpoint", str(run / "model.pth")])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print what is held after each round; exit status 1 if it grows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="3 or more [3]")
+    rounds = max(3, parser.parse_args(arguments).rounds)
+    torch.set_num_threads(1)
+    states = []
+    for i in range(rounds):
+        one_round()
+        states.append(state())
+        held = ", ".join(f"{count} {name}" for name, count in states[-1].items() if name != "memory")
+        print(f"round {i + 1}: {states[-1]['memory'] / MEBIBYTE:.0f} MiB, {held}", flush=True)
+    growths = [after["memory"] - before["memory"] for before, after in itertools.pairwise(states[1:])]
+    leaks = [name for name in ("files", "threads", "processes") if states[-1][name] > states[1][name]]
+    if statistics.median(growths) > LEAK:
+        leaks.append("memory")
+    print(f"leaks: {', '.join(leaks)}" if leaks else f"no leak in {rounds} rounds")
+    sys.exit(bool(leaks) or None)
+
+
+if __name__ == "__main__":
+    main()
