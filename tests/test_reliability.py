@@ -437,6 +437,22 @@ def test_a_log_has_each_epoch_once(cli, small, finished, tmp_path, monkeypatch):
     assert_same_run(finished.path, place(tmp_path))
 
 
+def test_killed_between_the_last_checkpoint_of_a_stage_and_its_weights(cli, small, finished, tmp_path, monkeypatch):
+    calls = itertools.count(1)
+
+    def fail(path, content):
+        if next(calls) == 2:  # after the second epoch of two
+            raise KeyboardInterrupt
+        save_weights(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_weights", fail)
+        assert cli(*small, "--result_path", tmp_path).status == 130
+    assert load_weights(place(tmp_path) / "last.pth")["epoch"] == 2
+    assert cli("--resume", place(tmp_path)).status == 0
+    assert_same_run(finished.path, place(tmp_path))
+
+
 # ---- numbers that are none ----
 
 
