@@ -212,6 +212,14 @@ def test_a_file_system_without_locks(monkeypatch, tmp_path):
 # ---- signals ----
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Ctrl-C is not ignored, as it is where a script has started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("number", "step"), [(signal.SIGINT, STEPS - 20), (signal.SIGTERM, STEPS), (signal.SIGTERM, 2 * STEPS + 7)]
 )
