@@ -3,6 +3,7 @@
 python -u main.py --dataset_name MNIST --model snn-vq-vae
 python -u main.py --dataset_name MNIST --model snn-vq-vae --checkpoint result/MNIST/snn-vq-vae/model.pth
 python -u main.py --resume result/MNIST/snn-vq-vae
+torchrun --nproc_per_node 4 main.py --dataset_name MNIST
 """
 
 import argparse
@@ -16,6 +17,7 @@ from diffusion.absorbing import LOSSES
 from errors import UserError
 from models import AUTOENCODERS, model_options
 from models.quantizer import READOUTS, SPIKE_GENERATORS
+from pipeline import distributed
 from pipeline.evaluation import METRICS, names_of
 from pipeline.interruption import Interrupted
 from pipeline.machine import PRECISIONS, choose_machine, keep_freed_memory
@@ -54,8 +56,8 @@ class Parser(argparse.ArgumentParser):
     """Says a mistake in one line, without the usage text."""
 
     def error(self, message: str) -> None:
-        """Print the mistake; exit status 2."""
-        stop(f"error: {message} (--help lists the options)")
+        """Raise UserError, which the program says."""
+        raise UserError(f"{message} (--help lists the options)")
 
 
 def build_parser() -> Parser:
@@ -124,7 +126,7 @@ def build_parser() -> Parser:
     add = group("training")
     add("--epochs", "of stage 1, the autoencoder", 100, type=whole, metavar="N")
     add("--diffusion_epochs", "of stage 2, the denoiser", 200, type=whole, metavar="N")
-    add("--batch_size", "of both stages", 32, type=whole, metavar="N")
+    add("--batch_size", "of both stages; several processes share it", 32, type=whole, metavar="N")
     add("--lr", "learning rate of both stages", 1e-3, type=number(float, 1e-9, 1), metavar="X")
     add("--loss", "of stage 2", "reweighted_elbo", choices=LOSSES)
 
@@ -180,6 +182,10 @@ def resolve(arguments: list[str] | None) -> tuple[argparse.Namespace, RunFolder]
     if changed:
         raise UserError(f"{run.path} was made with other options: leave out {', '.join(changed)}")
     options.image_shape = saved.get("image_shape")
+    for key in ("fid_weights", "paper_fid_weights", "fad_weights"):
+        path = getattr(options, key)
+        if path and not path.exists():
+            raise UserError(f"--{key} {path} is not there: mend the path, or leave the option out")
     return options, run
 
 
@@ -197,35 +203,36 @@ def find_folder(options: argparse.Namespace) -> Path:
 
 
 def stop(message: str, status: int = 2) -> None:
-    """End the program with one line on stderr."""
-    print(*message.splitlines(), file=sys.stderr)
+    """End the program with one line on stderr; of several processes that end, the first has said why."""
+    if distributed.is_first_to_end():
+        print(*message.splitlines(), file=sys.stderr)
     sys.exit(status)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the stages; a mistake of the user is one line on stderr and exit status 2."""
-    try:
-        options, run = resolve(arguments)
-        for key in ("fid_weights", "paper_fid_weights", "fad_weights"):
-            path = getattr(options, key)
-            if path and not path.exists():
-                raise UserError(f"--{key} {path} is not there: mend the path, or leave the option out")
-        keep_freed_memory()
-        machine = choose_machine(options.device, options.precision, options.compile)
-        with run:
-            Pipeline(options, run, machine).execute()
-    except UserError as error:
-        stop(f"error: {error}")
-    except Interrupted as interrupted:
-        stop(str(interrupted), interrupted.status)
-    except KeyboardInterrupt:
-        stop("interrupted: --resume with the run folder goes on from its last save", 130)
-    except OSError as error:
-        stop(f"error: {error}")
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
-            raise
-        stop("error: out of memory: choose a smaller --batch_size, --eval_batch_size or network")
+    with distributed.joined():
+        try:
+            options, run = distributed.from_writer(lambda: resolve(arguments))
+            keep_freed_memory()
+            machine = choose_machine(options.device, options.precision, options.compile)
+            with run:
+                Pipeline(options, run, machine).execute()
+        except UserError as error:
+            stop(f"error: {error}")
+        except Interrupted as interrupted:
+            stop(str(interrupted), interrupted.status)
+        except KeyboardInterrupt:
+            stop("interrupted: --resume with the run folder goes on from its last save", 130)
+        except OSError as error:
+            stop(f"error: {error}")
+        except RuntimeError as error:
+            if distributed.is_lost_contact(error):
+                lost = "another process of the run has died or does not answer"
+                stop(f"error: {lost}: --resume with the run folder goes on from the last save")
+            if "out of memory" not in str(error) and "allocate memory" not in str(error):
+                raise
+            stop("error: out of memory: choose a smaller --batch_size, --eval_batch_size or network")
 
 
 if __name__ == "__main__":

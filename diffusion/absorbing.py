@@ -61,11 +61,20 @@ class AbsorbingDiffusion:
         return weighted[kind].mean() / (math.log(2) * total)
 
     def loss(
-        self, denoiser: Denoiser, codes: Tensor, generator: torch.Generator, kind: str = "reweighted_elbo"
+        self,
+        denoiser: Denoiser,
+        codes: Tensor,
+        generator: torch.Generator,
+        kind: str = "reweighted_elbo",
+        part: slice = slice(None),
     ) -> Tensor:
-        """Training loss for `codes [N,h,w]`, t drawn uniformly from 1..T for each image."""
+        """Training loss for `codes [N,h,w]`, t drawn uniformly from 1..T for each image.
+
+        With `part`, the loss of these images alone, whose noise is what they have in the whole batch.
+        """
         t = torch.randint(1, self.num_timesteps + 1, (len(codes),), generator=generator, device=codes.device)
         tokens, mask = self.q_sample(codes, t, generator)
+        codes, t, tokens, mask = (values[part] for values in (codes, t, tokens, mask))
         logits = denoiser(tokens, t)
         return self.weighted_loss(self.cross_entropy(logits, codes, mask), t, kind)
 

@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -91,24 +92,41 @@ def _empty_sums(channels: int) -> Tensor:
     return torch.zeros(torch.get_num_threads(), 2, channels, dtype=torch.float64)
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, float64 `[C]`, of channels-last `x [B,C,H,W]`."""
+def _total(sums: Tensor, rows: int, synchronised: bool) -> tuple[Tensor, int]:
+    """Sums `[threads,2,C]` over the threads `[2,C]`, and the rows they are of; over all processes if `synchronised`."""
+    total = sums.sum(0)
+    if not synchronised:
+        return total, rows
+    numbers = torch.cat((total.flatten(), total.new_tensor([rows])))
+    dist.all_reduce(numbers)
+    return numbers[:-1].view_as(total), int(numbers[-1])
+
+
+def moments(x: Tensor, synchronised: bool = False) -> tuple[Tensor, Tensor, int]:
+    """Mean and biased variance of each channel, float64 `[C]`, of channels-last `x [B,C,H,W]`, and the count B*H*W.
+
+    If `synchronised`, of the `x` of all processes together.
+    """
     channels = x.shape[1]
     positions = x.numel() // channels
     sums = _empty_sums(channels)
     _call(f"moments_{NAMES[x.dtype]}", x, positions, channels, sums)
-    mean, square = sums.sum(0) / positions
-    return mean, (square - mean.square()).clamp_min(0)
+    total, positions = _total(sums, positions, synchronised)
+    mean, square = total / positions
+    return mean, (square - mean.square()).clamp_min(0), positions
 
 
 class _NormLIF(torch.autograd.Function):
     """Normalise with given statistics, then fire; differentiates through batch statistics when `training`.
 
-    `offset` was left out of `x` and of `mean`, from both of which it would cancel in training mode.
+    `offset` was left out of `x` and of `mean`, from both of which it would cancel in training mode. If `synchronised`,
+    the statistics are those of all processes, and so are the sums that the gradient of `x` needs.
     """
 
     @staticmethod
-    def forward(ctx, x, offset, weight, bias, mean, invstd, spike_steps, constant, readout, dtype, training):
+    def forward(
+        ctx, x, offset, weight, bias, mean, invstd, spike_steps, constant, readout, dtype, training, synchronised
+    ):
         scale = weight.double() * invstd
         shift = bias.double() - mean * scale
         accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -122,7 +140,7 @@ class _NormLIF(torch.autograd.Function):
         sizes = (spike_steps, positions, channels, constant)
         _call(f"forward_{ctx.kernel}", x, scale, shift, readout, *sizes, out)
         ctx.save_for_backward(x, weight, scale, shift, mean, invstd, readout)
-        ctx.sizes, ctx.training = sizes, training
+        ctx.sizes, ctx.training, ctx.synchronised = sizes, training, synchronised
         return out
 
     @staticmethod
@@ -134,15 +152,15 @@ class _NormLIF(torch.autograd.Function):
         sums = _empty_sums(channels)
         _call(f"backward_{ctx.kernel}", x, scale, shift, mean, invstd, readout, *ctx.sizes, grad_out, grad, sums)
         grad_bias, grad_weight = sums.sum(0)
+        (total, product), rows = _total(sums, x.numel() // channels, ctx.synchronised)
         # dx = scale * (g - mean(g) - xhat * mean(g * xhat)), written as a g + b x + c
-        rows = x.numel() // channels
         a = scale.double()
-        b = -a * invstd.double() * grad_weight / rows if ctx.training else torch.zeros_like(a)
-        c = -a * grad_bias / rows - b * mean.double() if ctx.training else b
+        b = -a * invstd.double() * product / rows if ctx.training else torch.zeros_like(a)
+        c = -a * total / rows - b * mean.double() if ctx.training else b
         coefficients = (v.to(scale.dtype) for v in (a, b, c))
-        _call(f"affine_{NAMES[x.dtype]}", x, *coefficients, rows, channels, grad)
+        _call(f"affine_{NAMES[x.dtype]}", x, *coefficients, x.numel() // channels, channels, grad)
         grad_offset = torch.zeros_like(weight) if ctx.training else (a * grad_bias).to(weight.dtype)
-        return grad, grad_offset, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 7
+        return grad, grad_offset, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 8
 
 
 @torch.compiler.disable  # the tracer cannot look into the library, and has nothing to gain there
@@ -162,7 +180,8 @@ def norm_lif(
         x: `[S*N,C,H,W]`, the spike step varying slowest, or `[N,C,H,W]` when `constant` over the spike steps.
         offset: bias `[C]` of the convolution that made `x` without it.
         norm: its parameters and running statistics are used and, in training mode, updated as if a `constant`
-            input had been normalised at each of the S steps.
+            input had been normalised at each of the S steps. Of a SyncBatchNorm, statistics are taken over all
+            processes, as torch itself does on GPUs only.
         readout: weights `[S]`; given, only `sum_s readout[s] * spikes[s]` is computed.
         dtype: of the result; that of `x` when None.
 
@@ -170,10 +189,11 @@ def norm_lif(
         Spikes `[S*N,C,H,W]`, or the readout `[N,C,H,W]`; channels-last.
     """
     x = x.contiguous(memory_format=torch.channels_last)
+    synchronised = norm.training and isinstance(norm, nn.SyncBatchNorm)
     if norm.training:
         with torch.no_grad():
-            mean, variance = moments(x)
-            count = x.numel() // x.shape[1] * (spike_steps if constant else 1)
+            mean, variance, count = moments(x, synchronised)
+            count *= spike_steps if constant else 1
             norm.running_mean.lerp_((mean + offset).to(norm.running_mean), norm.momentum)
             norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var), norm.momentum)
             norm.num_batches_tracked += 1
@@ -181,4 +201,5 @@ def norm_lif(
         mean, variance = norm.running_mean.double() - offset.detach(), norm.running_var.double()
     invstd = (variance + norm.eps).rsqrt()
     statistics = (offset, norm.weight, norm.bias, mean, invstd)
-    return _NormLIF.apply(x, *statistics, spike_steps, constant, readout, dtype or x.dtype, norm.training)
+    modes = (norm.training, synchronised)
+    return _NormLIF.apply(x, *statistics, spike_steps, constant, readout, dtype or x.dtype, *modes)

@@ -42,6 +42,7 @@ from metrics.inception import (
 )
 from metrics.manifold import manifold_figures
 from metrics.reconstruction import mse, ssim
+from pipeline.distributed import from_writer, is_writer
 from pipeline.feature_networks import classifier, fad_network, reference_features
 from pipeline.generators import CodeDiffusion, Generator
 from pipeline.machine import Machine
@@ -199,14 +200,15 @@ class Evaluation:
         data: the real images, and what networks are trained on.
         machine: where networks run.
 
-    Raises UserError where a metric was asked for by name and cannot be computed.
+    Of several processes, one has the networks and computes the figures. Raises UserError where a metric was asked for by
+    name and cannot be computed.
     """
 
     def __init__(self, options: Namespace, data: ImageData, machine: Machine):
         self.options, self.data, self.machine = options, data, machine
         self.networks: dict[str, FeatureNetwork | UserError] = {}
         wanted = [name for name in GENERATED_METRICS if options.metrics is None or name in options.metrics]
-        obstacles = {name: self._obstacle(GENERATED_METRICS[name]) for name in wanted}
+        obstacles = from_writer(lambda: {name: self._obstacle(GENERATED_METRICS[name]) for name in wanted})
         self.metrics = {name: GENERATED_METRICS[name] for name in wanted if not obstacles[name]}
         for obstacle in filter(None, dict.fromkeys(obstacles.values())):
             missing = f"no {', '.join(name for name in wanted if obstacles[name] == obstacle)}: {obstacle}"
@@ -245,9 +247,10 @@ class Evaluation:
     def figures(self, images: Tensor, drawn: str, metrics: Collection[str] | None = None) -> list[dict]:
         """Figures of generated `images`, uint8 `[N,C,H,W]`; `drawn` says how or from where.
 
-        Of all metrics that can be computed, or of those in `metrics`.
+        Of all metrics that can be computed, or of those in `metrics`; none in a process that has no networks.
         """
-        chosen = [metric for name, metric in self.metrics.items() if metrics is None or name in metrics]
+        computed = self.metrics if is_writer() else {}
+        chosen = [metric for name, metric in computed.items() if metrics is None or name in metrics]
         o, networks = self.options, {metric.network for metric in chosen}
         seen = {name: Seen(self._load(name), images, self.data, o.reference, o.seed) for name in networks}
         return [

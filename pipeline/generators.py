@@ -140,12 +140,13 @@ class PriorSampling:
     @torch.no_grad()
     def _by_sample(self, samples: range, pictures: Callable[[Tensor, Tensor], Tensor], title: str) -> Tensor:
         self.autoencoder.eval()
-        done = []
+
+        def compute(part: Tensor) -> Tensor:
+            picks = self.autoencoder.noise(self.seed, part.tolist()).to(self.machine.device)
+            return to_uint8(pictures(part, picks))
+
         with self.machine.autocast():
-            for part in in_batches(torch.tensor(samples), self.batch_size, title):
-                picks = self.autoencoder.noise(self.seed, part.tolist()).to(self.machine.device)
-                done.append(to_uint8(pictures(part, picks)).cpu())
-        return torch.cat(done)
+            return in_batches(torch.tensor(samples), self.batch_size, title, compute)
 
     def cost(self, images: Tensor) -> Cost:
         """See Generator; a sample is one run of the prior and one of the decoder."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from errors import UserError
+from pipeline import distributed
 
 PRECISIONS = ("auto", "float32", "bf16")
 Network = TypeVar("Network", bound=nn.Module)
@@ -34,9 +35,12 @@ class Machine:
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first CUDA device, or else the CPU. Raises UserError."""
+    """The device called `name`; "auto" is the first CUDA device, or else the CPU. Raises UserError.
+
+    Of several processes on a machine each has a CUDA device of its own.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -45,7 +49,7 @@ def find_device(name: str) -> torch.device:
         raise UserError(f"--device takes auto, cpu, cuda or cuda:N, not {name}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+    return distributed.own_cuda_device(device) if device.type == "cuda" else device
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -74,4 +78,5 @@ def keep_freed_memory() -> None:
 def choose_machine(device: str, precision: str, compile: bool = False) -> Machine:
     """The machine for `--device` and `--precision`: "auto" is bf16 where the hardware has it. Raises UserError."""
     found = find_device(device)
-    return Machine(found, precision == "bf16" or (precision == "auto" and has_fast_bf16(found)), compile)
+    (lacking,) = distributed.most(not has_fast_bf16(found))  # on any of several machines
+    return Machine(found, precision == "bf16" or (precision == "auto" and not lacking), compile)

@@ -8,6 +8,8 @@ log.jsonl, TensorBoard files   training curves
 samples/                       pictures and images.npz
 metrics.json                   figures, each with its protocol
 .lock                          held by the process that works here
+
+Of several processes at one run, one writes; in the others all that writes does nothing.
 """
 
 import fcntl
@@ -28,6 +30,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from errors import UserError
+from pipeline.distributed import by_writer
 
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy")
 
@@ -56,6 +59,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path} ({error.strerror}): make room there or choose another place") from error
 
 
+@by_writer
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file beside its place and move it there, so that a reader never meets half of it. Raises UserError.
 
@@ -153,6 +157,7 @@ class RunFolder:
                 if opened:
                     opened.close()
 
+    @by_writer
     def lock(self) -> None:
         """Make the folder and keep other processes out of it until this one ends, however it does. Raises UserError."""
         if self._lock:
@@ -186,6 +191,7 @@ class RunFolder:
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{self.config} cannot be read ({error}): put back the file that the run wrote") from error
 
+    @by_writer
     def check_writable(self) -> None:
         """Lock the folder; raise UserError now, not after hours of computing, if nothing can be written there."""
         self.lock()
@@ -229,6 +235,7 @@ class RunFolder:
         paths = (self.model, self.denoiser, *(self.path / name for name in (*names, "samples/png")))
         return [path for path in paths if path.exists()]
 
+    @by_writer
     def log(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
         """Append one epoch's figures to log.jsonl and to TensorBoard.
 
@@ -251,6 +258,7 @@ class RunFolder:
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{self.log_file} cannot be read ({error}): mend or remove it") from error
 
+    @by_writer
     def log_picture(self, name: str, picture: Tensor, epoch: int) -> None:
         """Show a picture, uint8 `[3,H,W]`, in TensorBoard."""
         with _writing(self.path):

@@ -2,7 +2,7 @@
 
 import io
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from models import SDID
+from pipeline import distributed
 from pipeline.machine import Machine
 from pipeline.pictures import encode_png, grid, save_png, to_float, to_uint8
 from pipeline.run_folder import write_whole
@@ -19,33 +20,43 @@ from pipeline.run_folder import write_whole
 GRID_IMAGES = 64
 
 
-def in_batches(tensor: Tensor, batch_size: int, title: str) -> Iterable[Tensor]:
-    """Parts of a tensor, with a progress bar if there are many."""
-    hidden = None if len(tensor) > 1000 else True  # None: where stderr is no terminal
-    with tqdm(total=len(tensor), desc=title, unit=" images", leave=False, disable=hidden) as bar:
-        for part in tensor.split(batch_size):
-            yield part
+def in_batches(tensor: Tensor, batch_size: int, title: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """`compute(part)` for each part of a tensor, put together on the CPU; with a progress bar if there are many.
+
+    Several processes share the parts, and each is given the whole result.
+    """
+    mine = tensor[distributed.share(len(tensor))]
+    hidden = None if len(mine) > 1000 and distributed.is_writer() else True  # None: where stderr is no terminal
+    done = []
+    with tqdm(total=len(mine), desc=title, unit=" images", leave=False, disable=hidden) as bar:
+        for part in mine.split(batch_size) if len(mine) else ():
+            done.append(compute(part).cpu())
             bar.update(len(part))
+    return distributed.gather(done)
 
 
 @torch.no_grad()
 def encode_images(model: nn.Module, images: Tensor, machine: Machine, batch_size: int = 64) -> Tensor:
     """Codes of `images`, uint8 `[N,C,H,W]`, as the smallest integer type that holds them: `[N,h,w]` on the CPU."""
     model.eval()
-    codes = []
+
+    def encode(part: Tensor) -> Tensor:
+        return model.encode(to_float(part.to(machine.device))).to(torch.int16)
+
     with machine.autocast():
-        for part in in_batches(images, batch_size, "encoding"):
-            codes.append(model.encode(to_float(part.to(machine.device))).cpu().to(torch.int16))
-    return torch.cat(codes)
+        return in_batches(images, batch_size, "encoding", encode)
 
 
 @torch.no_grad()
 def decode_codes(model: nn.Module, codes: Tensor, machine: Machine, batch_size: int = 64) -> Tensor:
     """Images of `codes [N,h,w]`, uint8 `[N,C,H,W]` on the CPU."""
     model.eval()
+
+    def decode(part: Tensor) -> Tensor:
+        return to_uint8(model.decode(part.to(machine.device).long()))
+
     with machine.autocast():
-        parts = in_batches(codes, batch_size, "decoding")
-        return torch.cat([to_uint8(model.decode(part.to(machine.device).long())).cpu() for part in parts])
+        return in_batches(codes, batch_size, "decoding", decode)
 
 
 def draw_codes(
@@ -60,14 +71,16 @@ def draw_codes(
 ) -> Tensor:
     """Codes int64 `[N,h,w]` on the CPU, one grid for each of the N samples of `noise`."""
     denoiser.eval()
-    codes = []
+
+    def draw(part: Tensor) -> Tensor:
+        here = SamplingNoise(*(values[part].to(machine.device) for values in noise))
+        return diffusion.sample(denoiser.logits_at, here, temperature, sample_steps)
+
     with machine.autocast():
-        for part in in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling"):
-            here = SamplingNoise(*(values[part].to(machine.device) for values in noise))
-            codes.append(diffusion.sample(denoiser.logits_at, here, temperature, sample_steps).cpu())
-    return torch.cat(codes)
+        return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", draw)
 
 
+@distributed.by_writer
 def write_samples(folder: Path, images: Tensor, single_files: bool) -> None:
     """`grid.png` and `images.npz` (uint8 `[N,H,W,C]`, key "images") of `images`, uint8 `[N,C,H,W]`; PNGs if wanted."""
     buffer = io.BytesIO()

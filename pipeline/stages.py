@@ -14,6 +14,7 @@ from datasets import ImageData, load_dataset
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
 from models import AUTOENCODERS, FSVAE, SDID, build_model
+from pipeline.distributed import from_writer
 from pipeline.evaluation import METRICS, Evaluation, energy_figures, reconstruction_figures, write_figures
 from pipeline.generators import CodeDiffusion, Generator, PriorSampling
 from pipeline.machine import Machine, Network
@@ -44,13 +45,14 @@ class Pipeline:
         self.last = {}
         if options.resume:
             run.lock()
-            self.last = run.read_last()
+            self.last = from_writer(run.read_last)
 
     @cached_property
     def data(self) -> ImageData:
         """The data set, loaded when a stage first needs it."""
         o = self.options
-        data = load_dataset(
+        load = partial(
+            load_dataset,
             o.dataset_name,
             o.data_path,
             train_images=o.train_images,
@@ -58,6 +60,7 @@ class Pipeline:
             image_size=o.image_size,
             channels=o.channels,
         )
+        data = from_writer(load)
         if o.image_shape and data.shape != tuple(o.image_shape):
             shapes = f"the images in {o.data_path} are {data.shape}, those of the run were {tuple(o.image_shape)}"
             raise UserError(f"{shapes} (channels, height, width): mend --data_path")
@@ -143,10 +146,10 @@ class Pipeline:
         evaluation = Evaluation(o, self.data, self.machine)
         images, how = self.draw(generator, o.num_samples or evaluation.images_needed or GRID_IMAGES)
         wanted = METRICS if o.metrics is None else o.metrics
-        figures = evaluation.figures(images, how) + reconstruction_figures(generator, evaluation, wanted)
+        figures = reconstruction_figures(generator, evaluation, wanted)
         if "energy" in wanted:
             figures += energy_figures(generator, test, o.seed)
-        write_figures(self.run, figures)
+        write_figures(self.run, evaluation.figures(images, how) + figures)  # by one process: the others need not wait
 
     def draw(self, generator: Generator, count: int) -> tuple[Tensor, str]:
         """Draw `count` images and write them; they are returned, uint8 `[N,C,H,W]`, with a word on how they were drawn.
@@ -185,7 +188,7 @@ class Pipeline:
     def load_denoiser(self, autoencoder: nn.Module) -> SDID:
         """The denoiser beside the autoencoder."""
         path = self.run.denoiser
-        if not path.is_file():
+        if not from_writer(path.is_file):
             raise UserError(f"{path} is not there: a denoiser belongs beside the autoencoder; --stage sdid trains it")
         build = partial(SDID, spike_steps=self.options.spike_steps)
         denoiser = self._load(path, "a denoiser", build, SDID.options_of)
@@ -215,7 +218,7 @@ class Pipeline:
         return Schedule(epochs, o.batch_size, o.lr, o.seed, o.max_minutes, o.save_every)
 
     def _load(self, path: Path, kind: str, build: Callable[..., Network], shape_of: Callable[[dict], dict]) -> Network:
-        weights = load_weights(path)
+        weights = from_writer(partial(load_weights, path))
         try:
             network = build(**shape_of(weights))
             network.load_state_dict(weights)

@@ -8,6 +8,7 @@ from datasets import ImageData
 from errors import UserError
 from metrics.fad import FEATURES, fad_features
 from metrics.frechet import feature_statistics, frechet_distance
+from pipeline.distributed import from_writer, is_writer
 from pipeline.feature_networks import fad_network, reference_features
 from pipeline.generators import CodeDiffusion
 from pipeline.run_folder import RunFolder, write_whole
@@ -24,15 +25,20 @@ def choose_temperature(generator: CodeDiffusion, data: ImageData, fad_weights: P
     if len(data.held_out) <= FEATURES:
         fewest = f"more than {FEATURES} images that no training sees, not {len(data.held_out)}"
         raise UserError(f"--temperature auto needs {fewest}: train with --held_out 1000, or choose a temperature")
-    network, origin, _ = fad_network(data, fad_weights, generator.machine)
-    reference = feature_statistics(reference_features(network, fad_features, data.held_out, f"{data.name}-held_out"))
+    if is_writer():
+        network, origin, _ = fad_network(data, fad_weights, generator.machine)
+        held_out = reference_features(network, fad_features, data.held_out, f"{data.name}-held_out")
+        reference = feature_statistics(held_out)
     distances = {}
     for temperature in TEMPERATURES:
         images = replace(generator, temperature=temperature).draw(range(IMAGES))
-        distances[temperature] = frechet_distance(*feature_statistics(fad_features(images, network)), *reference)
-        print(f"temperature {temperature:g}: distance to held-out images {distances[temperature]:.2f}", flush=True)
-    best = min(distances, key=distances.get)
-    protocol = f"Fréchet autoencoder distance ({origin}) of {IMAGES} samples to {len(data.held_out)} held-out images"
-    content = {"temperature": best, "distances": distances, "protocol": protocol}
-    write_whole(run.path / "temperature.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        if is_writer():
+            distances[temperature] = frechet_distance(*feature_statistics(fad_features(images, network)), *reference)
+            print(f"temperature {temperature:g}: distance to held-out images {distances[temperature]:.2f}", flush=True)
+    best = from_writer(lambda: min(distances, key=distances.get))
+    if is_writer():
+        count = len(data.held_out)
+        protocol = f"Fréchet autoencoder distance ({origin}) of {IMAGES} samples to {count} held-out images"
+        content = {"temperature": best, "distances": distances, "protocol": protocol}
+        write_whole(run.path / "temperature.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
     return best

@@ -18,6 +18,7 @@ from errors import UserError
 from metrics.codebook import usage
 from models import FSVAE, SDID
 from models.vq_autoencoder import VQAutoencoder
+from pipeline import distributed
 from pipeline.generators import PriorSampling
 from pipeline.interruption import Interruption
 from pipeline.machine import Machine
@@ -33,7 +34,7 @@ STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}  # of the loss; a GPU would have t
 SCHEDULED_SAMPLING = (0.1, 0.3)  # probability in the first epoch, and after the last, of FSVAE
 
 Losses = dict[str, Tensor]
-LossFunction = Callable[[Tensor, torch.Generator], Losses]
+LossFunction = Callable[[nn.Module, Tensor, slice, torch.Generator], Losses]
 Figures = dict[str, float]
 
 
@@ -67,11 +68,14 @@ def derive_seed(*numbers: int) -> int:
 class Trainer:
     """Trains one network on a tensor of examples; the order of examples and all noise follow from the seed.
 
+    Several processes take a share of every batch each, and the same step together.
+
     Args:
         stage: its number (1 or 2) and name, for seeds, log and progress bar.
         model: trained in place.
         examples: `[N,...]`; kept on the machine's device as a whole.
-        losses: a batch and a generator to scalars by name; the one called "loss" is minimised, all are logged.
+        losses: the network, a batch, the part of it to compute and a generator to means over that part by name; the one
+            called "loss" is minimised, all are logged.
         preview: called after each epoch, with its number, in evaluation mode; returns figures for the log.
         checkpoint: where the weights of `model` go whenever they are saved.
     """
@@ -91,6 +95,7 @@ class Trainer:
     ):
         self.number, self.name = stage
         self.model, self.losses, self.preview = model, losses, preview
+        self.network = distributed.share_training(model, machine.device)
         self.examples = examples.to(machine.device)
         self.run, self.checkpoint, self.schedule, self.machine = run, checkpoint, schedule, machine
         self.optimizer = torch.optim.AdamW(model.parameters(), schedule.lr, betas=(0.9, 0.999), weight_decay=1e-3)
@@ -117,6 +122,7 @@ class Trainer:
         where = {"epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds, "sums": sums}
         self.run.write_last({"stage": self.name, **where, **states})
         save_weights(self.checkpoint, states["model"])
+        distributed.wait_for_all()  # the first process to end is taken for a failure, and ends the others
 
     def train(self) -> bool:
         """Train to the last epoch; False if the time was over before.
@@ -130,10 +136,17 @@ class Trainer:
                 if self._train_epoch(deadline, interruption):
                     self._end_epoch()
                 self.save()
-                over = time.monotonic() > deadline and self.progress.epoch < self.schedule.epochs
-                if over or interruption.signal:
+                over, _ = self._agree(interruption, time.monotonic() > deadline)
+                if interruption.signal or (over and self.progress.epoch < self.schedule.epochs):
                     return False
         return True
+
+    def _agree(self, interruption: Interruption, over: bool, due: bool = False) -> list[int]:
+        """Whether the time is over, or a save due, in any of the processes; a signal to one is one to all."""
+        signal, *news = distributed.most(interruption.signal or 0, over, due)
+        if signal:
+            interruption.signal = signal
+        return news
 
     def _train_epoch(self, deadline: float, interruption: Interruption) -> bool:
         """The rest of the current epoch; False if a signal came, or the time was over, before its end."""
@@ -146,12 +159,13 @@ class Trainer:
         saved = time.monotonic()
         started = saved - progress.seconds
         self.model.train()
-        with tqdm(total=count, initial=first, desc=self.title, unit=" images", leave=False, disable=None) as bar:
+        hidden = None if distributed.is_writer() else True  # None: where stderr is no terminal
+        with tqdm(total=count, initial=first, desc=self.title, unit=" images", leave=False, disable=hidden) as bar:
             for indices in batches[progress.step :]:
                 generator.manual_seed(derive_seed(*epoch_seed, progress.step))
                 losses = self._step(self.examples[indices], generator)
                 for name, value in losses.items():
-                    progress.sums[name] = progress.sums.get(name, 0) + value.detach().double() * len(indices)
+                    progress.sums[name] = progress.sums.get(name, 0) + value * len(indices)
                 progress.step += 1
                 bar.update(len(indices))
                 if progress.step % 10 == 0 and not bar.disable:
@@ -162,9 +176,10 @@ class Trainer:
                 progress.seconds = now - started
                 if progress.step == len(batches):
                     break
-                if interruption.signal or now > deadline:
+                over, due = self._agree(interruption, now > deadline, now > saved + 60 * schedule.save_every)
+                if interruption.signal or over:
                     return False
-                if now > saved + 60 * schedule.save_every:
+                if due:
                     self.save()
                     saved = now
         return True
@@ -193,12 +208,14 @@ class Trainer:
                 raise UserError(f"{where}; {good}: begin a new run with a lower --lr, or try --precision float32")
 
     def _step(self, batch: Tensor, generator: torch.Generator) -> Losses:
+        """One step on a batch; returns its losses in float64."""
+        part, weight = distributed.share_of_batch(len(batch))
         with self.machine.autocast():
-            losses = self.losses(batch, generator)
+            losses = self.losses(self.network, batch, part, generator)
         self.optimizer.zero_grad()
-        losses["loss"].backward()
+        (losses["loss"] * weight * distributed.size()).backward()  # of which the processes take the mean
         self.optimizer.step()
-        return losses
+        return distributed.total({name: value.detach().double() * weight for name, value in losses.items()})
 
 
 def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: float, **options: Any) -> Trainer:
@@ -206,8 +223,8 @@ def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: 
     run, machine = options["run"], options["machine"]
     shown = test[:PREVIEW_IMAGES]
 
-    def losses(batch: Tensor, generator: torch.Generator) -> Losses:
-        out = model(to_float(batch), variance, generator)
+    def losses(network: nn.Module, batch: Tensor, part: slice, generator: torch.Generator) -> Losses:
+        out = network(to_float(batch[part]), variance, distributed.own_noise(generator))
         return {"loss": out.loss, "mse": out.mse, "quantizer_loss": out.quantizer_loss}
 
     def preview(epoch: int) -> Figures:
@@ -215,7 +232,7 @@ def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: 
         rows = torch.cat((shown, decode_codes(model, codes[: len(shown)], machine)))
         show(run, "reconstructions", grid(rows, len(shown)), epoch)
         share = usage(codes, model.codebook_size)
-        if share < FEWEST_CODES:
+        if share < FEWEST_CODES and distributed.is_writer():
             cause = f"warning: epoch {epoch}: the codebook collapses, {share:.1%} of its codes are used"
             print(f"{cause}; if this lasts, begin a new run with a smaller --codebook_size or --lr", file=sys.stderr)
         return {"codebook_usage": share}
@@ -229,10 +246,10 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> 
     shown = test[:PREVIEW_IMAGES]
     generator_of = PriorSampling(model, options["machine"], schedule.seed)
 
-    def losses(batch: Tensor, generator: torch.Generator) -> Losses:
+    def losses(network: nn.Module, batch: Tensor, part: slice, generator: torch.Generator) -> Losses:
         first, last = SCHEDULED_SAMPLING
         p = first + (last - first) * trainer.progress.epoch / schedule.epochs
-        out = model(to_float(batch), generator, p)
+        out = network(to_float(batch[part]), distributed.own_noise(generator), p)
         return {"loss": out.loss, "mse": out.mse, "mmd": out.mmd}
 
     def preview(epoch: int) -> Figures:
@@ -251,8 +268,8 @@ def sdid_trainer(
     """Stage 2: the denoiser on `codes [N,h,w]`; previews are samples that `vqsvae` decodes."""
     run, machine, seed = options["run"], options["machine"], options["schedule"].seed
 
-    def losses(batch: Tensor, generator: torch.Generator) -> Losses:
-        return {"loss": diffusion.loss(denoiser, batch.long(), generator, loss)}
+    def losses(network: nn.Module, batch: Tensor, part: slice, generator: torch.Generator) -> Losses:
+        return {"loss": diffusion.loss(network, batch.long(), generator, loss, part)}
 
     def preview(epoch: int) -> Figures:
         noise = diffusion.noise(seed, range(PREVIEW_IMAGES), tuple(codes.shape[1:]))
