@@ -213,10 +213,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the stages; a mistake of the user is one line on stderr and exit status 2."""
     with distributed.joined():
         try:
-            options, run = distributed.from_writer(lambda: resolve(arguments))
-            keep_freed_memory()
-            machine = choose_machine(options.device, options.precision, options.compile)
-            with run:
+            with distributed.in_contact():
+                options, run = distributed.from_writer(lambda: resolve(arguments))
+                keep_freed_memory()
+                machine = choose_machine(options.device, options.precision, options.compile)
+            with run, distributed.in_contact():
                 Pipeline(options, run, machine).execute()
         except UserError as error:
             stop(f"error: {error}")
@@ -227,9 +228,6 @@ def main(arguments: list[str] | None = None) -> None:
         except OSError as error:
             stop(f"error: {error}")
         except RuntimeError as error:
-            if distributed.is_lost_contact(error):
-                lost = "another process of the run has died or does not answer"
-                stop(f"error: {lost}: --resume with the run folder goes on from the last save")
             if "out of memory" not in str(error) and "allocate memory" not in str(error):
                 raise
             stop("error: out of memory: choose a smaller --batch_size, --eval_batch_size or network")

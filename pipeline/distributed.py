@@ -6,6 +6,7 @@ Started otherwise there is one process, for which everything here does nothing.
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,9 +72,17 @@ def is_first_to_end() -> bool:
         return True
 
 
-def is_lost_contact(error: RuntimeError) -> bool:
-    """Whether the error is that another process has ended, or has not answered in time."""
-    return size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+@contextmanager
+def in_contact() -> Iterator[None]:
+    """Context in which UserError is raised if another process has died, or has not answered in time."""
+    try:
+        yield
+    except RuntimeError as error:
+        if size() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's: there must be time to say it
+        lost = "another process of the run has died or does not answer"
+        raise UserError(f"{lost}: --resume with the run folder goes on from the last save") from error
 
 
 def by_writer(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
