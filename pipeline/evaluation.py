@@ -200,8 +200,8 @@ class Evaluation:
         data: the real images, and what networks are trained on.
         machine: where networks run.
 
-    Of several processes, one has the networks and computes the figures. Raises UserError where a metric was asked for by
-    name and cannot be computed.
+    Of several processes, one has the networks and computes the figures. Raises UserError where a metric was asked for
+    by name and cannot be computed.
     """
 
     def __init__(self, options: Namespace, data: ImageData, machine: Machine):
