@@ -158,12 +158,15 @@ def convolve_at(conv: nn.Conv2d, x: Tensor, rows: Tensor) -> Tensor:
     """A 3x3 convolution without its bias at chosen positions: features `[S,R,C]`, `rows [P,9]` to `[S,P,C']`.
 
     `rows` names the neighbours of each position among the R features; row R stands for zero padding. A few spike steps
-    at a time, so that gathered neighbours are still in the cache when they are multiplied.
+    at a time, so that gathered neighbours are still in the cache when they are multiplied. Positions are rounded up to
+    a multiple of 64: oneDNN keeps the bfloat16 kernel of each size it has met, gigabytes over some thousand images.
     """
+    positions = len(rows)
+    rows = F.pad(rows, (0, 0, 0, -positions % 64), value=x.shape[1])
     weight = conv.weight.permute(0, 2, 3, 1).flatten(1).to(x.dtype)  # [C',C,3,3] -> [C',9C]
     parts = F.pad(x, (0, 0, 0, 1)).split(4)
     gathered = (part.index_select(1, rows.flatten()).view(len(part), len(rows), -1) for part in parts)
-    return torch.cat([F.linear(neighbours, weight) for neighbours in gathered])
+    return torch.cat([F.linear(neighbours, weight)[:, :positions] for neighbours in gathered])
 
 
 def _spike_dtype(x: Tensor, readout: Tensor | None) -> torch.dtype:

@@ -229,3 +229,17 @@ def test_bfloat16_stays_close_to_float32():
             losses.append(float(model(images).loss.detach()))
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.2)
+
+
+def test_the_local_denoiser_multiplies_few_sizes(monkeypatch):
+    """Of any number of positions: whoever keeps something for each size of a product would otherwise keep thousands."""
+    torch.manual_seed(0)
+    denoiser = SDID(5, 4, 4).eval()
+    sizes, original = set(), torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight: sizes.add(x.shape[1]) or original(x, weight))
+    for count in range(1, 7):
+        where = torch.rand(count, 5, 5) < 0.3
+        where[0, 0, 0] = True
+        logits = denoiser.logits_at(torch.zeros(count, 5, 5).long(), torch.full((count,), 3), where)
+        assert logits.shape == (where.sum(), 5)
+    assert sizes <= {64, 128, 192}
