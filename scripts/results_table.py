@@ -29,7 +29,7 @@ COLUMNS = {
     "classifier_frechet": "classifier distance",
     "mse": "MSE",
     "ssim": "SSIM",
-    "energy_sample": "energy of a sample, µJ",
+    "energy_sample": "energy of a sample",
 }
 """Name in metrics.json, and heading; those without any figure are left out, FID excepted."""
 
@@ -65,6 +65,9 @@ PUBLISHED = {
 """(Model, column, protocol) to data set to figure, as their authors published them."""
 
 
+STANDARD = ("both", "adaptive", None)  # not an ablation; None: a run of before there were any
+
+
 class Figure(NamedTuple):
     """A number and how it was worked out."""
 
@@ -90,7 +93,7 @@ def read_run(path: Path) -> Row:
     epochs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     counts = " + ".join(map(str, Counter(line["stage"] for line in epochs).values()))
     hours = sum(line["images"] / line["images_per_second"] for line in epochs) / 3600
-    ablation = [options[key] for key in ("readout", "spike_generator") if options[key] not in ("both", "adaptive")]
+    ablation = [options[key] for key in ("readout", "spike_generator") if options.get(key) not in STANDARD]
     model = ", ".join([options["model"], *ablation])
     training = "; ".join([f"{counts} epochs, {hours:.1f} h", *drawn])
     by_name = {figure["name"]: Figure(figure["value"], describe(figure)) for figure in figures}
