@@ -29,6 +29,11 @@ FLAGS = (
 NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/spiking-diffusion`, or `~/.cache/spiking-diffusion` where the variable is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spiking-diffusion"
+
+
 def _processor() -> str:
     """What `-march=native` depends on: a cache folder may be shared by different machines."""
     try:
@@ -44,7 +49,7 @@ def _compile() -> Path:
     if compiler is None:
         raise OSError("no C++ compiler found")
     key = "\n".join((compiler, *FLAGS, platform.machine(), _processor(), SOURCE.read_text()))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spiking-diffusion"
+    cache = cache_folder()
     library = cache / f"fused_lif-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,14 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from errors import UserError
+from models.fused_lif import cache_folder
 from pipeline.run_folder import write_whole
 
 Arrays = dict[str, np.ndarray]
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/spiking-diffusion`, or `~/.cache/spiking-diffusion` where the variable is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spiking-diffusion"
 
 
 def digest(*parts: Tensor | Mapping[str, Tensor] | str) -> str:

@@ -1,6 +1,5 @@
-"""The figures of a run, each with its protocol, and the table that is printed at the end."""
+"""Which figures a run can have, and how they are computed; each comes with its protocol."""
 
-import json
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection
 from functools import cached_property
@@ -23,6 +22,7 @@ from metrics.classifier import (
 )
 from metrics.codebook import perplexity, usage
 from metrics.counts import check_enough
+from metrics.energy import PICOJOULES_PER_AC, PICOJOULES_PER_MAC
 from metrics.fad import FAD_IMAGES, fad, fad_features
 from metrics.fid import (
     FEWEST_IMAGES,
@@ -44,20 +44,14 @@ from metrics.manifold import manifold_figures
 from metrics.reconstruction import mse, ssim
 from pipeline.distributed import from_writer, is_writer
 from pipeline.feature_networks import classifier, fad_network, reference_features
+from pipeline.figures import record
 from pipeline.generators import CodeDiffusion, Generator
 from pipeline.machine import Machine
 from pipeline.pictures import to_float
-from pipeline.run_folder import RunFolder, write_whole
 
 FID_IMAGES = 10_000  # generated for FID, as is usual
 ENERGY_IMAGES = 16
 Figures = dict[str, float]
-
-
-def record(name: str, value: float, protocol: str, *, split: str, real: int, generated: int = 0, **more: Any) -> dict:
-    """One figure of metrics.json; everything that is needed to compare it is beside it."""
-    counts = {"num_generated": generated, "num_real": real}
-    return {"name": name, "value": value, "protocol": protocol, "split": split, **counts, **more}
 
 
 # ---- figures of generated images ----
@@ -305,9 +299,9 @@ def energy_figures(generator: Generator, test: Tensor, seed: int) -> list[dict]:
     figures = []
     for part, counted in cost.operations.items():
         counts = {"macs": counted.macs, "acs": counted.acs}
-        protocol = "µJ an image, 4.6 pJ a MAC, 0.9 pJ an AC"
+        protocol = f"µJ an image, {PICOJOULES_PER_MAC} pJ a MAC, {PICOJOULES_PER_AC} pJ an AC"
         figures.append(record(f"energy_{part}", counted.energy / 1e6, protocol, **about, **counts))
-        protocol = "µJ an image, each layer once, without spikes, 4.6 pJ a MAC"
+        protocol = f"µJ an image, each layer once, without spikes, {PICOJOULES_PER_MAC} pJ a MAC"
         dense = {"macs": counted.dense_macs}
         figures.append(record(f"energy_{part}_without_spikes", counted.dense_energy / 1e6, protocol, **about, **dense))
     if cost.firing_rates:
@@ -315,31 +309,3 @@ def energy_figures(generator: Generator, test: Tensor, seed: int) -> list[dict]:
         protocol = "spikes per neuron and spike step, mean over layers"
         figures.append(record("firing_rate", mean, protocol, **about, layers=cost.firing_rates))
     return figures
-
-
-def write_figures(run: RunFolder, figures: list[dict]) -> None:
-    """Write metrics.json and print the table."""
-    write_whole(run.metrics, (json.dumps(figures, indent=1) + "\n").encode())
-    print_figures(figures)
-
-
-def print_figures(figures: list[dict]) -> None:
-    """Print a table of figures with their protocols."""
-    if not figures:
-        return
-    for drawn in dict.fromkeys(figure["drawn"] for figure in figures if "drawn" in figure):
-        print(f"\ngenerated images: {drawn}")
-    width = max(len(figure["name"]) for figure in figures)
-    print(f"\n{'figure':{width}}  {'value':>10}  protocol")
-    said = None
-    for figure in figures:
-        protocol = describe(figure)
-        print(f"{figure['name']:{width}}  {figure['value']:10.4f}  {'same' if protocol == said else protocol}")
-        said = protocol
-
-
-def describe(figure: dict) -> str:
-    """Protocol of a figure and the images it is of, in a line."""
-    against = f"{figure['num_real']} {figure['split']} images"
-    counts = f"{figure['num_generated']} generated, {against}" if figure["num_generated"] else against
-    return f"{figure['protocol']} ({counts})"

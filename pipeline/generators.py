@@ -43,15 +43,13 @@ class Generator(Protocol):
 
 
 @contextmanager
-def literally(*models: nn.Module) -> Iterator[None]:
-    """Context in which every layer of `models` runs as a module, at each spike step, in evaluation mode."""
-    for model in models:
-        set_plain(model.eval(), True)
+def literally(model: nn.Module) -> Iterator[None]:
+    """Context in which every layer of `model` runs as a module, at each spike step, in evaluation mode."""
+    set_plain(model.eval(), True)
     try:
         yield
     finally:
-        for model in models:
-            set_plain(model, False)
+        set_plain(model, False)
 
 
 @dataclass(frozen=True)

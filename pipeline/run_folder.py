@@ -80,6 +80,11 @@ def write_whole(path: Path, content: bytes) -> None:
         _sync_folder(path.parent)
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file for people and programs, whole."""
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
 def _sync_folder(folder: Path) -> None:
     """Have the disk keep the names of the files there."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -180,7 +185,7 @@ class RunFolder:
         self.lock()
         versions = {name: version(name) for name in PACKAGES}
         config = {**options, "versions": versions, "git_commit": _git_commit()}
-        write_whole(self.config, (json.dumps(config, indent=1) + "\n").encode())
+        write_json(self.config, config)
 
     def read_config(self) -> dict[str, Any]:
         """The options of the run; empty if the folder has no config.json, as with checkpoints of the release."""

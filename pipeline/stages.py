@@ -15,7 +15,8 @@ from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
 from models import AUTOENCODERS, FSVAE, SDID, build_model
 from pipeline.distributed import from_writer
-from pipeline.evaluation import METRICS, Evaluation, energy_figures, reconstruction_figures, write_figures
+from pipeline.evaluation import METRICS, Evaluation, energy_figures, reconstruction_figures
+from pipeline.figures import write_figures
 from pipeline.generators import CodeDiffusion, Generator, PriorSampling
 from pipeline.machine import Machine, Network
 from pipeline.pictures import save_png

@@ -1,6 +1,5 @@
 """The choice of a sampling temperature on training images that no training has seen, never on the test split."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from metrics.frechet import feature_statistics, frechet_distance
 from pipeline.distributed import from_writer, is_writer
 from pipeline.feature_networks import fad_network, reference_features
 from pipeline.generators import CodeDiffusion
-from pipeline.run_folder import RunFolder, write_whole
+from pipeline.run_folder import RunFolder, write_json
 
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 IMAGES = 500  # drawn at each, from the same noise, so that they differ by the temperature alone
@@ -40,5 +39,5 @@ def choose_temperature(generator: CodeDiffusion, data: ImageData, fad_weights: P
         count = len(data.held_out)
         protocol = f"Fréchet autoencoder distance ({origin}) of {IMAGES} samples to {count} held-out images"
         content = {"temperature": best, "distances": distances, "protocol": protocol}
-        write_whole(run.path / "temperature.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        write_json(run.path / "temperature.json", content)
     return best

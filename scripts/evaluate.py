@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 from datasets import DATASETS, PICTURE_ENDINGS, ImageData, load_dataset
 from errors import UserError
-from pipeline.evaluation import GENERATED_METRICS, Evaluation, names_of, print_figures
+from pipeline.evaluation import GENERATED_METRICS, Evaluation, names_of
+from pipeline.figures import print_figures
 from pipeline.machine import choose_machine
-from pipeline.run_folder import write_whole
+from pipeline.run_folder import write_json
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         figures = evaluate(args)
         if args.output:
-            write_whole(args.output, (json.dumps(figures, indent=1) + "\n").encode())
+            write_json(args.output, figures)
         print_figures(figures)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

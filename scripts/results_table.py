@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
-from pipeline.evaluation import describe
+from pipeline.figures import describe
 
 COLUMNS = {
     "paper_fid": "FID, paper protocol",
