@@ -13,21 +13,34 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DATASETS
-from diffusion.absorbing import LOSSES
+from diffusion.absorbing import LOSSES, REVEAL_ORDERS
 from errors import UserError
-from models import AUTOENCODERS, model_options
+from models import AUTOENCODERS, DENOISERS, model_options
 from models.quantizer import READOUTS, SPIKE_GENERATORS
 from pipeline import distributed
 from pipeline.evaluation import METRICS, names_of
 from pipeline.interruption import Interrupted
 from pipeline.machine import PRECISIONS, choose_machine, keep_freed_memory
+from pipeline.masks import MASKS
+from pipeline.presets import PRESETS
 from pipeline.run_folder import IDENTITY, UNCHANGEABLE, RunFolder
 from pipeline.stages import STAGES, Pipeline
+from pipeline.training import LR_SCHEDULES
 
 HERE_AND_NOW = ("resume", "checkpoint", "stage", "max_minutes", "device", "compile")
 """Options of one call of the program, which a run's config.json does not pass on to the next."""
 
-MODEL_OPTIONS = ("codebook_size", "embedding_dim", "readout", "spike_generator")
+SWITCH = argparse.BooleanOptionalAction  # what a preset switches on, --no-... switches off
+
+MODEL_OPTIONS = (
+    "codebook_size",
+    "embedding_dim",
+    "downsampling",
+    "revive_codes",
+    "clipped_error",
+    "readout",
+    "spike_generator",
+)
 """Options that not every model has."""
 
 
@@ -50,6 +63,11 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 def temperature(text: str) -> float | str:
     """An argparse type: a positive number, or "auto"."""
     return text if text == "auto" else number(float, 1e-9)(text)
+
+
+def checkpoint(text: str) -> Path:
+    """An argparse type: a file of weights, or a run folder for the one in it."""
+    return Path(text) / "model.pth" if Path(text).is_dir() else Path(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,11 +95,12 @@ def build_parser() -> Parser:
         return add
 
     add = group("run")
+    add("--preset", "defaults of other options: the paper's, or those of better pictures", "faithful", choices=PRESETS)
     add("--stage", "which part of the pipeline to run", "all", choices=STAGES)
     add(
         "--checkpoint",
-        "evaluate this model.pth, of a run or of the original release; results are written beside it",
-        type=Path,
+        "evaluate this model.pth, or the one in this folder, of a run or of the original release; results go beside it",
+        type=checkpoint,
         metavar="FILE",
     )
     add("--resume", "go on with this run folder, or its last.pth", type=Path, metavar="RUN")
@@ -113,13 +132,23 @@ def build_parser() -> Parser:
         type=width,
         metavar="N",
     )
+    add("--downsampling", "side of an image over side of its grid of codes", 4, type=int, choices=(2, 4))
+    add("--revive_codes", "move codes that a batch does not use to where it has data [off]", False, action=SWITCH)
+    add("--denoiser", "the paper's or the residual network", "sdid", choices=DENOISERS)
     add(
         "--denoiser_channels",
-        "channels of the denoiser's first block; its widest has 8 times as many",
+        "of the denoiser: sdid's first block, its widest has 8 times as many; all of residual's blocks",
         64,
         type=width,
         metavar="N",
     )
+    add(
+        "--denoiser_spike_steps",
+        "spike steps of the denoiser [as --spike_steps]",
+        type=number(int, 1, 1024),
+        metavar="S",
+    )
+    add("--denoiser_blocks", "of the residual denoiser", 4, type=number(int, 1, 1000), metavar="N")
     add("--readout", "an ablation: what the quantiser sees of the spikes", "both", choices=READOUTS)
     add("--spike_generator", "an ablation: how codes become spikes", "adaptive", choices=SPIKE_GENERATORS)
 
@@ -127,7 +156,12 @@ def build_parser() -> Parser:
     add("--epochs", "of stage 1, the autoencoder", 100, type=whole, metavar="N")
     add("--diffusion_epochs", "of stage 2, the denoiser", 200, type=whole, metavar="N")
     add("--batch_size", "of both stages; several processes share it", 32, type=whole, metavar="N")
-    add("--lr", "learning rate of both stages", 1e-3, type=number(float, 1e-9, 1), metavar="X")
+    add("--lr", "learning rate", 1e-3, type=number(float, 1e-9, 1), metavar="X")
+    add("--diffusion_lr", "learning rate of stage 2 [as --lr]", type=number(float, 1e-9, 1), metavar="X")
+    add("--lr_schedule", "over all epochs of a stage", "constant", choices=LR_SCHEDULES)
+    average = "decay of the moving average of weights that is kept and evaluated; 0: the last weights are [0]"
+    add("--ema_decay", average, 0.0, type=number(float, 0, 0.999999), metavar="X")
+    add("--clipped_error", "no loss for output beyond black and white [off]", False, action=SWITCH)
     add("--loss", "of stage 2", "reweighted_elbo", choices=LOSSES)
 
     add = group("sampling and evaluation")
@@ -139,9 +173,11 @@ def build_parser() -> Parser:
         metavar="X",
     )
     add("--sample_steps", "timesteps of sampling, up to T, the number of an image's codes [T]", type=whole, metavar="N")
+    add("--reveal_order", "spread: tokens that are revealed together lie far apart", "random", choices=REVEAL_ORDERS)
     many = number(int, 1, 10**6)
     add("--num_samples", "images to draw [as many as the figures need]", type=many, metavar="N")
     add("--eval_batch_size", "images at once in encoding and sampling", 64, type=whole, metavar="N")
+    add("--mask", f"what --stage inpaint fills in: {', '.join(MASKS)}, or a picture's white", "right", metavar="M")
     add("--png", "write each sample as a PNG file, too [off]", False, action="store_true")
     add("--metrics", f"of {', '.join(METRICS)} [all that can be had]", type=names_of(METRICS), metavar="A,B")
     add("--reference", "the real images of FID, KID, IS, PRDC and classifier", "test", choices=("test", "train"))
@@ -159,6 +195,10 @@ def resolve(arguments: list[str] | None) -> tuple[argparse.Namespace, RunFolder]
     idle = [f"--{key}" for key in sorted(own) if getattr(options, key) != parser.get_default(key)]
     if idle:
         raise UserError(f"{options.model} has no {', '.join(idle)}: leave out")
+    preset = PRESETS[options.preset]
+    if own & set(preset):
+        raise UserError(f"--preset {options.preset} is for snn-vq-vae: {options.model} has not all of its options")
+    parser.set_defaults(**preset)
     run = RunFolder(find_folder(options))
     begins = not (options.resume or options.checkpoint)
     makes = {"all": run.model, "vqsvae": run.model, "sdid": run.denoiser}.get(options.stage) if begins else None

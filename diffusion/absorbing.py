@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSSES = ("reweighted_elbo", "elbo")
+LOSSES = ("reweighted_elbo", "elbo", "cross_entropy")
+REVEAL_ORDERS = ("random", "spread")
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """Tokens `[N,h,w]` and timesteps `[N]` to logits `[N,K,h,w]`."""
@@ -55,9 +56,14 @@ class AbsorbingDiffusion:
 
         "elbo": `CE / t * T / (T ln 2)`. "reweighted_elbo": `(1 - t/T) CE / (T ln 2)`, whose weight is 0 at t = T, so
         the very first prediction of sampling is never trained directly; this is the release's default and kept.
+        "cross_entropy": `CE / (T ln 2)`, every masked token weighs the same, at t = T as well.
         """
         total = self.num_timesteps
-        weighted = {"reweighted_elbo": (1 - t / total) * cross_entropy, "elbo": cross_entropy / t * total}
+        weighted = {
+            "reweighted_elbo": (1 - t / total) * cross_entropy,
+            "elbo": cross_entropy / t * total,
+            "cross_entropy": cross_entropy,
+        }
         return weighted[kind].mean() / (math.log(2) * total)
 
     def loss(
@@ -78,10 +84,20 @@ class AbsorbingDiffusion:
         logits = denoiser(tokens, t)
         return self.weighted_loss(self.cross_entropy(logits, codes, mask), t, kind)
 
-    def noise(self, seed: int, samples: Iterable[int], grid: tuple[int, int]) -> SamplingNoise:
-        """The noise of the samples with these numbers; sample i has the same whatever it is drawn together with."""
+    def noise(
+        self, seed: int, samples: Iterable[int], grid: tuple[int, int], reveal_order: str = "random"
+    ) -> SamplingNoise:
+        """The noise of the samples with these numbers; sample i has the same whatever it is drawn together with.
+
+        Reveal times are the process's own, independent and uniform on 1..T ("random"), or one token is revealed at a
+        time, each far from those before it ("spread", see `spread_order`): with fewer timesteps than tokens, those
+        revealed together then depend on each other less.
+        """
         generators = [np.random.default_rng((seed, i)) for i in samples]
-        times = np.stack([g.integers(1, self.num_timesteps + 1, grid) for g in generators])
+        if reveal_order == "random":
+            times = np.stack([g.integers(1, self.num_timesteps + 1, grid) for g in generators])
+        else:
+            times = np.stack([self.num_timesteps - spread_order(grid, g) for g in generators])
         uniforms = np.stack([g.random(grid) for g in generators])
         return SamplingNoise(torch.from_numpy(times), torch.from_numpy(uniforms))
 
@@ -101,21 +117,22 @@ class AbsorbingDiffusion:
         noise: SamplingNoise,
         temperature: float = 1.0,
         sample_steps: int | None = None,
+        given: Tensor | None = None,
     ) -> Tensor:
-        """Draw codes int64 `[N,h,w]`.
+        """Draw codes int64 `[N,h,w]`; those that are not the mask token in `given [N,h,w]` stay as they are.
 
         At t = T..1 a token that is still masked is revealed with probability 1/t, hence at a time uniform on 1..T. A
         timestep that reveals nothing in an image changes nothing, so each image goes straight to its next reveal:
         images of one batch are at different t, and only logits of revealed tokens are asked for.
         """
         times = self.reveal_schedule(noise.reveal_times, sample_steps)
-        tokens = torch.full_like(times, self.mask_token)
+        tokens = torch.full_like(times, self.mask_token) if given is None else given.clone()
         active = torch.arange(len(tokens), device=tokens.device)
         while len(active):
             hidden = tokens[active] == self.mask_token
             t = torch.where(hidden, times[active], 0).flatten(1).amax(1)
             active, t = active[t > 0], t[t > 0]
-            where = times[active] == t.view(-1, 1, 1)
+            where = (tokens[active] == self.mask_token) & (times[active] == t.view(-1, 1, 1))
             if len(active):
                 logits = denoiser(tokens[active], t, where)
                 revealed = tokens[active]
@@ -137,6 +154,20 @@ class AbsorbingDiffusion:
         """Tokens `[N,h,w]` as they were after timestep t of the run that drew `codes` from `noise` (t = T+1: none)."""
         revealed = self.reveal_schedule(noise.reveal_times, sample_steps) >= t
         return torch.where(revealed, codes, self.mask_token)
+
+
+def spread_order(grid: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
+    """A random order of the cells of a grid, int64 `[h,w]` from 0, in which fours in a row are half the grid apart.
+
+    A cell, those half a height or width away, and the fourth of them follow one another (where the side is odd, some
+    have fewer partners); else the order is random.
+    """
+    height, width = grid
+    y, x = np.indices(grid)
+    rows, columns = -(-height // 2), -(-width // 2)
+    place = (y % rows) * columns + x % columns  # the same for the four
+    turn = generator.permutation(rows * columns)[place] + generator.random(grid)
+    return turn.argsort(axis=None).argsort().reshape(grid)
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The networks, and the table of autoencoders that the command line offers."""
+"""The networks, and the tables of them that the command line offers."""
 
 import inspect
 from typing import Any
@@ -6,10 +6,12 @@ from typing import Any
 from torch import nn
 
 from models.fsvae import FSVAE
+from models.residual_sdid import ResidualSDID
 from models.sdid import SDID
 from models.vq_svae import VQSVAE
 from models.vq_vae import VQVAE
 
+DENOISERS: dict[str, type[nn.Module]] = {"sdid": SDID, "residual": ResidualSDID}
 AUTOENCODERS: dict[str, type[nn.Module]] = {"snn-vq-vae": VQSVAE, "vq-vae": VQVAE, "snn-vae": FSVAE}
 
 
@@ -20,16 +22,36 @@ def model_options(name: str) -> tuple[str, ...]:
     return tuple(inspect.signature(AUTOENCODERS[name]).parameters)
 
 
+def build_denoiser(name: str, **options: Any) -> nn.Module:
+    """A denoiser of the table, with those of the `options` that it has."""
+    return DENOISERS[name](**_own(DENOISERS[name], options))
+
+
 def build_model(name: str, **options: Any) -> nn.Module:
     """An autoencoder of the table with those of the `options` that it has.
 
     Raises ValueError naming the valid models, and for an option that no model has.
     """
-    known = model_options(name)
+    model_options(name)
     strange = set(options).difference(*map(model_options, AUTOENCODERS))
     if strange:
         raise ValueError(f"no model has the option {', '.join(sorted(strange))}")
-    return AUTOENCODERS[name](**{key: value for key, value in options.items() if key in known})
+    return AUTOENCODERS[name](**_own(AUTOENCODERS[name], options))
 
 
-__all__ = ["AUTOENCODERS", "FSVAE", "SDID", "VQSVAE", "VQVAE", "build_model", "model_options"]
+def _own(kind: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
+    return {key: options[key] for key in inspect.signature(kind).parameters if key in options}
+
+
+__all__ = [
+    "AUTOENCODERS",
+    "DENOISERS",
+    "FSVAE",
+    "SDID",
+    "VQSVAE",
+    "VQVAE",
+    "ResidualSDID",
+    "build_denoiser",
+    "build_model",
+    "model_options",
+]

@@ -199,9 +199,10 @@ def norm_lif(
         with torch.no_grad():
             mean, variance, count = moments(x, synchronised)
             count *= spike_steps if constant else 1
-            norm.running_mean.lerp_((mean + offset).to(norm.running_mean), norm.momentum)
-            norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var), norm.momentum)
             norm.num_batches_tracked += 1
+            share = norm.momentum if norm.momentum is not None else (1 / norm.num_batches_tracked).to(norm.running_var)
+            norm.running_mean.lerp_((mean + offset).to(norm.running_mean), share)
+            norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var), share)
     else:
         mean, variance = norm.running_mean.double() - offset.detach(), norm.running_var.double()
     invstd = (variance + norm.eps).rsqrt()

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,11 +58,16 @@ def poisson_spikes(rates: Tensor, spike_steps: int, generator: torch.Generator |
 
 
 class Codebook(nn.Module):
-    """`codebook_size` embeddings of width `embedding_dim`, drawn from N(0,1) (VQ-VAE, arXiv 1711.00937)."""
+    """`codebook_size` embeddings of width `embedding_dim`, drawn from N(0,1) (VQ-VAE, arXiv 1711.00937).
 
-    def __init__(self, codebook_size: int, embedding_dim: int):
+    With `revive`, each training batch moves the embeddings that it did not use to vectors of its own (after Jukebox,
+    arXiv 2005.00341): the first batch so places the whole codebook among the data.
+    """
+
+    def __init__(self, codebook_size: int, embedding_dim: int, revive: bool = False):
         super().__init__()
         self.embeddings = nn.Embedding(codebook_size, embedding_dim)
+        self.revive = revive
 
     def nearest_codes(self, encoded: Tensor) -> Tensor:
         """Index of the nearest embedding by squared distance: `[N,D,h,w]` to int64 `[N,h,w]`."""
@@ -83,10 +89,31 @@ class Codebook(nn.Module):
         return self.embed(codes)
 
     def forward(self, encoded: Tensor, generator: torch.Generator | None = None) -> QuantizerOutput:
-        """Quantise `encoded [N,D,h,w]`; the gradient passes straight through. Nothing is random here."""
+        """Quantise `encoded [N,D,h,w]`; the gradient passes straight through.
+
+        Random, from the `generator`, are only the vectors that dead codes are moved to.
+        """
         codes = self.nearest_codes(encoded)
+        if self.training and self.revive:
+            self._revive(encoded.detach(), codes, generator)
+            codes = self.nearest_codes(encoded)
         embedded = self.embed(codes)
         return QuantizerOutput(encoded + (embedded - encoded).detach(), codes, codebook_loss(embedded, encoded))
+
+    @torch.no_grad()
+    def _revive(self, encoded: Tensor, codes: Tensor, generator: torch.Generator | None) -> None:
+        """Move the embeddings that `codes [N,h,w]` do not use to random vectors of `encoded [N,D,h,w]`.
+
+        Of several processes, those unused in all of them, to vectors of the first.
+        """
+        weight, vectors = self.embeddings.weight, encoded.permute(0, 2, 3, 1).flatten(0, 2)  # [N*h*w,D]
+        used = torch.zeros(len(weight), device=weight.device).index_fill_(0, codes.flatten(), 1)
+        picks = torch.randint(len(vectors), (len(weight),), generator=generator, device=weight.device)
+        fresh = vectors[picks].to(weight.dtype)
+        if dist.is_initialized():
+            dist.all_reduce(used)
+            dist.broadcast(fresh, 0)
+        weight.copy_(torch.where(used[:, None] > 0, weight, fresh))
 
 
 class SpikingQuantizer(Codebook):
@@ -104,8 +131,9 @@ class SpikingQuantizer(Codebook):
         spike_steps: int,
         readout: str = "both",
         spike_generator: str = "adaptive",
+        revive: bool = False,
     ):
-        super().__init__(codebook_size, embedding_dim)
+        super().__init__(codebook_size, embedding_dim, revive)
         _check_choice("readout", readout, READOUTS)
         _check_choice("spike_generator", spike_generator, SPIKE_GENERATORS)
         self.spike_steps, self.spike_generator = spike_steps, spike_generator

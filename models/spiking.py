@@ -83,6 +83,57 @@ def apply_head(head: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
         return head(x) + (weights.sum() - 1) * head.bias.view(-1, 1, 1)
 
 
+def fire(
+    norm: nn.BatchNorm2d,
+    lif: LIF,
+    x: Tensor,
+    spike_steps: int,
+    *,
+    bias: Tensor,
+    readout: Tensor | None = None,
+    constant: bool = False,
+) -> Tensor:
+    """Bias `[C]`, batch norm, LIF: currents `[S*N,C,H,W]`, or `[N,C,H,W]` if `constant`, to spikes `[S,N,C,H,W]`.
+
+    With `readout` weights `[S]`: to `sum_s readout[s] * spikes[s]`, `[N,C,H,W]`.
+    """
+    if x.device.type == "cpu" and fused_lif.available():
+        dtype = _spike_dtype(x, readout)
+        x = fused_lif.norm_lif(x, bias, norm, spike_steps, constant=constant, readout=readout, dtype=dtype)
+        return x if readout is not None else x.unflatten(0, (spike_steps, -1))
+    x = x + bias.to(x.dtype).view(-1, 1, 1)
+    x = x.repeat(spike_steps, 1, 1, 1) if constant else x
+    spikes = lif(norm(x).unflatten(0, (spike_steps, -1)))
+    return spikes if readout is None else weighted_sum(readout, spikes)
+
+
+class Firing(nn.Module):
+    """Batch norm and LIF of real currents: where a residual block begins, and what every convolution's input is.
+
+    `bias` is what batch norm's own begins with: with few spike steps, neurons must be near their threshold to learn.
+    `plain` as in SpikingStack.
+    """
+
+    def __init__(self, channels: int, spike_steps: int, bias: float):
+        super().__init__()
+        self.norm, self.lif = nn.BatchNorm2d(channels), LIF()
+        nn.init.constant_(self.norm.bias, bias)
+        self.spike_steps, self.plain = spike_steps, False
+
+    def forward(self, x: Tensor, readout: Tensor | None = None) -> Tensor:
+        """Currents `[S,N,C,H,W]`, or `[N,C,H,W]` where they are the same at each step, to spikes `[S,N,C,H,W]`.
+
+        With `readout` weights `[S]`: to `sum_s readout[s] * spikes[s]`, `[N,C,H,W]`.
+        """
+        if self.plain:
+            x = x if x.dim() == 5 else x.expand(self.spike_steps, *x.shape)
+            spikes = self.lif(self.norm(x.flatten(0, 1)).unflatten(0, (self.spike_steps, -1)))
+            return spikes if readout is None else weighted_sum(readout, spikes)
+        constant, none = x.dim() == 4, torch.zeros_like(self.norm.bias)
+        x = x if constant else x.flatten(0, 1)
+        return fire(self.norm, self.lif, x, self.spike_steps, bias=none, readout=readout, constant=constant)
+
+
 class SpikingStack(nn.Sequential):
     """Convolutions, each followed by batch norm and LIF; optionally ends in a plain convolution, the head.
 
@@ -117,22 +168,10 @@ class SpikingStack(nn.Sequential):
             x = x if x.dim() == 5 else x.expand(self.spike_steps, *x.shape)
             return lif(norm(conv(x.flatten(0, 1))).unflatten(0, (self.spike_steps, -1)))
         if x.dim() == 5:
-            return self._fire(conv.bias, norm, lif, convolve(conv, x.flatten(0, 1)), readout)
+            return fire(norm, lif, convolve(conv, x.flatten(0, 1)), self.spike_steps, bias=conv.bias, readout=readout)
         with full_precision(x):  # once, not at every step; token and timestep enter as raw numbers, with all digits
             x = convolve(conv, x)
-        return self._fire(conv.bias, norm, lif, x, readout, constant=True)
-
-    def _fire(self, bias: Tensor, norm, lif, x: Tensor, readout: Tensor | None, constant: bool = False) -> Tensor:
-        """Bias, batch norm, LIF: `[S*N,C,H,W]`, or `[N,C,H,W]` if `constant`, to spikes `[S,N,C,H,W]` or a readout."""
-        steps = self.spike_steps
-        if x.device.type == "cpu" and fused_lif.available():
-            dtype = _spike_dtype(x, readout)
-            x = fused_lif.norm_lif(x, bias, norm, steps, constant=constant, readout=readout, dtype=dtype)
-            return x if readout is not None else x.unflatten(0, (steps, -1))
-        x = x + bias.to(x.dtype).view(-1, 1, 1)
-        x = x.repeat(steps, 1, 1, 1) if constant else x
-        spikes = lif(norm(x).unflatten(0, (steps, -1)))
-        return spikes if readout is None else weighted_sum(readout, spikes)
+        return fire(norm, lif, x, self.spike_steps, bias=conv.bias, readout=readout, constant=True)
 
     def fire_at(self, x: Tensor, rows: Tensor, readout: Tensor | None = None) -> Tensor:
         """A stack of one block at chosen positions: see `convolve_at` for the input; to spikes `[S,P,C']`.
@@ -141,7 +180,7 @@ class SpikingStack(nn.Sequential):
         """
         conv, norm, lif = self
         x = convolve_at(conv, x, rows).flatten(0, 1)[:, :, None, None]  # [S*P,C',1,1]
-        return self._fire(conv.bias, norm, lif, x, readout).flatten(-3)
+        return fire(norm, lif, x, self.spike_steps, bias=conv.bias, readout=readout).flatten(-3)
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
@@ -177,7 +216,7 @@ def _spike_dtype(x: Tensor, readout: Tensor | None) -> torch.dtype:
 
 
 def set_plain(model: nn.Module, plain: bool) -> None:
-    """Switch every stack of `model` to the literal computation (see `SpikingStack`), or back."""
+    """Switch every spiking part of `model` to the literal computation (see `SpikingStack`), or back."""
     for module in model.modules():
-        if isinstance(module, SpikingStack):
+        if hasattr(module, "plain"):
             module.plain = plain

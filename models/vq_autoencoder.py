@@ -12,7 +12,8 @@ from models.quantizer import Codebook
 class VQOutput(NamedTuple):
     """`images [N,C,H,W]` in [0,1], `codes [N,h,w]`, and scalars: `loss`, the sum that is minimised, and its parts.
 
-    `quantizer_loss` is the codebook's lines of the loss, `mse` the unscaled reconstruction error before clipping.
+    `quantizer_loss` is the codebook's lines of the loss, `mse` the unscaled reconstruction
+    error, before clipping unless `clipped_error`.
     """
 
     images: Tensor
@@ -31,34 +32,56 @@ class VQAutoencoder(nn.Module):
         encoder: pixels to what `vq_layer` quantises.
         vq_layer: the codebook.
         decoder: what `vq_layer` puts out to pixels.
+        clipped_error: what the decoder puts out beyond black and white, which `decode` clips, is no error in the loss.
     """
 
     downsampling = 4  # side of an image over side of its grid of codes
     spike_steps = 1  # runs of each layer for one image; spiking models have more
 
     def __init__(
-        self, channels: int, codebook_size: int, *, encoder: nn.Module, vq_layer: Codebook, decoder: nn.Module
+        self,
+        channels: int,
+        codebook_size: int,
+        *,
+        encoder: nn.Module,
+        vq_layer: Codebook,
+        decoder: nn.Module,
+        clipped_error: bool = False,
     ):
         super().__init__()
-        self.channels, self.codebook_size = channels, codebook_size
+        self.channels, self.codebook_size, self.clipped_error = channels, codebook_size, clipped_error
         self.encoder, self.vq_layer, self.decoder = encoder, vq_layer, decoder
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images `[N,C,H,W]` in [0,1] to codes int64 `[N,H/4,W/4]`."""
+        """Images `[N,C,H,W]` in [0,1] to codes int64 `[N,h,w]`, h = H / downsampling."""
         return self.vq_layer.encode(self.encoder(images - 0.5))
 
+    def sees(self, pixels: Tensor) -> Tensor:
+        """Which codes depend on any of these pixels: bool `[H,W]` to bool `[h,w]`."""
+        seen = pixels[None, None].float()
+        for stride in (2, self.downsampling // 2):  # the encoder's 3x3 convolutions
+            seen = F.max_pool2d(seen, 3, stride, padding=1)
+        return seen[0, 0] > 0
+
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes `[N,h,w]` to images `[N,C,4h,4w]` in [0,1]."""
+        """Codes `[N,h,w]` to images `[N,C,H,W]` in [0,1]."""
         return (self.decoder(self.vq_layer.decode(codes)) + 0.5).clamp(0, 1)
 
     def forward(self, images: Tensor, variance: float = 1.0, generator: torch.Generator | None = None) -> VQOutput:
         """Reconstruct images `[N,C,H,W]` in [0,1].
 
         `variance` of the training pixels scales the error in the loss. `generator` is for what is random in a
-        quantiser: only Poisson spikes are, and without a generator they are those of `decode`.
+        quantiser: where dead codes are moved to, and Poisson spikes, which without a generator are those of `decode`.
         """
         quantized = self.vq_layer(self.encoder(images - 0.5), generator)
         y = self.decoder(quantized.quantized)
-        mse = F.mse_loss(y, images - 0.5)
+        mse = self._error(y, images - 0.5)
         loss = quantized.loss + mse / variance
         return VQOutput((y + 0.5).clamp(0, 1), quantized.codes, loss, quantized.loss, mse)
+
+    def _error(self, y: Tensor, pixels: Tensor) -> Tensor:
+        """Mean squared error of the decoder's output; with `clipped_error`, where clipping leaves one."""
+        if self.clipped_error:
+            beyond = ((pixels <= -0.5) & (y < pixels)) | ((pixels >= 0.5) & (y > pixels))
+            y = torch.where(beyond, pixels, y)
+        return F.mse_loss(y, pixels)

@@ -9,13 +9,13 @@ from models.vq_autoencoder import VQAutoencoder
 
 
 class Encoder(nn.Module):
-    """Pixels `[N,C,H,W]`, the same at each spike step, to spikes `[S,N,D,H/4,W/4]`."""
+    """Pixels `[N,C,H,W]`, the same at each spike step, to spikes `[S,N,D,h,w]`; `inner_stride` is H/2h, 1 or 2."""
 
-    def __init__(self, channels: int, hidden: int, embedding_dim: int, spike_steps: int):
+    def __init__(self, channels: int, hidden: int, embedding_dim: int, spike_steps: int, inner_stride: int):
         super().__init__()
         self.snn_convs = SpikingStack(
             nn.Conv2d(channels, hidden, 3, stride=2, padding=1),
-            nn.Conv2d(hidden, 2 * hidden, 3, stride=2, padding=1),
+            nn.Conv2d(hidden, 2 * hidden, 3, stride=inner_stride, padding=1),
             nn.Conv2d(2 * hidden, embedding_dim, 1),
             spike_steps=spike_steps,
         )
@@ -26,17 +26,20 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Spikes `[S,N,D,h,w]`, or a constant input `[N,D,h,w]`, to pixels `[N,C,4h,4w]` in (-1,1).
+    """Spikes `[S,N,D,h,w]`, or a constant input `[N,D,h,w]`, to pixels `[N,C,H,W]` in (-1,1); H/2h is `inner_stride`.
 
     Pixels are the tanh of the last layer's membrane potential.
     """
 
-    def __init__(self, channels: int, hidden: int, embedding_dim: int, spike_steps: int):
+    def __init__(self, channels: int, hidden: int, embedding_dim: int, spike_steps: int, inner_stride: int):
         super().__init__()
-        up = {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1}
+
+        def up(inputs: int, outputs: int, stride: int) -> nn.ConvTranspose2d:
+            return nn.ConvTranspose2d(inputs, outputs, 3, stride, padding=1, output_padding=stride - 1)
+
         self.snn_convs = SpikingStack(
-            nn.ConvTranspose2d(embedding_dim, 2 * hidden, **up),
-            nn.ConvTranspose2d(2 * hidden, hidden, **up),
+            up(embedding_dim, 2 * hidden, inner_stride),
+            up(2 * hidden, hidden, 2),
             head=nn.ConvTranspose2d(hidden, channels, 3, padding=1),
             spike_steps=spike_steps,
         )
@@ -57,6 +60,9 @@ class VQSVAE(VQAutoencoder):
         embedding_dim: their width D.
         spike_steps: S.
         hidden: channels of the first hidden layer; the second has twice as many.
+        downsampling: side of an image over side of its grid of codes, 4 (the paper) or 2.
+        clipped_error: see VQAutoencoder; the last layer then begins with weights for the channels it has.
+        revive_codes: codes that no vector of a batch is nearest to are moved to vectors that are there.
         readout: an ablation: "both", or only firing "rate" or membrane "potential" of the encoder's spikes.
         spike_generator: an ablation: "adaptive", "repeat" or "poisson"; see SpikingQuantizer.
     """
@@ -68,21 +74,31 @@ class VQSVAE(VQAutoencoder):
         embedding_dim: int = 16,
         spike_steps: int = 16,
         hidden: int = 32,
+        downsampling: int = 4,
+        clipped_error: bool = False,
+        revive_codes: bool = False,
         readout: str = "both",
         spike_generator: str = "adaptive",
     ):
+        quantizer = {"readout": readout, "spike_generator": spike_generator, "revive": revive_codes}
         super().__init__(
             channels,
             codebook_size,
-            encoder=Encoder(channels, hidden, embedding_dim, spike_steps),
-            vq_layer=SpikingQuantizer(codebook_size, embedding_dim, spike_steps, readout, spike_generator),
-            decoder=Decoder(channels, hidden, embedding_dim, spike_steps),
+            encoder=Encoder(channels, hidden, embedding_dim, spike_steps, downsampling // 2),
+            vq_layer=SpikingQuantizer(codebook_size, embedding_dim, spike_steps, **quantizer),
+            decoder=Decoder(channels, hidden, embedding_dim, spike_steps, downsampling // 2),
+            clipped_error=clipped_error,
         )
-        self.spike_steps = spike_steps
+        self.spike_steps, self.downsampling = spike_steps, downsampling
+        if clipped_error:  # torch draws them as if a transposed convolution had its outputs for inputs: far too large
+            head = self.decoder.snn_convs[-1]
+            with torch.no_grad():
+                head.weight.mul_(hidden**-0.5)
+                head.bias.zero_()
 
     @staticmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, int]:
-        """All options but `spike_steps` and the ablations, read off a model's weights.
+        """All options but `spike_steps`, `downsampling`, those of training and ablations, read off a model's weights.
 
         KeyError if they are of something else.
         """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from metrics.energy import Operations, count, firing_rates
-from models import FSVAE, SDID
+from models import FSVAE
 from models.spiking import set_plain
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.machine import Machine
@@ -57,12 +57,13 @@ class CodeDiffusion:
     """A vector-quantised autoencoder, and a denoiser of its codes on a `grid` (h, w)."""
 
     autoencoder: VQAutoencoder
-    denoiser: SDID
+    denoiser: nn.Module
     grid: tuple[int, int]
     machine: Machine
     seed: int
     temperature: float = 1.0
     sample_steps: int | None = None
+    reveal_order: str = "random"
     batch_size: int = 64
 
     @property
@@ -89,10 +90,21 @@ class CodeDiffusion:
         tokens = torch.cat([diffusion.trajectory(codes, noise, t, self.sample_steps) for t in moments])
         return trajectory_picture(tokens, decode_codes(self.autoencoder, codes, self.machine)[0], diffusion.mask_token)
 
-    def _draw_codes(self, samples: range) -> tuple[Tensor, SamplingNoise]:
-        noise = self.diffusion.noise(self.seed, samples, self.grid)
+    def inpaint(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """Images with the pixels `hidden`, bool `[H,W]`, filled in; image i by the noise of sample i.
+
+        The codes that are kept are those whose encoder sees no hidden pixel, so nothing of what was there is known.
+        """
+        diffusion = self.diffusion
+        unknown = self.autoencoder.sees(hidden)
+        tokens = torch.where(unknown, diffusion.mask_token, self.encode(images).long())
+        codes, _ = self._draw_codes(range(len(images)), tokens)
+        return torch.where(hidden, decode_codes(self.autoencoder, codes, self.machine, self.batch_size), images)
+
+    def _draw_codes(self, samples: range, given: Tensor | None = None) -> tuple[Tensor, SamplingNoise]:
+        noise = self.diffusion.noise(self.seed, samples, self.grid, self.reveal_order)
         how = {"temperature": self.temperature, "sample_steps": self.sample_steps, "batch_size": self.batch_size}
-        return draw_codes(self.denoiser, self.diffusion, noise, self.machine, **how), noise
+        return draw_codes(self.denoiser, self.diffusion, noise, self.machine, given=given, **how), noise
 
     def cost(self, images: Tensor) -> Cost:
         """The denoiser sees the codes of `images`, masked at timesteps drawn from the seed; a sample is T passes."""

@@ -39,13 +39,15 @@ LAST_VERSION = 2
 
 IDENTITY = (
     *("dataset_name", "image_size", "channels", "model"),
-    *("codebook_size", "embedding_dim", "spike_steps", "hidden_channels", "spike_generator"),
+    *("codebook_size", "embedding_dim", "spike_steps", "hidden_channels", "downsampling", "spike_generator"),
+    *("denoiser", "denoiser_spike_steps"),
 )
 """Options that whoever uses a run's autoencoder must share with it."""
 
 UNCHANGEABLE = (
     *(*IDENTITY, "readout", "train_images", "held_out"),
-    *("denoiser_channels", "batch_size", "lr", "loss", "seed"),
+    *("revive_codes", "clipped_error", "denoiser_channels", "denoiser_blocks"),
+    *("batch_size", "lr", "diffusion_lr", "lr_schedule", "ema_decay", "loss", "seed"),
 )
 """Options that a resumed training must share with its beginning."""
 
@@ -237,7 +239,8 @@ class RunFolder:
     def contents(self) -> list[Path]:
         """The files and folders for people to look at, as far as they are there."""
         names = ("log.jsonl", "metrics.json", "samples/grid.png", "samples/trajectory.png", "samples/images.npz")
-        paths = (self.model, self.denoiser, *(self.path / name for name in (*names, "samples/png")))
+        pictures = ("samples/inpainted.png", "samples/png")
+        paths = (self.model, self.denoiser, *(self.path / name for name in (*names, *pictures)))
         return [path for path in paths if path.exists()]
 
     @by_writer

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
-from models import SDID
 from pipeline import distributed
 from pipeline.machine import Machine
 from pipeline.pictures import encode_png, grid, save_png, to_float, to_uint8
@@ -60,21 +59,26 @@ def decode_codes(model: nn.Module, codes: Tensor, machine: Machine, batch_size: 
 
 
 def draw_codes(
-    denoiser: SDID,
+    denoiser: nn.Module,
     diffusion: AbsorbingDiffusion,
     noise: SamplingNoise,
     machine: Machine,
     *,
     temperature: float,
     sample_steps: int | None = None,
+    given: Tensor | None = None,
     batch_size: int = 64,
 ) -> Tensor:
-    """Codes int64 `[N,h,w]` on the CPU, one grid for each of the N samples of `noise`."""
+    """Codes int64 `[N,h,w]` on the CPU, one grid for each of the N samples of `noise`.
+
+    Tokens of `given [N,h,w]` that are not masked are kept.
+    """
     denoiser.eval()
 
     def draw(part: Tensor) -> Tensor:
         here = SamplingNoise(*(values[part].to(machine.device) for values in noise))
-        return diffusion.sample(denoiser.logits_at, here, temperature, sample_steps)
+        kept = None if given is None else given[part].to(machine.device)
+        return diffusion.sample(denoiser.logits_at, here, temperature, sample_steps, kept)
 
     with machine.autocast():
         return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", draw)

@@ -13,19 +13,22 @@ from torch import Tensor, nn
 from datasets import ImageData, load_dataset
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
-from models import AUTOENCODERS, FSVAE, SDID, build_model
+from models import AUTOENCODERS, DENOISERS, FSVAE, build_denoiser, build_model
 from pipeline.distributed import from_writer
 from pipeline.evaluation import METRICS, Evaluation, energy_figures, reconstruction_figures
 from pipeline.figures import write_figures
 from pipeline.generators import CodeDiffusion, Generator, PriorSampling
 from pipeline.machine import Machine, Network
-from pipeline.pictures import save_png
+from pipeline.masks import hidden_pixels
+from pipeline.pictures import GREY, grid, save_png
 from pipeline.run_folder import RunFolder, load_weights
 from pipeline.sampling import GRID_IMAGES, encode_images, write_samples
 from pipeline.temperature import choose_temperature
 from pipeline.training import Schedule, Trainer, derive_seed, fsvae_trainer, sdid_trainer, vqsvae_trainer
 
-STAGES = ("all", "vqsvae", "sdid", "sample", "evaluate")
+STAGES = ("all", "vqsvae", "sdid", "sample", "inpaint", "evaluate")
+INPAINTED_IMAGES = 16
+FILLINGS = 4  # of each image
 
 
 class Pipeline:
@@ -70,7 +73,7 @@ class Pipeline:
     def code_grid(self) -> tuple[int, int]:
         """Height and width of an image's codes. Raises UserError if --sample_steps are more than the timesteps."""
         o = self.options
-        height, width = (side // AUTOENCODERS[o.model].downsampling for side in (o.image_shape or self.data.shape)[1:])
+        height, width = (side // o.downsampling for side in (o.image_shape or self.data.shape)[1:])
         if o.sample_steps is not None and o.sample_steps > height * width:
             raise UserError(f"--sample_steps {o.sample_steps}: images of this size have {height * width} timesteps")
         return height, width
@@ -88,6 +91,8 @@ class Pipeline:
                     return
         if stage == "sample":
             self.sample()
+        if stage == "inpaint":
+            self.inpaint()
         if stage in ("all", "evaluate"):
             self.evaluate()
         print(f"\nthe run is in {self.run.path}:")
@@ -112,9 +117,11 @@ class Pipeline:
             codebook_size=o.codebook_size,
             embedding_dim=o.embedding_dim,
             hidden=o.hidden_channels,
+            clipped_error=o.clipped_error,
+            revive_codes=o.revive_codes,
             **self._told(),
         )
-        settings = {"run": self.run, "schedule": self._schedule(o.epochs), "machine": self.machine}
+        settings = {"run": self.run, "schedule": self._schedule(o.epochs, o.lr), "machine": self.machine}
         self.machine.place(model)
         if self.has_denoiser:
             trainer = vqsvae_trainer(model, data.train, data.test, data.variance, **settings)
@@ -130,15 +137,34 @@ class Pipeline:
         vqsvae = self.load_autoencoder()
         codes = encode_images(vqsvae, self.data.train, self.machine, o.eval_batch_size)
         torch.manual_seed(derive_seed(o.seed, 2))
-        denoiser = SDID(o.codebook_size, o.spike_steps, o.denoiser_channels)
+        denoiser = build_denoiser(
+            o.denoiser,
+            codebook_size=o.codebook_size,
+            spike_steps=o.denoiser_spike_steps or o.spike_steps,
+            width=o.denoiser_channels,
+            blocks=o.denoiser_blocks,
+            grid=tuple(codes.shape[1:]),
+        )
         diffusion = AbsorbingDiffusion(o.codebook_size, codes[0].numel())
-        settings = {"run": self.run, "schedule": self._schedule(o.diffusion_epochs), "machine": self.machine}
+        schedule = self._schedule(o.diffusion_epochs, o.diffusion_lr or o.lr)
+        settings = {"run": self.run, "schedule": schedule, "machine": self.machine}
         trainer = sdid_trainer(self.machine.place(denoiser), vqsvae, diffusion, codes, o.loss, **settings)
         return self._train(trainer)
 
     def sample(self) -> None:
         """Draw images and write them."""
         self.draw(self.load_generator(), self.options.num_samples or GRID_IMAGES)
+
+    def inpaint(self) -> None:
+        """Fill in the hidden part of test images, each FILLINGS times, and write a picture of it."""
+        if not self.has_denoiser:
+            raise UserError(f"--stage inpaint: {self.options.model} has no codes to keep; snn-vq-vae and vq-vae have")
+        generator, _ = self._with_temperature(self.load_generator())
+        images = self.data.test[: self.options.num_samples or INPAINTED_IMAGES]
+        hidden = hidden_pixels(self.options.mask, *images.shape[2:])
+        filled = generator.inpaint(images.repeat(FILLINGS, 1, 1, 1), hidden)
+        rows = torch.cat((images, torch.where(hidden, GREY, images).byte(), filled))
+        save_png(self.run.samples / "inpainted.png", grid(rows, len(images)))
 
     def evaluate(self) -> None:
         """Draw images, as many as the figures need, and compute the figures."""
@@ -161,6 +187,7 @@ class Pipeline:
         if isinstance(generator, CodeDiffusion):
             generator, chosen = self._with_temperature(generator)
             how = f"temperature {generator.temperature:g}{chosen}, {generator.sample_steps or 'all'} timesteps"
+            how += ", spread order" if generator.reveal_order == "spread" else ""
             save_png(self.run.samples / "trajectory.png", generator.trajectory())
         images = generator.draw(range(count))
         write_samples(self.run.samples, images, self.options.png)
@@ -184,15 +211,18 @@ class Pipeline:
         if not self.has_denoiser:
             return PriorSampling(autoencoder, **how)
         denoiser = self.load_denoiser(autoencoder)
-        return CodeDiffusion(autoencoder, denoiser, self.code_grid(), sample_steps=o.sample_steps, **how)
+        how |= {"sample_steps": o.sample_steps, "reveal_order": o.reveal_order}
+        return CodeDiffusion(autoencoder, denoiser, self.code_grid(), **how)
 
-    def load_denoiser(self, autoencoder: nn.Module) -> SDID:
+    def load_denoiser(self, autoencoder: nn.Module) -> nn.Module:
         """The denoiser beside the autoencoder."""
         path = self.run.denoiser
         if not from_writer(path.is_file):
             raise UserError(f"{path} is not there: a denoiser belongs beside the autoencoder; --stage sdid trains it")
-        build = partial(SDID, spike_steps=self.options.spike_steps)
-        denoiser = self._load(path, "a denoiser", build, SDID.options_of)
+        o = self.options
+        kind = DENOISERS[o.denoiser]
+        build = partial(kind, spike_steps=o.denoiser_spike_steps or o.spike_steps)
+        denoiser = self._load(path, f"a denoiser of the kind {o.denoiser}", build, kind.options_of)
         codes, wanted = autoencoder.codebook_size, denoiser.codebook_size
         if codes != wanted:
             raise UserError(f"{path} is for {wanted} codes, {self.autoencoder_path} has {codes}: take both of one run")
@@ -212,11 +242,12 @@ class Pipeline:
     def _told(self) -> dict[str, Any]:
         """Options of an autoencoder that its weights do not tell."""
         o = self.options
-        return {"spike_steps": o.spike_steps, "readout": o.readout, "spike_generator": o.spike_generator}
+        keys = ("spike_steps", "downsampling", "readout", "spike_generator")
+        return {key: getattr(o, key) for key in keys}
 
-    def _schedule(self, epochs: int) -> Schedule:
+    def _schedule(self, epochs: int, lr: float) -> Schedule:
         o = self.options
-        return Schedule(epochs, o.batch_size, o.lr, o.seed, o.max_minutes, o.save_every)
+        return Schedule(epochs, o.batch_size, lr, o.seed, o.max_minutes, o.save_every, o.lr_schedule, o.ema_decay)
 
     def _load(self, path: Path, kind: str, build: Callable[..., Network], shape_of: Callable[[dict], dict]) -> Network:
         weights = from_writer(partial(load_weights, path))

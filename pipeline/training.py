@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
 from metrics.codebook import usage
-from models import FSVAE, SDID
+from models import FSVAE
 from models.vq_autoencoder import VQAutoencoder
 from pipeline import distributed
 from pipeline.generators import PriorSampling
@@ -33,6 +34,14 @@ FEWEST_CODES = 0.02  # of the codebook; a usage below this is warned about
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}  # of the loss; a GPU would have to be waited for
 SCHEDULED_SAMPLING = (0.1, 0.3)  # probability in the first epoch, and after the last, of FSVAE
 
+WARM_UP = 0.02  # share of the steps
+LR_SCHEDULES = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: min(1, done / WARM_UP) * (1 + math.cos(math.pi * done)) / 2,
+}
+"""What the learning rate is multiplied by when this share of all steps is done."""
+CALIBRATION_IMAGES = 10_000  # of which batch norm's statistics are taken anew for averaged weights
+
 Losses = dict[str, Tensor]
 LossFunction = Callable[[nn.Module, Tensor, slice, torch.Generator], Losses]
 Figures = dict[str, float]
@@ -48,6 +57,8 @@ class Schedule:
     seed: int
     max_minutes: float | None = None
     save_every: float = 10.0  # minutes
+    lr_schedule: str = "constant"  # one of LR_SCHEDULES
+    ema_decay: float = 0.0  # of the averaged weights that are kept and evaluated; 0: the last weights are
 
 
 @dataclass
@@ -76,8 +87,13 @@ class Trainer:
         examples: `[N,...]`; kept on the machine's device as a whole.
         losses: the network, a batch, the part of it to compute and a generator to means over that part by name; the one
             called "loss" is minimised, all are logged.
-        preview: called after each epoch, with its number, in evaluation mode; returns figures for the log.
-        checkpoint: where the weights of `model` go whenever they are saved.
+        preview: called after each epoch, with the network that is kept and the epoch's number; returns figures for
+            the log.
+        checkpoint: where the weights of the network that is kept go whenever they are saved.
+
+    Attributes:
+        kept: what training is for: `model` itself, or with `ema_decay` the average of its weights over the steps, with
+            batch norm's statistics taken anew (an average of those would be of other weights).
     """
 
     def __init__(
@@ -86,7 +102,7 @@ class Trainer:
         model: nn.Module,
         examples: Tensor,
         losses: LossFunction,
-        preview: Callable[[int], Figures],
+        preview: Callable[[nn.Module, int], Figures],
         *,
         run: RunFolder,
         checkpoint: Path,
@@ -99,6 +115,8 @@ class Trainer:
         self.examples = examples.to(machine.device)
         self.run, self.checkpoint, self.schedule, self.machine = run, checkpoint, schedule, machine
         self.optimizer = torch.optim.AdamW(model.parameters(), schedule.lr, betas=(0.9, 0.999), weight_decay=1e-3)
+        self.average = _moving_average(model, schedule.ema_decay) if schedule.ema_decay else None
+        self.kept = self.average.module if self.average else model
         self.progress = Progress()
 
     @property
@@ -110,18 +128,24 @@ class Trainer:
         """Go on from what `save` wrote to last.pth."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
         sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["sums"].items()}
         self.progress = Progress(state["epoch"], state["step"], state["seconds"], sums)
-        save_weights(self.checkpoint, state["model"])  # a kill may have come before `save` did
+        save_weights(self.checkpoint, self.kept.state_dict())  # a kill may have come before `save` did
 
     def save(self) -> None:
         """Write last.pth, then the weights. UserError, and nothing is written, if loss or weights are not finite."""
         progress, states = self.progress, {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self._check_finite(progress.sums, states["model"])
+        if self.average:
+            if progress.step:  # at the end of an epoch it has been done for the preview
+                self._calibrate()
+            states["average"] = self.average.state_dict()
         sums = {name: value.item() for name, value in progress.sums.items()}
         where = {"epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds, "sums": sums}
         self.run.write_last({"stage": self.name, **where, **states})
-        save_weights(self.checkpoint, states["model"])
+        save_weights(self.checkpoint, self.kept.state_dict())
         distributed.wait_for_all()  # the first process to end is taken for a failure, and ends the others
 
     def train(self) -> bool:
@@ -163,6 +187,7 @@ class Trainer:
         with tqdm(total=count, initial=first, desc=self.title, unit=" images", leave=False, disable=hidden) as bar:
             for indices in batches[progress.step :]:
                 generator.manual_seed(derive_seed(*epoch_seed, progress.step))
+                self._set_lr((progress.epoch + progress.step / len(batches)) / schedule.epochs)
                 losses = self._step(self.examples[indices], generator)
                 for name, value in losses.items():
                     progress.sums[name] = progress.sums.get(name, 0) + value * len(indices)
@@ -190,8 +215,10 @@ class Trainer:
         self._check_finite(progress.sums, self.model.state_dict())
         means = {name: value.item() / count for name, value in progress.sums.items()}
         rate = count / progress.seconds
-        self.model.eval()
-        figures = {**means, **self.preview(progress.epoch + 1)}
+        if self.average:
+            self._calibrate()
+        self.kept.eval()
+        figures = {**means, **self.preview(self.kept, progress.epoch + 1)}
         cost = {"images": count, "images_per_second": round(rate, 2)}
         self.run.log(self.name, progress.epoch + 1, {**figures, **cost})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
@@ -207,6 +234,33 @@ class Trainer:
                 good = f"{self.run.last} is the last good checkpoint" if saved else "nothing is saved yet"
                 raise UserError(f"{where}; {good}: begin a new run with a lower --lr, or try --precision float32")
 
+    @torch.no_grad()
+    def _calibrate(self) -> None:
+        """Take batch norm's statistics anew for the averaged weights, over CALIBRATION_IMAGES examples.
+
+        Nothing else of the network is in training mode, and training itself does not see these statistics.
+        """
+        norms = [layer for layer in self.kept.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        momenta = [norm.momentum for norm in norms]
+        self.kept.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train().momentum = None  # the mean over all batches
+        generator = torch.Generator(self.machine.device).manual_seed(derive_seed(self.schedule.seed, self.number))
+        order = torch.randperm(len(self.examples), generator=torch.Generator().manual_seed(self.schedule.seed))
+        for indices in order[:CALIBRATION_IMAGES].to(self.examples.device).split(self.schedule.batch_size):
+            part, _ = distributed.share_of_batch(len(indices))
+            with self.machine.autocast():
+                self.losses(self.kept, self.examples[indices], part, generator)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.eval().momentum = momentum
+
+    def _set_lr(self, done: float) -> None:
+        """The learning rate when this share of the schedule is done."""
+        factor = LR_SCHEDULES[self.schedule.lr_schedule](done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr * factor
+
     def _step(self, batch: Tensor, generator: torch.Generator) -> Losses:
         """One step on a batch; returns its losses in float64."""
         part, weight = distributed.share_of_batch(len(batch))
@@ -215,7 +269,22 @@ class Trainer:
         self.optimizer.zero_grad()
         (losses["loss"] * weight * distributed.size()).backward()  # of which the processes take the mean
         self.optimizer.step()
+        if self.average:
+            self.average.update_parameters(self.model)
         return distributed.total({name: value.detach().double() * weight for name, value in losses.items()})
+
+
+def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of a model's weights; its first steps count for less, as they change most.
+
+    After n steps the decay is `min(decay, (1 + n) / (10 + n))`.
+    """
+
+    def average(averaged: Tensor, current: Tensor, steps: Tensor) -> Tensor:
+        rate = 1 - ((1 + steps) / (10 + steps)).clamp_max(decay)
+        return torch.lerp(averaged, current, rate.to(averaged.dtype))
+
+    return AveragedModel(model, avg_fn=average)
 
 
 def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: float, **options: Any) -> Trainer:
@@ -227,7 +296,7 @@ def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: 
         out = network(to_float(batch[part]), variance, distributed.own_noise(generator))
         return {"loss": out.loss, "mse": out.mse, "quantizer_loss": out.quantizer_loss}
 
-    def preview(epoch: int) -> Figures:
+    def preview(model: VQAutoencoder, epoch: int) -> Figures:
         codes = encode_images(model, test[:USAGE_IMAGES], machine)
         rows = torch.cat((shown, decode_codes(model, codes[: len(shown)], machine)))
         show(run, "reconstructions", grid(rows, len(shown)), epoch)
@@ -244,7 +313,6 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> 
     """The variational autoencoder on `train`, uint8 `[N,C,H,W]`; previews show `test` and samples of the prior."""
     run, schedule = options["run"], options["schedule"]
     shown = test[:PREVIEW_IMAGES]
-    generator_of = PriorSampling(model, options["machine"], schedule.seed)
 
     def losses(network: nn.Module, batch: Tensor, part: slice, generator: torch.Generator) -> Losses:
         first, last = SCHEDULED_SAMPLING
@@ -252,7 +320,8 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> 
         out = network(to_float(batch[part]), distributed.own_noise(generator), p)
         return {"loss": out.loss, "mse": out.mse, "mmd": out.mmd}
 
-    def preview(epoch: int) -> Figures:
+    def preview(model: FSVAE, epoch: int) -> Figures:
+        generator_of = PriorSampling(model, options["machine"], schedule.seed)
         rows = torch.cat((shown, generator_of.reconstruct(shown)))
         show(run, "reconstructions", grid(rows, len(shown)), epoch)
         show(run, "samples", grid(generator_of.draw(range(PREVIEW_IMAGES)), PREVIEW_IMAGES // 2), epoch)
@@ -263,7 +332,7 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> 
 
 
 def sdid_trainer(
-    denoiser: SDID, vqsvae: VQAutoencoder, diffusion: AbsorbingDiffusion, codes: Tensor, loss: str, **options: Any
+    denoiser: nn.Module, vqsvae: VQAutoencoder, diffusion: AbsorbingDiffusion, codes: Tensor, loss: str, **options: Any
 ) -> Trainer:
     """Stage 2: the denoiser on `codes [N,h,w]`; previews are samples that `vqsvae` decodes."""
     run, machine, seed = options["run"], options["machine"], options["schedule"].seed
@@ -271,7 +340,7 @@ def sdid_trainer(
     def losses(network: nn.Module, batch: Tensor, part: slice, generator: torch.Generator) -> Losses:
         return {"loss": diffusion.loss(network, batch.long(), generator, loss, part)}
 
-    def preview(epoch: int) -> Figures:
+    def preview(denoiser: nn.Module, epoch: int) -> Figures:
         noise = diffusion.noise(seed, range(PREVIEW_IMAGES), tuple(codes.shape[1:]))
         drawn = draw_codes(denoiser, diffusion, noise, machine, temperature=PREVIEW_TEMPERATURE)
         show(run, "samples", grid(decode_codes(vqsvae, drawn, machine), PREVIEW_IMAGES // 2), epoch)
