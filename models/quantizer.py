@@ -175,7 +175,7 @@ class SpikingQuantizer(Codebook):
         nothing to learn ("repeat", "poisson"), that line only draws the readout's values, through the straight-through
         gradient, and the encoder's spikes together; repeated embeddings are filtered as if they were spikes.
         """
-        straight, codes, loss = super().forward(self.readout(encoded))
+        straight, codes, loss = super().forward(self.readout(encoded), generator)
         generated = self.generate_spikes(straight, generator)
         steps = generated if generated.dim() == 5 else generated.expand(self.spike_steps, *generated.shape)
         potentials = (postsynaptic_potential(s.to(straight.dtype)) for s in (steps, encoded))

@@ -11,7 +11,7 @@ from models.vq_autoencoder import VQAutoencoder
 class Encoder(nn.Module):
     """Pixels `[N,C,H,W]`, the same at each spike step, to spikes `[S,N,D,h,w]`; `inner_stride` is H/2h, 1 or 2."""
 
-    def __init__(self, channels: int, hidden: int, embedding_dim: int, spike_steps: int, inner_stride: int):
+    def __init__(self, channels: int, hidden: int, embedding_dim: int, spike_steps: int, inner_stride: int = 2):
         super().__init__()
         self.snn_convs = SpikingStack(
             nn.Conv2d(channels, hidden, 3, stride=2, padding=1),
@@ -31,7 +31,7 @@ class Decoder(nn.Module):
     Pixels are the tanh of the last layer's membrane potential.
     """
 
-    def __init__(self, channels: int, hidden: int, embedding_dim: int, spike_steps: int, inner_stride: int):
+    def __init__(self, channels: int, hidden: int, embedding_dim: int, spike_steps: int, inner_stride: int = 2):
         super().__init__()
 
         def up(inputs: int, outputs: int, stride: int) -> nn.ConvTranspose2d:

@@ -137,19 +137,27 @@ class Pipeline:
         vqsvae = self.load_autoencoder()
         codes = encode_images(vqsvae, self.data.train, self.machine, o.eval_batch_size)
         torch.manual_seed(derive_seed(o.seed, 2))
-        denoiser = build_denoiser(
-            o.denoiser,
-            codebook_size=o.codebook_size,
-            spike_steps=o.denoiser_spike_steps or o.spike_steps,
-            width=o.denoiser_channels,
-            blocks=o.denoiser_blocks,
-            grid=tuple(codes.shape[1:]),
-        )
+        denoiser = self._new_denoiser()
         diffusion = AbsorbingDiffusion(o.codebook_size, codes[0].numel())
         schedule = self._schedule(o.diffusion_epochs, o.diffusion_lr or o.lr)
         settings = {"run": self.run, "schedule": schedule, "machine": self.machine}
         trainer = sdid_trainer(self.machine.place(denoiser), vqsvae, diffusion, codes, o.loss, **settings)
         return self._train(trainer)
+
+    def _new_denoiser(self) -> nn.Module:
+        """An untrained denoiser of the options. Raises UserError where they do not fit each other."""
+        o = self.options
+        try:
+            return build_denoiser(
+                o.denoiser,
+                codebook_size=o.codebook_size,
+                spike_steps=o.denoiser_spike_steps or o.spike_steps,
+                width=o.denoiser_channels,
+                blocks=o.denoiser_blocks,
+                grid=self.code_grid(),
+            )
+        except ValueError as error:
+            raise UserError(f"--denoiser {o.denoiser}: {error}") from error
 
     def sample(self) -> None:
         """Draw images and write them."""
@@ -262,7 +270,7 @@ class Pipeline:
         """Find what is wrong with data, options and folder before hours are spent; record the options."""
         if self.data.variance == 0:
             raise UserError("all training images are of one and the same colour: nothing can be learned from them")
-        self.code_grid()
+        self._new_denoiser()  # what is wrong with it is said now
         self.run.read_log()
         if self.options.stage == "sdid":
             if not self.has_denoiser:

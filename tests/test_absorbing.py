@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from diffusion.absorbing import AbsorbingDiffusion, draw
+from diffusion.absorbing import REVEAL_ORDERS, AbsorbingDiffusion, draw, spread_order
 
 K, SIDE = 12, 6
 T = SIDE * SIDE
@@ -53,6 +54,8 @@ def test_loss_weights(diffusion):
     assert diffusion.weighted_loss(cross_entropy, t, "elbo").item() == pytest.approx(elbo)
     reweighted = (0 + 5.0 * 0.75) / 2 / (math.log(2) * T)
     assert diffusion.weighted_loss(cross_entropy, t, "reweighted_elbo").item() == pytest.approx(reweighted)
+    unweighted = (3.0 + 5.0) / 2 / (math.log(2) * T)
+    assert diffusion.weighted_loss(cross_entropy, t, "cross_entropy").item() == pytest.approx(unweighted)
 
 
 def test_loss_of_a_uniform_denoiser(diffusion):
@@ -127,6 +130,39 @@ def test_fewer_steps_are_spread_over_all_timesteps(diffusion):
     assert torch.equal(diffusion.reveal_schedule(times), times)
     with pytest.raises(ValueError, match=r"1\.\.36"):
         diffusion.reveal_schedule(times, T + 1)
+
+
+@pytest.mark.parametrize("grid", [(SIDE, SIDE), (5, 7), (1, 4), (2, 2)])
+def test_spread_order_has_every_cell_once(grid):
+    order = spread_order(grid, np.random.default_rng(0))
+    assert order.shape == grid and sorted(order.flatten()) == list(range(math.prod(grid)))
+
+
+def test_spread_order_keeps_tokens_of_a_timestep_apart(diffusion):
+    """A quarter of the timesteps: each reveals four tokens, three cells or more from each other."""
+    noise = diffusion.noise(0, range(20), (SIDE, SIDE), "spread")
+    times = diffusion.reveal_schedule(noise.reveal_times, T // 4)
+    for time in times.unique():
+        cells = (times == time).nonzero().view(20, 4, 3)[:, :, 1:]
+        apart = (cells[:, :, None] - cells[:, None]).abs().amax(-1)
+        assert (apart + 9 * torch.eye(4)).min() == SIDE // 2
+    assert len({tuple(one.flatten().tolist()) for one in times}) == 20, "each sample has an order of its own"
+    alone = diffusion.noise(0, [7], (SIDE, SIDE), "spread")
+    assert torch.equal(noise.reveal_times[7:8], alone.reveal_times)
+
+
+@pytest.mark.parametrize("order", REVEAL_ORDERS)
+def test_given_tokens_stay_and_the_others_are_drawn(diffusion, order):
+    """The oracle of one code grid is asked for masked tokens only, whatever their neighbours' reveal times are."""
+    code = random_codes()[0]
+    denoiser, asked = oracle(code)
+    noise = diffusion.noise(0, range(3), (SIDE, SIDE), order)
+    given = code.repeat(3, 1, 1)
+    given[:, :, 2:] = K
+    drawn = diffusion.sample(denoiser, noise, given=given)
+    assert torch.equal(drawn, code.expand_as(drawn))
+    assert sum(int(where.sum()) for _, where in asked) == 3 * SIDE * (SIDE - 2)
+    assert (given[:, :, 2:] == K).all(), "the argument is not changed"
 
 
 def test_trajectory_goes_from_all_masked_to_finished(diffusion):

@@ -2,12 +2,15 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from diffusion.absorbing import AbsorbingDiffusion
-from models import AUTOENCODERS, FSVAE, SDID, VQSVAE, VQVAE, build_model, fused_lif, model_options
+from metrics.energy import count
+from models import AUTOENCODERS, FSVAE, SDID, VQSVAE, VQVAE, ResidualSDID, build_model, fused_lif, model_options
+from models.quantizer import Codebook
 from models.spiking import LIF, SpikingStack, lif_step, membrane_weights, set_plain
 
 KERNELS = pytest.mark.skipif(not fused_lif.available(), reason="no C++ compiler")
@@ -59,6 +62,7 @@ OPTIONS = {
         **{"hidden": 4, "embedding_dim": 6},
     },
     SDID: {"codebook_size": 20, "width": 4},
+    ResidualSDID: {"codebook_size": 20, "width": 16, "blocks": 2, "grid": (4, 6)},
 }
 
 
@@ -68,6 +72,93 @@ def test_options_are_read_off_the_weights(kind):
     others = {**VQSVAE().state_dict()} if kind is not VQSVAE else VQVAE().state_dict()
     with pytest.raises(KeyError):
         kind.options_of(others)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (5, 3)], ids=["squares of tokens", "single tokens"])
+@pytest.mark.parametrize("training", [True, False])
+def test_residual_denoiser_fast_and_plain(grid, training):
+    torch.manual_seed(0)
+    model = ResidualSDID(codebook_size=10, spike_steps=3, width=32, blocks=2, grid=grid).double()
+    tokens, t = torch.randint(0, 11, (6, *grid)), torch.ones(6, dtype=torch.int64)
+    model(tokens, t)  # running statistics that have seen data
+    state, results = {key: value.clone() for key, value in model.state_dict().items()}, []
+    for plain in (True, False):
+        model.load_state_dict(state)
+        set_plain(model.train(training), plain)
+        model.zero_grad()
+        logits = model(tokens, t)
+        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+        buffers = [buffer.double().clone() for buffer in model.buffers()]
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters()), *buffers])
+    for plain_value, fast_value in zip(*results, strict=True):
+        torch.testing.assert_close(fast_value, plain_value, rtol=1e-9, atol=1e-9)
+    assert logits.shape == (6, 10, *grid) and logits.std() > 0
+    if not training:
+        where = torch.rand(tokens.shape) < 0.3
+        expected = logits.permute(0, 2, 3, 1)[where]
+        torch.testing.assert_close(model.logits_at(tokens, t, where), expected)
+
+
+def test_every_weight_of_the_residual_denoiser_meets_spikes():
+    """Operations are accumulates alone; a width that its heads cannot share is refused."""
+    model = ResidualSDID(codebook_size=10, spike_steps=3, width=32, blocks=2, grid=(4, 4)).eval()
+    set_plain(model, True)
+    tokens = torch.randint(0, 11, (6, 4, 4))
+    operations = count(model, lambda: model(tokens, torch.ones(6).long()), 6, 3)
+    assert operations.macs == 0 < operations.acs < 3 * operations.dense_macs
+    with pytest.raises(ValueError, match="multiple of 16"):
+        ResidualSDID(width=24)
+
+
+@pytest.mark.parametrize("kind", [VQSVAE, VQVAE])
+@pytest.mark.parametrize("side", [16, 20])
+def test_codes_see_the_pixels_that_they_are_said_to_see(kind, side):
+    """Those whose vectors have a gradient at a hidden pixel, and no others."""
+    torch.manual_seed(0)
+    finer = {"downsampling": 2} if kind is VQSVAE else {}
+    model = kind(codebook_size=5, embedding_dim=6, hidden=8, **finer).eval()
+    images = torch.rand(10, 1, side, side, requires_grad=True)
+    hidden = torch.zeros(side, side, dtype=torch.bool)
+    hidden[side // 4 : side // 2, side // 2 :] = True
+    encoded = model.encoder(images)
+    for cell, sees in np.ndenumerate(model.sees(hidden)):
+        (gradient,) = torch.autograd.grad(encoded[(..., *cell)].sum(), images, retain_graph=True)
+        assert bool(gradient[..., hidden].any()) == bool(sees), cell
+
+
+def test_an_image_keeps_its_size_on_a_finer_grid():
+    images = torch.rand(2, 3, 12, 16)
+    out = VQSVAE(3, codebook_size=5, embedding_dim=6, spike_steps=2, hidden=4, downsampling=2)(images)
+    assert out.images.shape == images.shape and out.codes.shape == (2, 6, 8)
+
+
+def test_dead_codes_move_to_where_vectors_are():
+    """Embeddings far from all vectors are replaced by some of them; used ones, and all in evaluation mode, stay."""
+    torch.manual_seed(0)
+    encoded = torch.rand(8, 4, 5, 5)
+    codebook = Codebook(20, 4, revive=True)
+    far = codebook.embeddings.weight.data[10:] = torch.full((10, 4), 100.0)
+    codebook.eval()(encoded)
+    assert torch.equal(codebook.embeddings.weight[10:], far)
+    used = codebook.nearest_codes(encoded).unique()
+    before = codebook.embeddings.weight.detach().clone()
+    out = codebook.train()(encoded)
+    after = codebook.embeddings.weight.detach()
+    assert torch.equal(after[used], before[used])
+    vectors = encoded.permute(0, 2, 3, 1).flatten(0, 2)
+    assert all((vectors == embedding).all(1).any() for embedding in after[10:])
+    assert out.codes.unique().numel() > used.numel(), "the batch itself is quantised with them"
+
+
+def test_clipped_error_leaves_out_what_clipping_mends():
+    model = VQSVAE(codebook_size=5, embedding_dim=6, spike_steps=2, hidden=4, clipped_error=True)
+    y = torch.tensor([-0.9, -0.1, 0.8, 0.1, 0.7], requires_grad=True)
+    pixels = torch.tensor([-0.5, -0.5, 0.5, 0.5, 0.2])
+    error = model._error(y, pixels)
+    assert error.item() == pytest.approx((0.4**2 + 0.4**2 + 0.5**2) / 5)
+    error.backward()
+    assert y.grad[[0, 2]].tolist() == [0, 0] and (y.grad[[1, 3, 4]] != 0).all()
+    assert model.decoder.snn_convs[-1].bias.item() == 0
 
 
 def test_lif_by_hand():
@@ -237,9 +328,9 @@ def test_the_local_denoiser_multiplies_few_sizes(monkeypatch):
     denoiser = SDID(5, 4, 4).eval()
     sizes, original = set(), torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight: sizes.add(x.shape[1]) or original(x, weight))
-    for count in range(1, 7):
-        where = torch.rand(count, 5, 5) < 0.3
+    for samples in range(1, 7):
+        where = torch.rand(samples, 5, 5) < 0.3
         where[0, 0, 0] = True
-        logits = denoiser.logits_at(torch.zeros(count, 5, 5).long(), torch.full((count,), 3), where)
+        logits = denoiser.logits_at(torch.zeros(samples, 5, 5).long(), torch.full((samples,), 3), where)
         assert logits.shape == (where.sum(), 5)
     assert sizes <= {64, 128, 192}

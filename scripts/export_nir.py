@@ -1,0 +1,239 @@
+"""Export a run's trained spiking networks to NIR files (https://neuroir.org), and check that these spike alike.
+
+python scripts/export_nir.py RUN_FOLDER                to RUN_FOLDER/nir
+python scripts/export_nir.py RUN_FOLDER --output DIR
+
+Needs the packages nir and nirtorch. A graph takes its input, [C,H,W], at every spike step, which is 0.1 ms in the file;
+weights are float64, batch norm is folded into the convolutions. NIR has no transposed convolution: those of the decoder
+become convolutions on the grid of codes whose output channels are the finer positions, exactly (zeros are counted among
+the parameters). Each file is read back and run on test images, in float64, and must give every spike of the trained
+network.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from spikingjelly.activation_based import neuron
+from torch import Tensor, nn
+
+try:
+    from spikingjelly.activation_based import nir_exchange
+except ImportError:  # of nir or nirtorch
+    nir_exchange = None
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
+
+from errors import UserError
+from main import resolve
+from models import SDID, VQSVAE
+from models.spiking import SURROGATE, SpikingStack, membrane_weights, set_plain, weighted_sum
+from pipeline.machine import choose_machine
+from pipeline.stages import Pipeline
+
+IMAGES = 8  # that spikes are compared on
+ROUNDING = 1e-9  # allowed difference of outputs that are not spikes
+
+
+class Export(NamedTuple):
+    """A network as `graph` of one spike step, and how to tell whether it does what `trained` does.
+
+    `inputs [S,N,C,H,W]` are the graph's; `run()` has the trained network compute the same; `outside` makes its output
+    of the graph's outputs `[S,N,C',H',W']`.
+    """
+
+    name: str
+    what: str
+    graph: nn.Module
+    inputs: Tensor
+    trained: nn.Module
+    run: Callable[[], Tensor]
+    outside: Callable[[Tensor], Tensor]
+
+
+class SDIDGraph(nn.Module):
+    """SDID for one spike step, planes `[N,2,h,w]` to `[N,K,h,w]`; where it concatenates, two convolutions add up.
+
+    The sum is the input of an identity with the head's bias: the importer adds up what enters a layer, but no outputs.
+    """
+
+    def __init__(self, denoiser: SDID):
+        super().__init__()
+        head, blocks = denoiser.conv6[0], (getattr(denoiser, f"conv{i}") for i in range(2, 6))
+        parts = head.weight.split((4 * len(denoiser.conv1[0].weight), len(denoiser.conv1[0].weight)), 1)
+        self.first, self.rest = spiking_layers(denoiser.conv1), nn.Sequential(*map(spiking_layers, blocks))
+        self.head_rest, self.head_first = (convolution(part, 0 * head.bias, padding=head.padding) for part in parts)
+        self.add = convolution(torch.eye(len(head.bias))[..., None, None].double(), head.bias)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        """See the class."""
+        first = self.first(planes)
+        return self.add(self.head_rest(self.rest(first)) + self.head_first(first))
+
+
+def convolution(weight: Tensor, bias: Tensor, **how: tuple[int, int]) -> nn.Conv2d:
+    """A convolution with these weights `[C',C,k,k]` and `[C']`; `how` is its stride and padding."""
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), dtype=weight.dtype, **how)
+    conv.load_state_dict({"weight": weight, "bias": bias})
+    return conv
+
+
+def coarse_weight(conv: nn.ConvTranspose2d, grain: int) -> Tensor:
+    """Weights `[C'(grain*stride)^2, C*grain^2, 3, 3]` that do on a coarse grid what `conv` does on one `grain` as fine.
+
+    The coarse grid's channels are the finer positions in the order of `pixel_unshuffle`; padding is 1. They are read
+    off the responses to single ones.
+    """
+    channels = conv.in_channels * grain**2
+    ones = torch.zeros(channels, channels, 3, 3, dtype=conv.weight.dtype)
+    ones[range(channels), range(channels), 1, 1] = 1
+    fine = F.pixel_shuffle(ones, grain)
+    fine = F.conv_transpose2d(fine, conv.weight, None, conv.stride, conv.padding, conv.output_padding)
+    return F.pixel_unshuffle(fine, grain * conv.stride[0]).transpose(0, 1).flip(2, 3)
+
+
+def layer(conv: nn.Module, norm: nn.BatchNorm2d | None, grain: int) -> nn.Conv2d:
+    """A convolution, plain or transposed, and its batch norm in evaluation mode as one; `grain` as in coarse_weight."""
+    weight, bias, how = conv.weight, conv.bias, {"stride": conv.stride, "padding": conv.padding}
+    if isinstance(conv, nn.ConvTranspose2d):
+        weight, how = coarse_weight(conv, grain), {"padding": (1, 1)}
+    if norm is not None:
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        bias = (bias - norm.running_mean) * scale + norm.bias
+        weight = weight * scale.repeat_interleave(len(weight) // len(scale)).view(-1, 1, 1, 1)
+    return convolution(weight, bias.repeat_interleave(len(weight) // len(bias)), **how)
+
+
+def spiking_layers(stack: SpikingStack) -> nn.Sequential:
+    """The stack for one spike step as convolutions and SpikingJelly's neurons; batch norm is folded."""
+    layers, grain, modules = [], 1, list(stack)
+    for conv, *firing in (modules[i : i + 3] for i in range(0, len(modules), 3)):
+        layers.append(layer(conv, firing[0] if firing else None, grain))
+        layers += [neuron.LIFNode(tau=lif.tau, surrogate_function=SURROGATE) for lif in firing[1:]]
+        grain *= conv.stride[0] if isinstance(conv, nn.ConvTranspose2d) else 1
+    return nn.Sequential(*layers)
+
+
+def of_autoencoder(model: VQSVAE, images: Tensor) -> Iterator[Export | str]:
+    """Encoder, spike generator and decoder of a model in plain mode; `images [N,C,H,W]` in [0,1]."""
+    quantizer, decoder, embedded = model.vq_layer, model.decoder, model.vq_layer.embed(model.encode(images))
+
+    def export(name: str, what: str, stack: SpikingStack, x: Tensor, wanted: Callable, outside: Callable) -> Export:
+        steps = x if x.dim() == 5 else x.expand(model.spike_steps, *x.shape)
+        return Export(name, what, spiking_layers(stack), steps, stack, lambda: wanted(x), outside)
+
+    def pixels(currents: Tensor) -> Tensor:
+        weights = membrane_weights(model.spike_steps, like=currents)
+        return torch.tanh(weighted_sum(weights, F.pixel_shuffle(currents, model.downsampling)))
+
+    stack, same = model.encoder.snn_convs, nn.Identity()
+    yield export("encoder", "pixels - 0.5 to spikes", stack, images - 0.5, stack, same)
+    if quantizer.spike_generator == "adaptive":
+        yield export("spike_generator", "embeddings to spikes", quantizer.poisson, embedded, quantizer.poisson, same)
+    else:
+        yield f"spike_generator: not exported, {quantizer.spike_generator!r} has no neurons"
+    what = "spikes to currents; outside: sum over the steps with weights 0.8^(S-1-i), tanh, pixel shuffle"
+    yield export("decoder", what, decoder.snn_convs, quantizer.generate_spikes(embedded), decoder, pixels)
+
+
+def of_denoiser(model: nn.Module, codes: Tensor) -> Export | str:
+    """The denoiser, in plain mode, on `codes [N,h,w]` of which more and more are masked; or why it is not exported."""
+    if not isinstance(model, SDID):
+        reason = "it mixes positions within groups of channels, and NIR has no node that permutes axes"
+        return f"denoiser: not exported, {reason} (dense: {model.position.numel() ** 2:,} weights for each mixing)"
+    timesteps = codes[0].numel()
+    t = torch.linspace(1, timesteps, len(codes)).long()
+    chance = torch.rand(codes.shape, generator=torch.Generator().manual_seed(0))
+    tokens = torch.where(chance * timesteps < t.view(-1, 1, 1), model.codebook_size, codes)
+    planes = torch.stack((tokens, t.view(-1, 1, 1).expand_as(tokens)), 1).double()  # [N,2,h,w]
+    steps = planes.expand(model.spike_steps, *planes.shape)
+    what = "planes of tokens and timestep to logits; outside: mean over the steps"
+    return Export("denoiser", what, SDIDGraph(model), steps, model, lambda: model(tokens, t), lambda x: x.mean(0))
+
+
+def networks(run_folder: Path) -> Iterator[Export | str]:
+    """The networks of a run, or for one that is not exported a line that says why. Raises UserError."""
+    options, run = resolve(["--checkpoint", str(run_folder), "--device", "cpu"])
+    pipeline = Pipeline(options, run, choose_machine("cpu", "float32"))
+    autoencoder = pipeline.load_autoencoder().double().eval()
+    set_plain(autoencoder, True)
+    images = pipeline.data.test[:IMAGES].double() / 255
+    if isinstance(autoencoder, VQSVAE):
+        yield from of_autoencoder(autoencoder, images)
+    else:
+        yield f"autoencoder: not exported, this is {options.model} and only that of snn-vq-vae is"
+    if not (pipeline.has_denoiser and run.denoiser.is_file()):
+        yield "denoiser: not exported, the run has none"
+        return
+    denoiser = pipeline.load_denoiser(autoencoder).double().eval()
+    set_plain(denoiser, True)
+    yield of_denoiser(denoiser, autoencoder.encode(images))
+
+
+def observe(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """What `run()` returns, and the spikes `[S,N,C,H,W]` of the network's neurons in the order in which they ran."""
+    spikes: list[Tensor] = []
+
+    def record(module: nn.Module, _: tuple, output: Tensor | tuple) -> None:
+        if isinstance(module, neuron.LIFNode):
+            spikes.append(output)
+        elif isinstance(getattr(module, "module", None), neuron.LIFNode):  # as the importer wraps it
+            spikes.append(output[0])
+
+    hooks = [module.register_forward_hook(record) for module in network.modules()]
+    output = run()
+    for hook in hooks:
+        hook.remove()
+    return output, spikes
+
+
+def compare(export: Export, graph: nn.Module) -> tuple[int, int, float]:
+    """Spikes of the trained network, missing or extra ones of `graph`, and the largest difference of their outputs."""
+    wanted, theirs = observe(export.trained, export.run)
+    output, ours = observe(graph, lambda: export.outside(graph(export.inputs)[0]))
+    theirs = [F.pixel_unshuffle(t, t.shape[-1] // o.shape[-1]) for t, o in zip(theirs, ours, strict=True)]
+    differing = sum(int((t != o).sum()) for t, o in zip(theirs, ours, strict=True))
+    return sum(int(t.sum()) for t in theirs), differing, float((output - wanted).abs().max())
+
+
+def write(export: Export, folder: Path) -> bool:
+    """Write the file, read it back, print what it holds; whether it does what the trained network does."""
+    path = folder / f"{export.name}.nir"
+    nir_exchange.export_to_nir(export.graph, export.inputs[0], path)
+    spikes, differing, error = compare(export, nir_exchange.import_from_nir(path, dtype=torch.float64, step_mode="m"))
+    parameters = sum(parameter.numel() for parameter in export.graph.parameters())
+    verdict = f"{differing:,} DIFFER" if differing else "identical"
+    verdict += "" if error <= ROUNDING else f", OUTPUT OFF BY {error:.1e}"
+    print(f"{path.name}: {export.what}; {parameters:,} parameters; {spikes:,} spikes compared: {verdict}")
+    return verdict == "identical"
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> None:
+    """Export; exit status 1 if a file does other than its network, 2 and one line for a mistake of the user."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the files go [RUN/nir]")
+    args = parser.parse_args(arguments)
+    folder, alike = args.output or args.run / "nir", True
+    try:
+        if nir_exchange is None:
+            raise UserError("two packages are missing: pip install nir nirtorch")
+        for network in networks(args.run):
+            if isinstance(network, str):
+                print(network)
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            alike &= write(network, folder)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0 if alike else 1)
+
+
+if __name__ == "__main__":
+    main()

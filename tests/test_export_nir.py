@@ -1,0 +1,149 @@
+"""scripts/export_nir.py: the files give the trained networks' spikes, and it is noticed where they do not."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from models import SDID, VQSVAE, VQVAE, ResidualSDID
+from models.spiking import set_plain
+from scripts import export_nir
+
+nir = pytest.importorskip("nir")
+pytest.importorskip("nirtorch")
+
+AUTOENCODER = ("encoder", "spike_generator", "decoder")
+
+
+def export(capsys, *arguments):
+    """Exit status, lines on stdout, lines on stderr."""
+    with pytest.raises(SystemExit) as exit_:
+        export_nir.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return exit_.value.code, out.splitlines(), err.splitlines()
+
+
+def trained(model, seed=0):
+    """As if trained: batch norm has statistics, scales and biases of its own; neurons fire."""
+    torch.manual_seed(seed)
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_var, 0.1, 0.5)
+        nn.init.normal_(norm.running_mean, std=0.2)
+        nn.init.uniform_(norm.weight, 0.8, 1.5)
+        nn.init.normal_(norm.bias, 1.0, 0.5)
+    set_plain(model, True)
+    return model.double().eval()
+
+
+def autoencoder(**options):
+    return trained(
+        VQSVAE(**{"channels": 1, "codebook_size": 8, "embedding_dim": 8, "spike_steps": 4, "hidden": 4} | options)
+    )
+
+
+def read_back(exported, path):
+    """The network's file, imported."""
+    export_nir.nir_exchange.export_to_nir(exported.graph, exported.inputs[0], path)
+    return export_nir.nir_exchange.import_from_nir(path, dtype=torch.float64, step_mode="m")
+
+
+@torch.no_grad()
+def test_every_network_of_a_run(run, capsys):
+    status, lines, errors = export(capsys, run)
+    assert (status, errors) == (0, [])
+    assert [line.split(":")[0] for line in lines] == [f"{name}.nir" for name in (*AUTOENCODER, "denoiser")]
+    assert all(line.endswith("spikes compared: identical") for line in lines)
+    graphs = [nir.read(run / "nir" / line.split(":")[0]) for line in lines]
+    neurons = [sum(isinstance(node, nir.LIF) for node in graph.nodes.values()) for graph in graphs]
+    assert neurons == [3, 1, 2, 5]
+
+
+@pytest.mark.parametrize("options", [{}, {"downsampling": 2}, {"channels": 3}], ids=str)
+@torch.no_grad()
+def test_decoder_on_the_grid_of_codes_draws_the_same_pixels(options, tmp_path):
+    model = autoencoder(**options)
+    images = torch.rand(2, model.channels, 12, 16, dtype=torch.float64)
+    exports = list(export_nir.of_autoencoder(model, images))
+    assert [each.name for each in exports] == list(AUTOENCODER)
+    for each in exports:
+        graph = read_back(each, tmp_path / "network.nir")
+        spikes, differing, error = export_nir.compare(each, graph)
+        assert spikes > 50 and differing == 0 and error < 1e-12
+    set_plain(model, False)
+    pixels = each.outside(graph(each.inputs)[0])
+    assert torch.allclose(pixels, model.decoder(each.inputs), atol=1e-12) and pixels.std() > 0.01
+
+
+@torch.no_grad()
+def test_denoiser_with_its_head(tmp_path):
+    model = trained(SDID(codebook_size=8, spike_steps=4, width=4))
+    exported = export_nir.of_denoiser(model, torch.randint(8, (3, 4, 5)))
+    graph = read_back(exported, tmp_path / "network.nir")
+    spikes, differing, error = export_nir.compare(exported, graph)
+    assert spikes > 50 and differing == 0 and error < 1e-12
+    graph.get_submodule("add_1").bias[0] += 1e-3  # no spike depends on it
+    assert export_nir.compare(exported, graph)[1:] == (0, pytest.approx(1e-3))
+
+
+def test_another_weight_is_noticed(run, capsys, monkeypatch):
+    read = export_nir.nir_exchange.import_from_nir
+
+    def with_another_weight(path, **how):
+        graph = read(path, **how)
+        if path.name == "encoder.nir":
+            graph.get_submodule("_0").weight *= 1.05
+        return graph
+
+    monkeypatch.setattr(export_nir.nir_exchange, "import_from_nir", with_another_weight)
+    status, (encoder, *others), _ = export(capsys, run)
+    assert status == 1 and " DIFFER" in encoder
+    assert all(line.endswith("identical") for line in others)
+
+
+def change_options(run, **options):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | options))
+
+
+def test_residual_denoiser_is_not_exported(run, capsys):
+    change_options(run, denoiser="residual")
+    torch.save(ResidualSDID(8, 4, width=16, blocks=1, grid=(4, 4)).state_dict(), run / "diff_result" / "diff_model.pth")
+    status, lines, _ = export(capsys, run, "--output", run / "elsewhere")
+    assert status == 0 and lines[-1].startswith("denoiser: not exported, it mixes positions")
+    assert "4,096 weights" in lines[-1]  # 16 channels at 2x2 positions, squared
+    assert {path.stem for path in (run / "elsewhere").iterdir()} == set(AUTOENCODER)
+
+
+def test_autoencoder_without_spikes_is_not_exported(run, capsys):
+    change_options(run, model="vq-vae")
+    torch.save(VQVAE(1, 8, 8, 8).state_dict(), run / "model.pth")
+    status, (line, denoiser), _ = export(capsys, run)
+    assert status == 0 and line.startswith("autoencoder: not exported, this is vq-vae")
+    assert denoiser.endswith("identical")
+
+
+@pytest.mark.parametrize("spike_generator", ["repeat", "poisson"])
+@torch.no_grad()
+def test_spike_generator_without_neurons_is_not_exported(spike_generator, tmp_path):
+    exports = list(
+        export_nir.of_autoencoder(autoencoder(spike_generator=spike_generator), torch.rand(2, 1, 8, 8).double())
+    )
+    assert exports[1] == f"spike_generator: not exported, {spike_generator!r} has no neurons"
+    assert export_nir.compare(exports[2], read_back(exports[2], tmp_path / "network.nir"))[1] == 0
+
+
+def test_a_run_of_one_stage(run, capsys):
+    (run / "diff_result" / "diff_model.pth").unlink()
+    status, lines, _ = export(capsys, run)
+    assert status == 0 and lines[-1] == "denoiser: not exported, the run has none"
+
+
+def test_missing_packages_are_named(run, capsys, monkeypatch):
+    monkeypatch.setattr(export_nir, "nir_exchange", None)
+    assert export(capsys, run) == (2, [], ["error: two packages are missing: pip install nir nirtorch"])
+
+
+def test_no_run_is_one_line(tmp_path, capsys):
+    status, lines, (error,) = export(capsys, tmp_path / "nothing")
+    assert status == 2 and not lines and error.startswith("error: ") and "is not there" in error

@@ -1,0 +1,192 @@
+"""The improved preset, averaged weights, learning rates, filling in: what goes beyond the paper's method."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_pipeline import assert_same_run, read_metrics
+from torch import nn
+
+from models import VQSVAE
+from pipeline.machine import Machine
+from pipeline.masks import MASKS, hidden_pixels
+from pipeline.presets import PRESETS
+from pipeline.run_folder import RunFolder, load_weights
+from pipeline.training import LR_SCHEDULES, Schedule, Trainer, _moving_average
+
+SMALL = (
+    *("--preset", "improved", "--hidden_channels", 8, "--denoiser_channels", 16, "--denoiser_blocks", 1),
+    *("--codebook_size", 8, "--batch_size", 8, "--epochs", 2, "--diffusion_epochs", 2, "--num_samples", 5),
+    *("--device", "cpu", "--precision", "float32", "--metrics", "mse,codebook,energy"),
+)
+
+
+@pytest.fixture(scope="module")
+def improved(cli, grey, tmp_path_factory):
+    """A run of a small network with the preset, from beginning to end."""
+    result = tmp_path_factory.mktemp("improved")
+    outcome = cli(*grey, *SMALL, "--result_path", result)
+    assert (outcome.status, outcome.err) == (0, "")
+    return result / "ImageFolder" / "snn-vq-vae"
+
+
+def test_a_run_has_the_options_of_its_preset(improved):
+    config = json.loads((improved / "config.json").read_text())
+    own = {"denoiser_channels": 16, "denoiser_blocks": 1, "batch_size": 8, "epochs": 2, "diffusion_epochs": 2}
+    assert {key: config[key] for key in PRESETS["improved"]} == PRESETS["improved"] | own
+    assert config["preset"] == "improved" and config["codebook_size"] == 8
+
+
+def test_stopped_and_resumed_is_the_same(improved, cli, grey, tmp_path):
+    stopped = cli(*grey, *SMALL, "--result_path", tmp_path, "--max_minutes", 1e-4)
+    run = tmp_path / "ImageFolder" / "snn-vq-vae"
+    while "saved" in stopped.out:
+        stopped = cli("--resume", run, "--max_minutes", 0.005)
+    assert stopped.status == 0
+    assert_same_run(improved, run)
+
+
+def test_evaluated_from_its_folder(improved, cli):
+    """The folder stands for its model.pth; weights in half precision are read as well."""
+    figures = read_metrics(improved)
+    (improved / "metrics.json").unlink()
+    assert cli("--checkpoint", improved).status == 0 and read_metrics(improved) == figures
+
+
+def test_half_precision_weights(improved, cli, run):
+    for name in ("model.pth", "diff_result/diff_model.pth"):
+        weights = load_weights(improved / name)
+        half = {key: v.half() if v.is_floating_point() else v for key, v in weights.items()}
+        torch.save(half, run / name)
+    (run / "config.json").write_bytes((improved / "config.json").read_bytes())
+    outcome = cli("--checkpoint", run, "--stage", "sample", "--num_samples", 3)
+    assert (outcome.status, outcome.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--preset", "better"), "faithful"),
+        (("--preset", "improved", "--model", "vq-vae"), "is for snn-vq-vae"),
+        (("--model", "vq-vae", "--downsampling", 2), "vq-vae has no --downsampling"),
+        (("--preset", "improved", "--denoiser_channels", 24), "multiple of 16"),
+    ],
+)
+def test_mistakes(options, expected, cli, grey, tmp_path):
+    outcome = cli(*grey, *options, "--epochs", 1, "--spike_steps", 1, "--result_path", tmp_path)
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1) and expected in outcome.err
+
+
+def test_a_switch_of_the_preset_can_be_switched_off(cli, grey, tmp_path):
+    outcome = cli(*grey, *SMALL, "--no-revive_codes", "--stage", "vqsvae", "--result_path", tmp_path)
+    assert outcome.status == 0
+    config = json.loads((tmp_path / "ImageFolder" / "snn-vq-vae" / "config.json").read_text())
+    assert config["revive_codes"] is False and config["clipped_error"] is True
+
+
+# ---- learning rate and averaged weights ----
+
+
+def test_learning_rates():
+    assert {LR_SCHEDULES["constant"](done) for done in (0, 0.3, 1)} == {1}
+    cosine = LR_SCHEDULES["cosine"]
+    assert cosine(0) == 0 and cosine(0.5) == pytest.approx(0.5) and cosine(1) == pytest.approx(0)
+    assert cosine(0.01) == pytest.approx(0.5, rel=1e-3) and cosine(0.02) == pytest.approx(1, rel=1e-2)
+
+
+def test_moving_average_by_hand():
+    layer = nn.Linear(1, 1, bias=False)
+    average, expected = _moving_average(layer, 0.5), None
+    for step, value in enumerate([4.0, 8.0, -2.0, 6.0, 1.0, 1.0, 9.0, 3.0, 5.0, 7.0, 2.0, 8.0]):
+        layer.weight.data.fill_(value)
+        average.update_parameters(layer)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = value if step == 0 else decay * expected + (1 - decay) * value
+        assert average.module.weight.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_kept_statistics_are_those_of_the_averaged_weights(tmp_path):
+    """Batch norm of the kept network normalises its own input; the trained network's statistics are left alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.BatchNorm1d(4))
+    schedule = Schedule(epochs=1, batch_size=10, lr=0.1, seed=0, ema_decay=0.9)
+    with RunFolder(tmp_path) as run:
+        trainer = Trainer(
+            *((1, "test"), model, torch.randn(200, 1, 3) * 3 + 1),
+            lambda network, batch, part, generator: {"loss": (network(batch[part]) - 5).square().mean()},
+            lambda network, epoch: {},
+            run=run,
+            checkpoint=tmp_path / "kept.pth",
+            schedule=schedule,
+            machine=Machine(torch.device("cpu"), bf16=False),
+        )
+        assert trainer.train()
+    kept = trainer.kept
+    assert not torch.equal(kept[1].weight, model[1].weight)
+    out = kept.eval()[1](trainer.examples.flatten(1))
+    torch.testing.assert_close(kept[2].running_mean, out.mean(0))
+    torch.testing.assert_close(kept[2].running_var, out.var(0), rtol=0.1, atol=0)
+    assert kept[2].momentum == 0.1 and not torch.allclose(model[2].running_mean, kept[2].running_mean, rtol=1e-3)
+    assert torch.equal(load_weights(tmp_path / "kept.pth")["2.running_mean"], kept[2].running_mean)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_cumulative_batch_norm_statistics(constant):
+    """With momentum None the running statistics are means over all batches, in the fast kernels as in torch."""
+    torch.manual_seed(0)
+    model = VQSVAE(codebook_size=5, embedding_dim=6, spike_steps=2, hidden=4)
+    norm = model.encoder.snn_convs[1 if constant else 4]
+    norm.momentum = None
+    norm.reset_running_stats()
+    seen = []
+    for size in (1, 2, 3):
+        images = torch.rand(5, 1, 8, 8) * size
+        handle = model.encoder.snn_convs[0].register_forward_hook(lambda *_: None)
+        handle.remove()
+        before = norm.running_mean.clone()
+        model(images)
+        seen.append(norm.running_mean * size - before * (size - 1))  # this batch's own mean
+    torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0))
+    assert norm.num_batches_tracked == 3 and (seen[0] - seen[2]).abs().max() > 1e-3
+
+
+# ---- filling in ----
+
+
+def test_masks_by_name():
+    assert hidden_pixels("left", 4, 6)[:, :3].all() and not hidden_pixels("left", 4, 6)[:, 3:].any()
+    assert hidden_pixels("bottom", 4, 6)[2:].all() and not hidden_pixels("bottom", 4, 6)[:2].any()
+    assert hidden_pixels("center", 8, 8)[2:6, 2:6].all() and hidden_pixels("center", 8, 8).sum() == 16
+    for one, other in (("left", "right"), ("top", "bottom")):
+        assert torch.equal(hidden_pixels(one, 6, 8), ~hidden_pixels(other, 6, 8))
+    assert all(hidden_pixels(name, 7, 5).shape == (7, 5) for name in MASKS)
+
+
+def test_filling_in_keeps_the_rest(improved, cli, tmp_path):
+    """Rows: the image, what is seen, fillings; what is not hidden is the image's own, and fillings differ."""
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:6, :9] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    outcome = cli("--checkpoint", improved, "--stage", "inpaint", "--mask", tmp_path / "mask.png", "--num_samples", 3)
+    assert (outcome.status, outcome.err) == (0, "") and "inpainted.png" in outcome.out
+    picture = np.array(Image.open(improved / "samples" / "inpainted.png"))[:, :, 0]
+    tiles = [[picture[3 + 51 * y :: 3, 3 + 51 * x :: 3][:16, :16] for x in range(3)] for y in range(6)]
+    original, seen, *fillings = np.array(tiles)
+    assert (seen[:, mask > 0] == 128).all() and (seen[:, mask == 0] == original[:, mask == 0]).all()
+    assert all((filling[:, mask == 0] == original[:, mask == 0]).all() for filling in fillings)
+    assert any((fillings[0] != filling).any() for filling in fillings[1:])
+
+
+def test_mistakes_with_masks(improved, cli, tmp_path, grey):
+    Image.new("L", (5, 5), 255).save(tmp_path / "small.png")
+    Image.new("L", (16, 16)).save(tmp_path / "black.png")
+    (tmp_path / "text.png").write_text("no picture")
+    cases = {"middle": "left, right", "small.png": "16x16", "black.png": "no white pixel", "text.png": "no picture"}
+    for name, expected in cases.items():
+        mask = tmp_path / name if "." in name else name
+        outcome = cli("--checkpoint", improved, "--stage", "inpaint", "--mask", mask)
+        assert (outcome.status, outcome.err.count("\n")) == (2, 1) and expected in outcome.err
+    outcome = cli(*grey, "--model", "snn-vae", "--stage", "inpaint", "--result_path", tmp_path)
+    assert outcome.status == 2 and "has no codes" in outcome.err
