@@ -1,9 +1,9 @@
-# Two commands for a fresh machine with Python 3.10 or newer: `make demo` and `make test`.
+# For a fresh machine with Python 3.10 or newer: `make sample`, `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test install lint
+.PHONY: demo sample test install lint
 
 install: $(VENV)/installed
 
@@ -18,6 +18,10 @@ demo: install
 	rm -rf result/demo
 	$(RUN) -u main.py --dataset_name Digits --result_path result/demo --metrics mse,ssim,codebook \
 	  --spike_steps 4 --codebook_size 32 --denoiser_channels 32 --epochs 60 --diffusion_epochs 90
+
+# 64 pictures by the trained network that comes with the repository.
+sample: install
+	$(RUN) -u main.py --checkpoint pretrained/fmnist --stage sample
 
 lint: install
 	$(RUN) -m ruff check .

@@ -6,7 +6,7 @@ at every spike step (direct coding).
 
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import neuron, surrogate
+from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
 from models import fused_lif
@@ -23,7 +23,9 @@ def full_precision(x: Tensor) -> torch.autocast:
 class LIF(neuron.LIFNode):
     """SpikingJelly's multi-step LIF as the paper uses it: tau 2, threshold 1, hard reset to 0, ATan surrogate.
 
-    `H = V + (X - V) / 2`, spike `[H >= 1]`, `V = H (1 - spike)`. Starts from rest at every call.
+    `H = V + (X - V) / 2`, spike `[H >= 1]`, `V = H (1 - spike)`. Starts from rest at every call. The membrane potential
+    has float32's digits at least, also where `X` is bfloat16: SpikingJelly's fused kernels take it so, and a neuron's
+    own state would be in the type of `X`, on a loop over the steps.
     """
 
     def __init__(self):
@@ -31,10 +33,9 @@ class LIF(neuron.LIFNode):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input currents `[S,...]` to spikes `[S,...]`."""
-        self.reset()
-        spikes = super().forward(x)
-        self.reset()
-        return spikes
+        rest = torch.zeros_like(x[0], dtype=torch.promote_types(x.dtype, torch.float32))
+        parameters = (self.tau, self.decay_input, self.v_threshold, self.v_reset, self.surrogate_function)
+        return functional.lif_multi_step(x, rest, *parameters)[0]
 
 
 def lif_step(current: Tensor, potential: Tensor | float) -> tuple[Tensor, Tensor]:

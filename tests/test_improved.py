@@ -9,12 +9,13 @@ from PIL import Image
 from test_pipeline import assert_same_run, read_metrics
 from torch import nn
 
-from models import VQSVAE
+from models.spiking import LIF, fire
 from pipeline.machine import Machine
 from pipeline.masks import MASKS, hidden_pixels
 from pipeline.presets import PRESETS
 from pipeline.run_folder import RunFolder, load_weights
 from pipeline.training import LR_SCHEDULES, Schedule, Trainer, _moving_average
+from scripts import pack
 
 SMALL = (
     *("--preset", "improved", "--hidden_channels", 8, "--denoiser_channels", 16, "--denoiser_blocks", 1),
@@ -55,14 +56,26 @@ def test_evaluated_from_its_folder(improved, cli):
     assert cli("--checkpoint", improved).status == 0 and read_metrics(improved) == figures
 
 
-def test_half_precision_weights(improved, cli, run):
+def test_a_packed_copy(improved, cli, tmp_path, capsys):
+    """Half as large, draws from another place, and knows nothing of the place where it was made."""
+    copy = tmp_path / "packed"
+    pack.main([str(improved), str(copy)])
+    assert "MiB of weights" in capsys.readouterr().out
     for name in ("model.pth", "diff_result/diff_model.pth"):
-        weights = load_weights(improved / name)
-        half = {key: v.half() if v.is_floating_point() else v for key, v in weights.items()}
-        torch.save(half, run / name)
-    (run / "config.json").write_bytes((improved / "config.json").read_bytes())
-    outcome = cli("--checkpoint", run, "--stage", "sample", "--num_samples", 3)
-    assert (outcome.status, outcome.err) == (0, "")
+        whole, half = load_weights(improved / name), load_weights(copy / name)
+        assert whole.keys() == half.keys()
+        assert all(half[key].dtype == (torch.half if whole[key].dim() > 1 else whole[key].dtype) for key in whole)
+        assert all(torch.allclose(half[key].float(), whole[key].float(), rtol=1e-3, atol=1e-6) for key in whole)
+    config = json.loads((copy / "config.json").read_text())
+    assert "data_path" not in config and config["denoiser"] == "residual" and config["image_shape"] == [1, 16, 16]
+    outcome = cli("--checkpoint", copy, "--stage", "sample", "--num_samples", 3)
+    assert (outcome.status, outcome.err) == (0, "") and (copy / "samples" / "grid.png").exists()
+
+
+def test_what_is_no_run_is_not_packed(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        pack.main([str(tmp_path), str(tmp_path / "packed")])
+    assert exit_.value.code == 2 and "no config.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -136,20 +149,14 @@ def test_kept_statistics_are_those_of_the_averaged_weights(tmp_path):
 def test_cumulative_batch_norm_statistics(constant):
     """With momentum None the running statistics are means over all batches, in the fast kernels as in torch."""
     torch.manual_seed(0)
-    model = VQSVAE(codebook_size=5, embedding_dim=6, spike_steps=2, hidden=4)
-    norm = model.encoder.snn_convs[1 if constant else 4]
-    norm.momentum = None
-    norm.reset_running_stats()
-    seen = []
+    norms = [nn.BatchNorm2d(4, momentum=None) for _ in range(2)]
     for size in (1, 2, 3):
-        images = torch.rand(5, 1, 8, 8) * size
-        handle = model.encoder.snn_convs[0].register_forward_hook(lambda *_: None)
-        handle.remove()
-        before = norm.running_mean.clone()
-        model(images)
-        seen.append(norm.running_mean * size - before * (size - 1))  # this batch's own mean
-    torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0))
-    assert norm.num_batches_tracked == 3 and (seen[0] - seen[2]).abs().max() > 1e-3
+        x = (torch.randn(6, 4, 5, 5) * size + size).contiguous(memory_format=torch.channels_last)
+        steps = x.repeat(2, 1, 1, 1) if constant else x
+        norms[0](steps)
+        fire(norms[1], LIF(), x, 2, bias=torch.zeros(4), constant=constant)
+    for name, value in norms[0].state_dict().items():
+        torch.testing.assert_close(norms[1].state_dict()[name], value)
 
 
 # ---- filling in ----

@@ -183,6 +183,14 @@ def test_lif_step_by_step_is_the_whole_lif():
     assert 0.1 < results[0][0].mean() < 0.9
 
 
+def test_lif_in_bfloat16_has_a_float32_membrane():
+    """Currents that bfloat16 holds give the spikes that they give in float32."""
+    current = (torch.randn(16, 2000, generator=torch.Generator().manual_seed(0)) + 1).bfloat16()
+    spikes = LIF()(current)
+    assert spikes.dtype == torch.bfloat16
+    assert torch.equal(spikes.float(), LIF()(current.float()))
+
+
 def test_lif_surrogate_gradient():
     """One step: H = x / 2 and ds/dH = 1 / (1 + (pi (H - 1))^2)."""
     x = torch.tensor([[0.8, 2.0, 3.4]], dtype=torch.float64, requires_grad=True)

@@ -1,0 +1,60 @@
+"""Make a small copy of a run to hand on: weights in half precision, options, figures; without optimizer and pictures.
+
+python scripts/pack.py RUN_FOLDER pretrained/fmnist
+
+The copy is a run folder: `python main.py --checkpoint pretrained/fmnist` evaluates it, `--stage sample` draws from it.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
+
+import torch
+
+from errors import UserError
+from pipeline.run_folder import RunFolder, load_weights, save_weights, write_json
+
+OF_THIS_MACHINE = (
+    *("stage", "result_path", "data_path", "device", "max_minutes", "save_every", "compile", "png"),
+    *("num_samples", "metrics", "fid_weights", "paper_fid_weights", "fad_weights"),
+)
+"""Options in config.json that say how a run was made or scored somewhere, not what it is."""
+
+
+def pack(run: RunFolder, copy: RunFolder) -> None:
+    """Write the copy. Raises UserError where the run is not whole."""
+    config = run.read_config()
+    if not config:
+        raise UserError(f"{run.path} is not the folder of a run: it has no config.json")
+    for source, target in ((run.model, copy.model), (run.denoiser, copy.denoiser)):
+        save_weights(target, {name: halved(value) for name, value in load_weights(source).items()})
+    write_json(copy.config, {key: value for key, value in config.items() if key not in OF_THIS_MACHINE})
+    if run.metrics.exists():
+        shutil.copy(run.metrics, copy.metrics)
+
+
+def halved(value: torch.Tensor) -> torch.Tensor:
+    """Weights in half precision; what batch norm has for each channel stays as it is, being small and sensitive."""
+    return value.half() if value.is_floating_point() and value.dim() > 1 else value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Pack; a mistake of the user is one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("copy", type=Path, help="where the copy goes")
+    args = parser.parse_args(arguments)
+    try:
+        pack(RunFolder(args.run), RunFolder(args.copy))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    size = sum(path.stat().st_size for path in args.copy.rglob("*.pth")) / 2**20
+    print(f"{args.copy}: {size:.1f} MiB of weights")
+
+
+if __name__ == "__main__":
+    main()
