@@ -112,7 +112,7 @@ def to_fad_range(images: Tensor) -> Tensor:
 def fad(generated: np.ndarray, reference: Statistics) -> float:
     """FAD of `fad_features` [N,64] against mean [64] and covariance [64,64] of the test split's; 0 is best.
 
-    The first `FAD_IMAGES` count; UserError where there are fewer.
+    The published protocol has `FAD_IMAGES`; UserError where there are fewer.
     """
     check_enough("FAD", FAD_IMAGES, generated=generated)
-    return frechet_distance(*feature_statistics(generated[:FAD_IMAGES]), *reference)
+    return frechet_distance(*feature_statistics(generated), *reference)

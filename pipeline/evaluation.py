@@ -75,14 +75,17 @@ class FeatureNetwork(NamedTuple):
 
 
 class Seen:
-    """What a network sees of generated and real images, looked at when first asked for; `seed` is for KID's subsets."""
+    """What a network sees of generated and real images, looked at when first asked for; `seed` is for KID's subsets.
 
-    def __init__(self, look: FeatureNetwork, images: Tensor, data: ImageData, split: str, seed: int):
+    Of the generated ones, as many as the protocol says, or with `whole` all.
+    """
+
+    def __init__(self, look: FeatureNetwork, images: Tensor, data: ImageData, split: str, seed: int, whole: bool):
         self.look, self.data, self.seed = look, data, seed
         self.split = "test" if look.fixed else split
         real = getattr(data, self.split)
         first, real_first = look.fixed or (len(images), len(real))
-        self.images, self.real_images = images[:first], real[:real_first]
+        self.images, self.real_images = images if whole else images[:first], real[:real_first]
 
     @cached_property
     def generated(self) -> np.ndarray:
@@ -238,15 +241,18 @@ class Evaluation:
             raise network
         return network
 
-    def figures(self, images: Tensor, drawn: str, metrics: Collection[str] | None = None) -> list[dict]:
+    def figures(
+        self, images: Tensor, drawn: str, metrics: Collection[str] | None = None, whole: bool = False
+    ) -> list[dict]:
         """Figures of generated `images`, uint8 `[N,C,H,W]`; `drawn` says how or from where.
 
-        Of all metrics that can be computed, or of those in `metrics`; none in a process that has no networks.
+        Of all metrics that can be computed, or of those in `metrics`; none in a process that has no networks. `whole`
+        as in `Seen`.
         """
         computed = self.metrics if is_writer() else {}
         chosen = [metric for name, metric in computed.items() if metrics is None or name in metrics]
         o, networks = self.options, {metric.network for metric in chosen}
-        seen = {name: Seen(self._load(name), images, self.data, o.reference, o.seed) for name in networks}
+        seen = {name: Seen(self._load(name), images, self.data, o.reference, o.seed, whole) for name in networks}
         return [
             record(
                 figure,
@@ -280,7 +286,7 @@ def reconstruction_figures(generator: Generator, evaluation: Evaluation, wanted:
         if "ssim" in wanted:
             figures.append(record("ssim", ssim(*pair), f"{mean} images, torchmetrics", **about))
         if len(test) >= FAD_IMAGES:
-            scored = evaluation.figures(reconstructed, "reconstructions of the test split", ["fad"])
+            scored = evaluation.figures(reconstructed, "reconstructions of the test split", ["fad"], whole=True)
             figures += [figure | {"name": "reconstruction_fad"} for figure in scored]
     if "codebook" in wanted and isinstance(generator, CodeDiffusion):
         codes, size = generator.encode(test), generator.autoencoder.codebook_size

@@ -92,6 +92,8 @@ def test_all_that_can_be_had_and_what_cannot_is_said_in_one_line(data, pooling, 
     assert figures["distance"].items() >= expected.items()
     assert (figures["n"]["value"], figures["m"]["value"]) == (4, 5)
     assert (figures["n"]["num_generated"], figures["n"]["num_real"]) == (4, 5)
+    (n, m) = ready.figures(noise(8), "so", ["counts"], whole=True)
+    assert (n["value"], m["value"], n["num_generated"]) == (8, 5, 8)
 
 
 def test_against_the_training_split_where_the_protocol_leaves_it_open(data):
