@@ -45,7 +45,7 @@ class MixingBlock(nn.Module):
             x = self.mix(x.transpose(1, 2).reshape(len(x), -1, 1, channels // HEADS))
             x = x.view(len(x), HEADS, positions, -1).transpose(1, 2)
         else:
-            weight = self.mix.weight.view(HEADS, positions, positions).to(spikes.dtype)
+            weight = self.mix.weight.permute(0, 2, 3, 1).reshape(HEADS, positions, positions).to(spikes.dtype)
             x = weight @ x.permute(2, 1, 0, 3).reshape(HEADS, positions, -1)
             x = x.view(HEADS, positions, steps * samples, -1).permute(2, 1, 0, 3)  # [SN,P,H,C/H]
         return x.reshape(steps, samples, height, width, channels).permute(0, 1, 4, 2, 3)

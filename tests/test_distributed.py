@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from jobs import perform
+from test_improved import SMALL as IMPROVED
 
 from models import fused_lif
 from pipeline.run_folder import RunFolder, load_weights
@@ -78,9 +79,11 @@ def together(small, grey, finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
     stage = {name: (*small, "--batch_size", 9, "--stage", name) for name in ("vqsvae", "sdid")}
     limited = (*stage["vqsvae"], "--max_minutes", 30)
+    improved = (*grey, *IMPROVED, "--no-revive_codes", "--batch_size", 9, "--epochs", 1, "--diffusion_epochs", 1)
     alone_jobs = {
         "stage 1": ((*stage["vqsvae"], "--result_path", folder / "alone"), None),
         "stopped": ((*limited, "--result_path", folder / "stopped alone"), STOPPED),
+        "improved": ((*improved, "--result_path", folder / "improved alone"), None),
     }
     alone = dict(zip(alone_jobs, perform(alone_jobs.values()), strict=True))
     shutil.copytree(folder / "alone", folder / "shared stage 2")
@@ -95,6 +98,8 @@ def together(small, grey, finished, tmp_path_factory):
         "stopped": ((*limited, "--result_path", folder / "stopped shared"), STOPPED),
         "resumed": (("--resume", place(folder / "stopped alone"), "--stage", "vqsvae"), None),
         "stage 2": ((*stage_2, "--result_path", folder / "shared stage 2"), None),
+        "improved": ((*improved, "--result_path", folder / "improved shared"), None),
+        "revived": ((*improved, "--revive_codes", "--stage", "vqsvae", "--result_path", folder / "revived"), None),
         "snn-vae": ((*prior, "--result_path", folder / "prior"), None),
         "drawn": (("--checkpoint", folder / "drawn shared" / "model.pth"), None),
     }
@@ -111,6 +116,17 @@ def test_losses_follow_those_of_one_process(together):
     assert close(together.shared["stopped"], together.alone["stage 1"][: len(together.shared["stopped"])])
     assert close(together.shared["stage 2"], together.alone["stage 2"])
     assert min(step["loss"] for step in together.alone["stage 2"]) > 0
+
+
+def test_averaged_weights_are_those_of_one_process(together):
+    """Of the improved preset, whose batch norm is calibrated anew. Where dead codes move, both move them alike."""
+    assert close(together.shared["improved"], together.alone["improved"])
+    for name in ("model.pth", "diff_result/diff_model.pth"):
+        pair = (place(together.folder / f"improved {kind}") / name for kind in ("alone", "shared"))
+        assert weights_differ_by(*pair) < 1e-6
+    assert len(together.shared["revived"]) == 14
+    usage = json.loads((place(together.folder / "revived") / "log.jsonl").read_text().splitlines()[0])
+    assert usage["codebook_usage"] > 0.5
 
 
 def test_time_that_is_over_in_one_process_stops_all_at_the_same_step(together):
@@ -137,8 +153,8 @@ def test_samples_and_figures_are_those_of_one_process(together):
 
 def test_one_process_prints_and_the_prior_is_trained_as_well(together):
     epochs = lines_of(together.out, "stage ")
-    assert len(epochs) == 5 and not together.err
-    assert together.out.count("(vae)") == 1 and together.out.count("the run is in") == 4
+    assert len(epochs) == 8 and not together.err
+    assert together.out.count("(vae)") == 1 and together.out.count("the run is in") == 6
     assert len(np.load(place(together.folder / "prior", "snn-vae") / "samples" / "images.npz")["images"]) == 3
 
 
