@@ -24,7 +24,8 @@ from pipeline.pictures import GREY, grid, save_png
 from pipeline.run_folder import RunFolder, load_weights
 from pipeline.sampling import GRID_IMAGES, encode_images, write_samples
 from pipeline.temperature import choose_temperature
-from pipeline.training import Schedule, Trainer, derive_seed, fsvae_trainer, sdid_trainer, vqsvae_trainer
+from pipeline.trainers import fsvae_trainer, sdid_trainer, vqsvae_trainer
+from pipeline.training import Schedule, Trainer, derive_seed
 
 STAGES = ("all", "vqsvae", "sdid", "sample", "inpaint", "evaluate")
 INPAINTED_IMAGES = 16

@@ -1,7 +1,6 @@
-"""Training: one epoch loop, and the two stages that use it."""
+"""Training: one epoch loop for all networks, its learning rates, averaged weights, saving and going on."""
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,26 +13,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
-from metrics.codebook import usage
-from models import FSVAE
-from models.vq_autoencoder import VQAutoencoder
 from pipeline import distributed
-from pipeline.generators import PriorSampling
 from pipeline.interruption import Interruption
 from pipeline.machine import Machine
-from pipeline.pictures import grid, save_png, to_float
 from pipeline.run_folder import RunFolder, save_weights
-from pipeline.sampling import decode_codes, draw_codes, encode_images
 
-PREVIEW_IMAGES = 16
-PREVIEW_TEMPERATURE = 0.65  # of the release's pictures during training
-USAGE_IMAGES = 1000  # of the test split, whose codes tell the codebook's usage after each epoch
-FEWEST_CODES = 0.02  # of the codebook; a usage below this is warned about
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}  # of the loss; a GPU would have to be waited for
-SCHEDULED_SAMPLING = (0.1, 0.3)  # probability in the first epoch, and after the last, of FSVAE
-
 WARM_UP = 0.02  # share of the steps
 LR_SCHEDULES = {
     "constant": lambda done: 1.0,
@@ -285,71 +271,3 @@ def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
         return torch.lerp(averaged, current, rate.to(averaged.dtype))
 
     return AveragedModel(model, avg_fn=average)
-
-
-def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: float, **options: Any) -> Trainer:
-    """Stage 1: the autoencoder on `train`, uint8 `[N,C,H,W]`; previews show `test` over its reconstructions."""
-    run, machine = options["run"], options["machine"]
-    shown = test[:PREVIEW_IMAGES]
-
-    def losses(network: nn.Module, batch: Tensor, part: slice, generator: torch.Generator) -> Losses:
-        out = network(to_float(batch[part]), variance, distributed.own_noise(generator))
-        return {"loss": out.loss, "mse": out.mse, "quantizer_loss": out.quantizer_loss}
-
-    def preview(model: VQAutoencoder, epoch: int) -> Figures:
-        codes = encode_images(model, test[:USAGE_IMAGES], machine)
-        rows = torch.cat((shown, decode_codes(model, codes[: len(shown)], machine)))
-        show(run, "reconstructions", grid(rows, len(shown)), epoch)
-        share = usage(codes, model.codebook_size)
-        if share < FEWEST_CODES and distributed.is_writer():
-            cause = f"warning: epoch {epoch}: the codebook collapses, {share:.1%} of its codes are used"
-            print(f"{cause}; if this lasts, begin a new run with a smaller --codebook_size or --lr", file=sys.stderr)
-        return {"codebook_usage": share}
-
-    return Trainer((1, "vqsvae"), model, train, losses, preview, checkpoint=run.model, **options)
-
-
-def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> Trainer:
-    """The variational autoencoder on `train`, uint8 `[N,C,H,W]`; previews show `test` and samples of the prior."""
-    run, schedule = options["run"], options["schedule"]
-    shown = test[:PREVIEW_IMAGES]
-
-    def losses(network: nn.Module, batch: Tensor, part: slice, generator: torch.Generator) -> Losses:
-        first, last = SCHEDULED_SAMPLING
-        p = first + (last - first) * trainer.progress.epoch / schedule.epochs
-        out = network(to_float(batch[part]), distributed.own_noise(generator), p)
-        return {"loss": out.loss, "mse": out.mse, "mmd": out.mmd}
-
-    def preview(model: FSVAE, epoch: int) -> Figures:
-        generator_of = PriorSampling(model, options["machine"], schedule.seed)
-        rows = torch.cat((shown, generator_of.reconstruct(shown)))
-        show(run, "reconstructions", grid(rows, len(shown)), epoch)
-        show(run, "samples", grid(generator_of.draw(range(PREVIEW_IMAGES)), PREVIEW_IMAGES // 2), epoch)
-        return {}
-
-    trainer = Trainer((1, "vae"), model, train, losses, preview, checkpoint=run.model, **options)
-    return trainer
-
-
-def sdid_trainer(
-    denoiser: nn.Module, vqsvae: VQAutoencoder, diffusion: AbsorbingDiffusion, codes: Tensor, loss: str, **options: Any
-) -> Trainer:
-    """Stage 2: the denoiser on `codes [N,h,w]`; previews are samples that `vqsvae` decodes."""
-    run, machine, seed = options["run"], options["machine"], options["schedule"].seed
-
-    def losses(network: nn.Module, batch: Tensor, part: slice, generator: torch.Generator) -> Losses:
-        return {"loss": diffusion.loss(network, batch.long(), generator, loss, part)}
-
-    def preview(denoiser: nn.Module, epoch: int) -> Figures:
-        noise = diffusion.noise(seed, range(PREVIEW_IMAGES), tuple(codes.shape[1:]))
-        drawn = draw_codes(denoiser, diffusion, noise, machine, temperature=PREVIEW_TEMPERATURE)
-        show(run, "samples", grid(decode_codes(vqsvae, drawn, machine), PREVIEW_IMAGES // 2), epoch)
-        return {}
-
-    return Trainer((2, "sdid"), denoiser, codes, losses, preview, checkpoint=run.denoiser, **options)
-
-
-def show(run: RunFolder, name: str, picture: Tensor, epoch: int) -> None:
-    """Keep a preview, uint8 `[3,H,W]`, as a file and in TensorBoard."""
-    save_png(run.samples / f"{name}_epoch_{epoch:03d}.png", picture)
-    run.log_picture(name, picture, epoch)

@@ -14,9 +14,9 @@ import torch
 from conftest import SMALL
 from PIL import Image
 
-import main
 from models import SDID, build_model
 from pipeline import training
+from pipeline.options import build_parser
 from pipeline.stages import Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +56,7 @@ def test_help_tells_every_option_with_its_default(cli):
     assert all(
         f"\n{group}:\n" in help_text for group in ("run", "data", "model", "training", "sampling and evaluation")
     )
-    for action in main.build_parser()._actions[1:]:
+    for action in build_parser("")._actions[1:]:
         assert action.option_strings[0] in help_text and len(action.help) > 10, action.dest
         if action.dest not in ("checkpoint", "resume", "device"):  # these have none, or say it in words
             assert re.search(r"\[.+\]$", action.help), action.dest

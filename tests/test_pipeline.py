@@ -17,7 +17,7 @@ from test_parity import GOLDEN, PREFIX
 from datasets import load_dataset
 from errors import UserError
 from models import SDID, build_model
-from pipeline import run_folder, training
+from pipeline import run_folder, trainers, training
 from pipeline.run_folder import load_weights
 
 KINDS = ("", "_without_spikes")
@@ -236,7 +236,7 @@ def test_a_finished_run_resumes_to_its_evaluation(cli, finished, run):
 
 
 def test_diverged_training_stops(cli, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "to_float", lambda batch: batch * torch.nan)
+    monkeypatch.setattr(trainers, "to_float", lambda batch: batch * torch.nan)
     outcome = cli(*small, "--result_path", tmp_path)
     assert outcome.status == 2 and "step 1: loss is nan; nothing is saved yet" in outcome.err and "--lr" in outcome.err
     assert not (tmp_path / "ImageFolder" / "snn-vq-vae" / "model.pth").exists()

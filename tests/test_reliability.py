@@ -24,8 +24,9 @@ from test_pipeline import assert_same_run, read_log
 import main
 from datasets import load_dataset
 from errors import UserError
-from pipeline import cache, run_folder, training
+from pipeline import cache, run_folder, trainers, training
 from pipeline.interruption import SIGNALS, Interrupted, Interruption
+from pipeline.options import build_parser
 from pipeline.run_folder import RunFolder, load_weights, save_weights
 from scripts import soak
 
@@ -509,8 +510,8 @@ def test_a_device_is_asked_for_the_loss_now_and_then_and_before_saving(
 
 
 def test_a_collapsing_codebook_is_warned_about(cli, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "encode_images", lambda _, images, __: torch.zeros(len(images), 4, 4))
-    monkeypatch.setattr(training, "usage", lambda codes, size: 1 / size)
+    monkeypatch.setattr(trainers, "encode_images", lambda _, images, __: torch.zeros(len(images), 4, 4))
+    monkeypatch.setattr(trainers, "usage", lambda codes, size: 1 / size)
     options = ("--codebook_size", 64, "--epochs", 1, "--stage", "vqsvae")
     outcome = cli(*small, *options, "--result_path", tmp_path)
     assert outcome.status == 0 and outcome.err.count("\n") == 1
@@ -523,7 +524,7 @@ def test_a_collapsing_codebook_is_warned_about(cli, small, tmp_path, monkeypatch
 BOUNDED = settings(
     max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
-OPTIONS = [action.option_strings[-1] for action in main.build_parser()._actions[1:]]
+OPTIONS = [action.option_strings[-1] for action in build_parser("")._actions[1:]]
 WORDS = st.one_of(
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8),
     st.integers().map(str),
