@@ -38,7 +38,7 @@ LAST_VERSION = 2
 """Of what last.pth holds: counts up when a program could misread the file of another."""
 
 IDENTITY = (
-    *("dataset_name", "image_size", "channels", "model"),
+    *("preset", "dataset_name", "image_size", "channels", "model"),
     *("codebook_size", "embedding_dim", "spike_steps", "hidden_channels", "downsampling", "spike_generator"),
     *("denoiser", "denoiser_spike_steps"),
 )

@@ -163,7 +163,7 @@ def test_options_that_exclude_each_other(mistake, run):
     ("name", "expected"),
     [
         ("config.json", "no checkpoint that can be read"),
-        ("", "is a folder"),
+        ("samples", "samples/model.pth is not there"),
         ("none.pth", "is not there"),
         ("half.pth", "no checkpoint that can be read"),
         ("tensor.pth", "holds a Tensor"),
