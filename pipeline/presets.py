@@ -21,8 +21,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "denoiser_blocks": 4,
         "diffusion_lr": 6e-3,
         "loss": "cross_entropy",
-        "diffusion_epochs": 20,
+        "diffusion_epochs": 16,
         "reveal_order": "spread",
+        "sample_steps": 40,
         "temperature": 1.0,
     },
 }
