@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOSSES = ("reweighted_elbo", "elbo", "cross_entropy")
-REVEAL_ORDERS = ("random", "spread")
+REVEAL_ORDERS = {"random": 1, "spread": 2}
+"""Orders in which a sample's tokens are revealed, and the pace of each; see `AbsorbingDiffusion.noise`."""
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """Tokens `[N,h,w]` and timesteps `[N]` to logits `[N,K,h,w]`."""
@@ -85,13 +86,18 @@ class AbsorbingDiffusion:
         return self.weighted_loss(self.cross_entropy(logits, codes, mask), t, kind)
 
     def noise(
-        self, seed: int, samples: Iterable[int], grid: tuple[int, int], reveal_order: str = "random"
+        self,
+        seed: int,
+        samples: Iterable[int],
+        grid: tuple[int, int],
+        sample_steps: int | None = None,
+        reveal_order: str = "random",
     ) -> SamplingNoise:
         """The noise of the samples with these numbers; sample i has the same whatever it is drawn together with.
 
-        Reveal times are the process's own, independent and uniform on 1..T ("random"), or one token is revealed at a
-        time, each far from those before it ("spread", see `spread_order`): with fewer timesteps than tokens, those
-        revealed together then depend on each other less.
+        Tokens are revealed at `sample_steps` (T) of the timesteps. "random": the process's own times, independent and
+        uniform on 1..T. "spread": in `spread_order`, and slowly at first; with fewer timesteps than tokens, those that
+        are revealed together then depend less on each other.
         """
         generators = [np.random.default_rng((seed, i)) for i in samples]
         if reveal_order == "random":
@@ -99,15 +105,21 @@ class AbsorbingDiffusion:
         else:
             times = np.stack([self.num_timesteps - spread_order(grid, g) for g in generators])
         uniforms = np.stack([g.random(grid) for g in generators])
-        return SamplingNoise(torch.from_numpy(times), torch.from_numpy(uniforms))
+        times = self.reveal_schedule(torch.from_numpy(times), sample_steps, pace=REVEAL_ORDERS[reveal_order])
+        return SamplingNoise(times, torch.from_numpy(uniforms))
 
-    def reveal_schedule(self, reveal_times: Tensor, sample_steps: int | None = None) -> Tensor:
-        """Reveal times rounded up to the next of `sample_steps` timesteps that are spread evenly over 1..T."""
-        steps = self.num_timesteps if sample_steps is None else sample_steps
-        if not 1 <= steps <= self.num_timesteps:
-            raise ValueError(f"sample_steps must lie in 1..{self.num_timesteps}, got {steps}")
-        j = torch.arange(1, steps + 1, device=reveal_times.device)
-        timesteps = (j * self.num_timesteps + steps - 1) // steps
+    def reveal_schedule(self, reveal_times: Tensor, sample_steps: int | None = None, pace: int = 1) -> Tensor:
+        """Reveal times rounded up to the next of `sample_steps` timesteps, T at the most.
+
+        At the end of step j of J, `(j/J)^pace` of the time from T to 0 has gone by, but a timestep at least for each
+        step: with pace 1 they are spread evenly over 1..T. Raises ValueError for a number of steps not in 1..T.
+        """
+        total = self.num_timesteps
+        steps = total if sample_steps is None else sample_steps
+        if not 1 <= steps <= total:
+            raise ValueError(f"sample_steps must lie in 1..{total}, got {steps}")
+        gone = [max(j, total * j**pace // steps**pace) for j in range(steps)]
+        timesteps = total - torch.tensor(gone[::-1], device=reveal_times.device)
         return timesteps[torch.searchsorted(timesteps, reveal_times)]
 
     @torch.no_grad()
@@ -116,16 +128,16 @@ class AbsorbingDiffusion:
         denoiser: LocalDenoiser,
         noise: SamplingNoise,
         temperature: float = 1.0,
-        sample_steps: int | None = None,
         given: Tensor | None = None,
     ) -> Tensor:
         """Draw codes int64 `[N,h,w]`; those that are not the mask token in `given [N,h,w]` stay as they are.
 
-        At t = T..1 a token that is still masked is revealed with probability 1/t, hence at a time uniform on 1..T. A
+        At t = T..1 a token that is still masked is revealed with probability 1/t, hence at a time uniform on 1..T (of
+        the random order). A
         timestep that reveals nothing in an image changes nothing, so each image goes straight to its next reveal:
         images of one batch are at different t, and only logits of revealed tokens are asked for.
         """
-        times = self.reveal_schedule(noise.reveal_times, sample_steps)
+        times = noise.reveal_times
         tokens = torch.full_like(times, self.mask_token) if given is None else given.clone()
         active = torch.arange(len(tokens), device=tokens.device)
         while len(active):
@@ -150,10 +162,9 @@ class AbsorbingDiffusion:
             tokens[where] = draw(logits.permute(0, 2, 3, 1)[where], noise.uniforms[where], temperature)
         return tokens
 
-    def trajectory(self, codes: Tensor, noise: SamplingNoise, t: int, sample_steps: int | None = None) -> Tensor:
+    def trajectory(self, codes: Tensor, noise: SamplingNoise, t: int) -> Tensor:
         """Tokens `[N,h,w]` as they were after timestep t of the run that drew `codes` from `noise` (t = T+1: none)."""
-        revealed = self.reveal_schedule(noise.reveal_times, sample_steps) >= t
-        return torch.where(revealed, codes, self.mask_token)
+        return torch.where(noise.reveal_times >= t, codes, self.mask_token)
 
 
 def spread_order(grid: tuple[int, int], generator: np.random.Generator) -> np.ndarray:

@@ -87,7 +87,7 @@ class CodeDiffusion:
         """How sample 0 came about, a picture uint8 `[3,H,W]`."""
         diffusion, (codes, noise) = self.diffusion, self._draw_codes(range(1))
         moments = torch.linspace(diffusion.num_timesteps + 1, 1, TRAJECTORY_MOMENTS).round().int().tolist()
-        tokens = torch.cat([diffusion.trajectory(codes, noise, t, self.sample_steps) for t in moments])
+        tokens = torch.cat([diffusion.trajectory(codes, noise, t) for t in moments])
         return trajectory_picture(tokens, decode_codes(self.autoencoder, codes, self.machine)[0], diffusion.mask_token)
 
     def inpaint(self, images: Tensor, hidden: Tensor) -> Tensor:
@@ -102,8 +102,8 @@ class CodeDiffusion:
         return torch.where(hidden, decode_codes(self.autoencoder, codes, self.machine, self.batch_size), images)
 
     def _draw_codes(self, samples: range, given: Tensor | None = None) -> tuple[Tensor, SamplingNoise]:
-        noise = self.diffusion.noise(self.seed, samples, self.grid, self.reveal_order)
-        how = {"temperature": self.temperature, "sample_steps": self.sample_steps, "batch_size": self.batch_size}
+        noise = self.diffusion.noise(self.seed, samples, self.grid, self.sample_steps, self.reveal_order)
+        how = {"temperature": self.temperature, "batch_size": self.batch_size}
         return draw_codes(self.denoiser, self.diffusion, noise, self.machine, given=given, **how), noise
 
     def cost(self, images: Tensor) -> Cost:

@@ -65,7 +65,6 @@ def draw_codes(
     machine: Machine,
     *,
     temperature: float,
-    sample_steps: int | None = None,
     given: Tensor | None = None,
     batch_size: int = 64,
 ) -> Tensor:
@@ -78,7 +77,7 @@ def draw_codes(
     def draw(part: Tensor) -> Tensor:
         here = SamplingNoise(*(values[part].to(machine.device) for values in noise))
         kept = None if given is None else given[part].to(machine.device)
-        return diffusion.sample(denoiser.logits_at, here, temperature, sample_steps, kept)
+        return diffusion.sample(denoiser.logits_at, here, temperature, kept)
 
     with machine.autocast():
         return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", draw)

@@ -76,13 +76,17 @@ def test_loss_repeats_with_its_generator(diffusion):
 
 
 @pytest.mark.parametrize("steps", [None, 1, 5, T])
-def test_sampler_returns_the_codes_of_an_oracle(diffusion, steps):
+@pytest.mark.parametrize("order", REVEAL_ORDERS)
+def test_sampler_returns_the_codes_of_an_oracle(diffusion, steps, order):
+    """In as many calls as there are timesteps, or fewer where random times leave some of them empty."""
     code = random_codes()[0]
-    denoiser, _ = oracle(code)
-    noise = diffusion.noise(3, range(5), (SIDE, SIDE))
-    drawn = diffusion.sample(denoiser, noise, temperature=0.7, sample_steps=steps)
+    denoiser, asked = oracle(code)
+    noise = diffusion.noise(3, range(5), (SIDE, SIDE), steps, order)
+    drawn = diffusion.sample(denoiser, noise, temperature=0.7)
     assert torch.equal(drawn, code.expand_as(drawn))
     assert (drawn != diffusion.mask_token).all()
+    timesteps = {int(t) for times, _ in asked for t in times}
+    assert len(timesteps) == (steps or T) if order == "spread" else len(timesteps) <= (steps or T)
 
 
 def test_sampler_visits_only_timesteps_that_reveal(diffusion):
@@ -128,6 +132,12 @@ def test_fewer_steps_are_spread_over_all_timesteps(diffusion):
     times = torch.arange(1, T + 1)
     assert diffusion.reveal_schedule(times, 4).unique().tolist() == [9, 18, 27, 36]
     assert torch.equal(diffusion.reveal_schedule(times), times)
+    for steps in (1, 5, 12, T):
+        slow = diffusion.reveal_schedule(times, steps, pace=2)
+        counts = slow.unique(return_counts=True)[1]  # of the last step first
+        assert len(counts) == steps and (slow >= times).all()
+        assert counts.tolist() == sorted(counts.tolist(), reverse=True)
+    assert diffusion.reveal_schedule(times, 6, pace=2).unique(return_counts=True)[1].tolist() == [11, 9, 7, 5, 3, 1]
     with pytest.raises(ValueError, match=r"1\.\.36"):
         diffusion.reveal_schedule(times, T + 1)
 
@@ -139,15 +149,15 @@ def test_spread_order_has_every_cell_once(grid):
 
 
 def test_spread_order_keeps_tokens_of_a_timestep_apart(diffusion):
-    """A quarter of the timesteps: each reveals four tokens, three cells or more from each other."""
-    noise = diffusion.noise(0, range(20), (SIDE, SIDE), "spread")
+    """A quarter of the timesteps at an even pace: each reveals four tokens, three cells or more from each other."""
+    noise = diffusion.noise(0, range(20), (SIDE, SIDE), reveal_order="spread")
     times = diffusion.reveal_schedule(noise.reveal_times, T // 4)
     for time in times.unique():
         cells = (times == time).nonzero().view(20, 4, 3)[:, :, 1:]
         apart = (cells[:, :, None] - cells[:, None]).abs().amax(-1)
         assert (apart + 9 * torch.eye(4)).min() == SIDE // 2
     assert len({tuple(one.flatten().tolist()) for one in times}) == 20, "each sample has an order of its own"
-    alone = diffusion.noise(0, [7], (SIDE, SIDE), "spread")
+    alone = diffusion.noise(0, [7], (SIDE, SIDE), reveal_order="spread")
     assert torch.equal(noise.reveal_times[7:8], alone.reveal_times)
 
 
@@ -156,7 +166,7 @@ def test_given_tokens_stay_and_the_others_are_drawn(diffusion, order):
     """The oracle of one code grid is asked for masked tokens only, whatever their neighbours' reveal times are."""
     code = random_codes()[0]
     denoiser, asked = oracle(code)
-    noise = diffusion.noise(0, range(3), (SIDE, SIDE), order)
+    noise = diffusion.noise(0, range(3), (SIDE, SIDE), reveal_order=order)
     given = code.repeat(3, 1, 1)
     given[:, :, 2:] = K
     drawn = diffusion.sample(denoiser, noise, given=given)
