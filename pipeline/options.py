@@ -149,7 +149,7 @@ def build_parser(description: str) -> Parser:
         metavar="X",
     )
     add("--sample_steps", "timesteps of sampling, up to T, the number of an image's codes [T]", type=whole, metavar="N")
-    add("--reveal_order", "spread: tokens that are revealed together lie far apart", "random", choices=REVEAL_ORDERS)
+    add("--reveal_order", "spread: few tokens at first, and far apart from each other", "random", choices=REVEAL_ORDERS)
     many = number(int, 1, 10**6)
     add("--num_samples", "images to draw [as many as the figures need]", type=many, metavar="N")
     add("--eval_batch_size", "images at once in encoding and sampling", 64, type=whole, metavar="N")
