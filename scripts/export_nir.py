@@ -155,9 +155,10 @@ def of_denoiser(model: nn.Module, codes: Tensor) -> Export | str:
     return Export("denoiser", what, SDIDGraph(model), steps, model, lambda: model(tokens, t), lambda x: x.mean(0))
 
 
-def networks(run_folder: Path) -> Iterator[Export | str]:
+def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]:
     """The networks of a run, or for one that is not exported a line that says why. Raises UserError."""
-    options, run = resolve(["--checkpoint", str(run_folder), "--device", "cpu"])
+    place = [] if data_path is None else ["--data_path", str(data_path)]
+    options, run = resolve(["--checkpoint", str(run_folder), "--device", "cpu", *place])
     pipeline = Pipeline(options, run, choose_machine("cpu", "float32"))
     autoencoder = pipeline.load_autoencoder().double().eval()
     set_plain(autoencoder, True)
@@ -218,12 +219,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the files go [RUN/nir]")
+    parser.add_argument("--data_path", type=Path, metavar="DIR", help="where the data set is [as in the run]")
     args = parser.parse_args(arguments)
     folder, alike = args.output or args.run / "nir", True
     try:
         if nir_exchange is None:
             raise UserError("two packages are missing: pip install nir nirtorch")
-        for network in networks(args.run):
+        for network in networks(args.run, args.data_path):
             if isinstance(network, str):
                 print(network)
                 continue
