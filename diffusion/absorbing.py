@@ -132,10 +132,9 @@ class AbsorbingDiffusion:
     ) -> Tensor:
         """Draw codes int64 `[N,h,w]`; those that are not the mask token in `given [N,h,w]` stay as they are.
 
-        At t = T..1 a token that is still masked is revealed with probability 1/t, hence at a time uniform on 1..T (of
-        the random order). A
-        timestep that reveals nothing in an image changes nothing, so each image goes straight to its next reveal:
-        images of one batch are at different t, and only logits of revealed tokens are asked for.
+        In the random order a token that is still masked is revealed with probability 1/t at t = T..1, hence at a time
+        uniform on 1..T. A timestep that reveals nothing in an image changes nothing, so each image goes straight to its
+        next reveal: images of one batch are at different t, and only logits of revealed tokens are asked for.
         """
         times = noise.reveal_times
         tokens = torch.full_like(times, self.mask_token) if given is None else given.clone()

@@ -24,7 +24,7 @@ def model_options(name: str) -> tuple[str, ...]:
 
 def build_denoiser(name: str, **options: Any) -> nn.Module:
     """A denoiser of the table, with those of the `options` that it has."""
-    return DENOISERS[name](**_own(DENOISERS[name], options))
+    return _build(DENOISERS[name], options)
 
 
 def build_model(name: str, **options: Any) -> nn.Module:
@@ -32,15 +32,15 @@ def build_model(name: str, **options: Any) -> nn.Module:
 
     Raises ValueError naming the valid models, and for an option that no model has.
     """
-    model_options(name)
+    model_options(name)  # raises where there is no such model
     strange = set(options).difference(*map(model_options, AUTOENCODERS))
     if strange:
         raise ValueError(f"no model has the option {', '.join(sorted(strange))}")
-    return AUTOENCODERS[name](**_own(AUTOENCODERS[name], options))
+    return _build(AUTOENCODERS[name], options)
 
 
-def _own(kind: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
-    return {key: options[key] for key in inspect.signature(kind).parameters if key in options}
+def _build(kind: type[nn.Module], options: dict[str, Any]) -> nn.Module:
+    return kind(**{key: options[key] for key in inspect.signature(kind).parameters if key in options})
 
 
 __all__ = [

@@ -93,12 +93,13 @@ def fire(
     bias: Tensor,
     readout: Tensor | None = None,
     constant: bool = False,
+    plain: bool = False,
 ) -> Tensor:
     """Bias `[C]`, batch norm, LIF: currents `[S*N,C,H,W]`, or `[N,C,H,W]` if `constant`, to spikes `[S,N,C,H,W]`.
 
-    With `readout` weights `[S]`: to `sum_s readout[s] * spikes[s]`, `[N,C,H,W]`.
+    With `readout` weights `[S]`: to `sum_s readout[s] * spikes[s]`, `[N,C,H,W]`. `plain` as in SpikingStack.
     """
-    if x.device.type == "cpu" and fused_lif.available():
+    if not plain and x.device.type == "cpu" and fused_lif.available():
         dtype = _spike_dtype(x, readout)
         x = fused_lif.norm_lif(x, bias, norm, spike_steps, constant=constant, readout=readout, dtype=dtype)
         return x if readout is not None else x.unflatten(0, (spike_steps, -1))
@@ -126,13 +127,9 @@ class Firing(nn.Module):
 
         With `readout` weights `[S]`: to `sum_s readout[s] * spikes[s]`, `[N,C,H,W]`.
         """
-        if self.plain:
-            x = x if x.dim() == 5 else x.expand(self.spike_steps, *x.shape)
-            spikes = self.lif(self.norm(x.flatten(0, 1)).unflatten(0, (self.spike_steps, -1)))
-            return spikes if readout is None else weighted_sum(readout, spikes)
-        constant, none = x.dim() == 4, torch.zeros_like(self.norm.bias)
-        x = x if constant else x.flatten(0, 1)
-        return fire(self.norm, self.lif, x, self.spike_steps, bias=none, readout=readout, constant=constant)
+        how = {"bias": torch.zeros_like(self.norm.bias), "constant": x.dim() == 4, "plain": self.plain}
+        x = x if x.dim() == 4 else x.flatten(0, 1)
+        return fire(self.norm, self.lif, x, self.spike_steps, readout=readout, **how)
 
 
 class SpikingStack(nn.Sequential):

@@ -12,8 +12,8 @@ from models.quantizer import Codebook
 class VQOutput(NamedTuple):
     """`images [N,C,H,W]` in [0,1], `codes [N,h,w]`, and scalars: `loss`, the sum that is minimised, and its parts.
 
-    `quantizer_loss` is the codebook's lines of the loss, `mse` the unscaled reconstruction
-    error, before clipping unless `clipped_error`.
+    `quantizer_loss` is the codebook's lines of the loss, `mse` the unscaled reconstruction error, before clipping
+    unless `clipped_error`.
     """
 
     images: Tensor

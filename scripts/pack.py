@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 import torch
 
 from errors import UserError
+from main import HERE_AND_NOW
 from pipeline.run_folder import RunFolder, load_weights, save_weights, write_json
 
 OF_THIS_MACHINE = (
-    *("stage", "result_path", "data_path", "device", "max_minutes", "save_every", "compile", "png"),
+    *(*HERE_AND_NOW, "result_path", "data_path", "save_every", "png"),
     *("num_samples", "metrics", "fid_weights", "paper_fid_weights", "fad_weights"),
 )
 """Options in config.json that say how a run was made or scored somewhere, not what it is."""
