@@ -9,6 +9,7 @@ torchrun --nproc_per_node 4 main.py --dataset_name MNIST
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from errors import UserError
 from models import model_options
@@ -17,7 +18,7 @@ from pipeline.interruption import Interrupted
 from pipeline.machine import choose_machine, keep_freed_memory
 from pipeline.options import build_parser
 from pipeline.presets import PRESETS
-from pipeline.run_folder import IDENTITY, UNCHANGEABLE, RunFolder
+from pipeline.run_folder import IDENTITY, NETWORKS, UNCHANGEABLE, RunFolder
 from pipeline.stages import Pipeline
 
 HERE_AND_NOW = ("resume", "checkpoint", "stage", "max_minutes", "device", "compile")
@@ -33,6 +34,8 @@ MODEL_OPTIONS = (
 def resolve(arguments: list[str] | None) -> tuple[argparse.Namespace, RunFolder]:
     """Options and run folder of this call; a run that exists passes on its options, the command line overrides them."""
     parser = build_parser(__doc__.replace("`", ""))
+    start = networks_of(parser.parse_args(arguments).start_from)
+    parser.set_defaults(**start)
     options = parser.parse_args(arguments)
     own = {key for key in MODEL_OPTIONS if key not in model_options(options.model)}
     idle = [f"--{key}" for key in sorted(own) if getattr(options, key) != parser.get_default(key)]
@@ -41,10 +44,11 @@ def resolve(arguments: list[str] | None) -> tuple[argparse.Namespace, RunFolder]
     preset = PRESETS[options.preset]
     if own & set(preset):
         raise UserError(f"--preset {options.preset} is for snn-vq-vae: {options.model} has not all of its options")
-    parser.set_defaults(**preset)
+    parser.set_defaults(**preset | start)
     run = RunFolder(find_folder(options))
     begins = not (options.resume or options.checkpoint)
-    makes = {"all": run.model, "vqsvae": run.model, "sdid": run.denoiser}.get(options.stage) if begins else None
+    first = run.denoiser if options.stage == "sdid" and not options.start_from else run.model
+    makes = first if begins and options.stage in ("all", "vqsvae", "sdid") else None
     if makes and makes.exists():
         ways = f"go on with --resume {run.path}, evaluate with --checkpoint {run.model}"
         raise UserError(f"{makes} is there already: {ways}, or choose another --result_path")
@@ -72,10 +76,22 @@ def resolve(arguments: list[str] | None) -> tuple[argparse.Namespace, RunFolder]
     return options, run
 
 
+def networks_of(start: Path | None) -> dict[str, Any]:
+    """The options that `--start_from` brings along."""
+    if start is None:
+        return {}
+    config = RunFolder(start).read_config()
+    if not config:
+        raise UserError(f"--start_from {start} is not the folder of a run: it has no config.json")
+    return {key: config[key] for key in NETWORKS if key in config}
+
+
 def find_folder(options: argparse.Namespace) -> Path:
     """The run folder: the one resumed, that of the checkpoint, or the one named after data set and model."""
     if options.resume and options.checkpoint:
         raise UserError("--resume trains on and --checkpoint evaluates: give one of them")
+    if options.start_from and (options.resume or options.checkpoint):
+        raise UserError("--start_from begins a new run: leave out --resume and --checkpoint")
     if options.checkpoint and options.stage in ("vqsvae", "sdid"):
         raise UserError("--checkpoint evaluates a trained model: to train on, use --resume with its run folder")
     if options.resume:

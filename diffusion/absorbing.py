@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSSES = ("reweighted_elbo", "elbo", "cross_entropy")
+LOSSES = ("reweighted_elbo", "elbo", "cross_entropy", "spread_cross_entropy")
 REVEAL_ORDERS = {"random": 1, "spread": 2}
 """Orders in which a sample's tokens are revealed, and the pace of each; see `AbsorbingDiffusion.noise`."""
 
@@ -47,6 +47,20 @@ class AbsorbingDiffusion:
         mask = uniforms < (t / self.num_timesteps).view(-1, 1, 1)
         return torch.where(mask, self.mask_token, codes), mask
 
+    def q_spread(self, codes: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask `codes [N,h,w]` as samples in the spread order are at a moment uniform on their passes.
+
+        Returns tokens and mask `[N,h,w]`, and the timesteps `[N]` in 1..T.
+        """
+        count, height, width = codes.shape
+        how = {"generator": generator, "device": codes.device}
+        places = torch.rand(count, len(spread_places(height, width).unique()), **how)
+        order = spread_order(places, torch.rand(codes.shape, **how))
+        gone = torch.rand(count, **how) ** REVEAL_ORDERS["spread"]
+        t = self.num_timesteps - (self.num_timesteps * gone).long()
+        mask = order >= (self.num_timesteps - t).view(-1, 1, 1)
+        return torch.where(mask, self.mask_token, codes), mask, t
+
     def cross_entropy(self, logits: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
         """Cross-entropy in nats summed over the masked tokens of each image: `[N]`."""
         nll = F.cross_entropy(logits, codes, reduction="none")  # [N,h,w]
@@ -57,13 +71,14 @@ class AbsorbingDiffusion:
 
         "elbo": `CE / t * T / (T ln 2)`. "reweighted_elbo": `(1 - t/T) CE / (T ln 2)`, whose weight is 0 at t = T, so
         the very first prediction of sampling is never trained directly; this is the release's default and kept.
-        "cross_entropy": `CE / (T ln 2)`, every masked token weighs the same, at t = T as well.
+        "cross_entropy" and "spread_cross_entropy": `CE / (T ln 2)`, every masked token weighs the same, at t = T too.
         """
         total = self.num_timesteps
         weighted = {
             "reweighted_elbo": (1 - t / total) * cross_entropy,
             "elbo": cross_entropy / t * total,
             "cross_entropy": cross_entropy,
+            "spread_cross_entropy": cross_entropy,
         }
         return weighted[kind].mean() / (math.log(2) * total)
 
@@ -77,10 +92,14 @@ class AbsorbingDiffusion:
     ) -> Tensor:
         """Training loss for `codes [N,h,w]`, t drawn uniformly from 1..T for each image.
 
-        With `part`, the loss of these images alone, whose noise is what they have in the whole batch.
+        "spread_cross_entropy" has the masks of `q_spread` instead: those that sampling in this order will meet. With
+        `part`, the loss of these images alone, whose noise is what they have in the whole batch.
         """
-        t = torch.randint(1, self.num_timesteps + 1, (len(codes),), generator=generator, device=codes.device)
-        tokens, mask = self.q_sample(codes, t, generator)
+        if kind == "spread_cross_entropy":
+            tokens, mask, t = self.q_spread(codes, generator)
+        else:
+            t = torch.randint(1, self.num_timesteps + 1, (len(codes),), generator=generator, device=codes.device)
+            tokens, mask = self.q_sample(codes, t, generator)
         codes, t, tokens, mask = (values[part] for values in (codes, t, tokens, mask))
         logits = denoiser(tokens, t)
         return self.weighted_loss(self.cross_entropy(logits, codes, mask), t, kind)
@@ -101,12 +120,13 @@ class AbsorbingDiffusion:
         """
         generators = [np.random.default_rng((seed, i)) for i in samples]
         if reveal_order == "random":
-            times = np.stack([g.integers(1, self.num_timesteps + 1, grid) for g in generators])
+            times = torch.from_numpy(np.stack([g.integers(1, self.num_timesteps + 1, grid) for g in generators]))
         else:
-            times = np.stack([self.num_timesteps - spread_order(grid, g) for g in generators])
-        uniforms = np.stack([g.random(grid) for g in generators])
-        times = self.reveal_schedule(torch.from_numpy(times), sample_steps, pace=REVEAL_ORDERS[reveal_order])
-        return SamplingNoise(times, torch.from_numpy(uniforms))
+            number = len(spread_places(*grid).unique())
+            places, cells = zip(*((g.random(number), g.random(grid)) for g in generators), strict=True)
+            times = self.num_timesteps - spread_order(*(torch.from_numpy(np.stack(keys)) for keys in (places, cells)))
+        uniforms = torch.from_numpy(np.stack([g.random(grid) for g in generators]))
+        return SamplingNoise(self.reveal_schedule(times, sample_steps, REVEAL_ORDERS[reveal_order]), uniforms)
 
     def reveal_schedule(self, reveal_times: Tensor, sample_steps: int | None = None, pace: int = 1) -> Tensor:
         """Reveal times rounded up to the next of `sample_steps` timesteps, T at the most.
@@ -166,18 +186,20 @@ class AbsorbingDiffusion:
         return torch.where(noise.reveal_times >= t, codes, self.mask_token)
 
 
-def spread_order(grid: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-    """A random order of the cells of a grid, int64 `[h,w]` from 0, in which fours in a row are half the grid apart.
-
-    A cell, those half a height or width away, and the fourth of them follow one another (where the side is odd, some
-    have fewer partners); else the order is random.
-    """
-    height, width = grid
-    y, x = np.indices(grid)
+def spread_places(height: int, width: int) -> Tensor:
+    """Numbers from 0, int64 `[h,w]`: cells that are half a height, half a width or both apart have the same one."""
     rows, columns = -(-height // 2), -(-width // 2)
-    place = (y % rows) * columns + x % columns  # the same for the four
-    turn = generator.permutation(rows * columns)[place] + generator.random(grid)
-    return turn.argsort(axis=None).argsort().reshape(grid)
+    return torch.arange(rows * columns).view(rows, columns).repeat(2, 2)[:height, :width]
+
+
+def spread_order(places: Tensor, cells: Tensor) -> Tensor:
+    """Orders of the cells of N grids, int64 `[N,h,w]` from 0, in which cells of one place follow one another.
+
+    Both arguments are random: numbers `[N,P]` of the places put these in order, and `[N,h,w]` in [0,1) the up to four
+    cells of each.
+    """
+    turns = places.argsort(1).argsort(1)[:, spread_places(*cells.shape[1:]).to(places.device)]
+    return (turns + cells).flatten(1).argsort(1).argsort(1).view(cells.shape)
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:

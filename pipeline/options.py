@@ -79,6 +79,8 @@ def build_parser(description: str) -> Parser:
         type=checkpoint,
         metavar="FILE",
     )
+    start = "begin with the networks of this run folder, or packed copy of one; --stage sdid trains its denoiser alone [untrained ones]"
+    add("--start_from", start, type=Path, metavar="RUN")
     add("--resume", "go on with this run folder, or its last.pth", type=Path, metavar="RUN")
     add("--result_path", "where run folders are made", Path("result"), type=Path, metavar="DIR")
     add("--max_minutes", "stop each stage after M minutes, saved and resumable [no limit]", type=positive, metavar="M")
@@ -137,6 +139,8 @@ def build_parser(description: str) -> Parser:
     add("--lr_schedule", "over all epochs of a stage", "constant", choices=LR_SCHEDULES)
     average = "decay of the moving average of weights that is kept and evaluated; 0: the last weights are [0]"
     add("--ema_decay", average, 0.0, type=number(float, 0, 0.999999), metavar="X")
+    fixed = "share of stage 2's steps, the last ones, in which batch norm's statistics are held fixed [0]"
+    add("--fixed_norm", fixed, 0.0, type=number(float, 0, 1), metavar="X")
     add("--clipped_error", "no loss for output beyond black and white [off]", False, action=SWITCH)
     add("--loss", "of stage 2", "reweighted_elbo", choices=LOSSES)
 

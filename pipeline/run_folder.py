@@ -44,10 +44,15 @@ IDENTITY = (
 )
 """Options that whoever uses a run's autoencoder must share with it."""
 
-UNCHANGEABLE = (
+NETWORKS = (
     *(*IDENTITY, "readout", "train_images", "held_out"),
     *("revive_codes", "clipped_error", "denoiser_channels", "denoiser_blocks"),
-    *("batch_size", "lr", "diffusion_lr", "lr_schedule", "ema_decay", "loss", "seed"),
+)
+"""Options that a training which begins with a run's networks takes over from it."""
+
+UNCHANGEABLE = (
+    *(*NETWORKS, "start_from", "batch_size", "lr", "diffusion_lr", "lr_schedule", "ema_decay"),
+    *("fixed_norm", "loss", "seed"),
 )
 """Options that a resumed training must share with its beginning."""
 

@@ -21,7 +21,7 @@ from pipeline.generators import CodeDiffusion, Generator, PriorSampling
 from pipeline.machine import Machine, Network
 from pipeline.masks import hidden_pixels
 from pipeline.pictures import GREY, grid, save_png
-from pipeline.run_folder import RunFolder, load_weights
+from pipeline.run_folder import RunFolder, load_weights, save_weights
 from pipeline.sampling import GRID_IMAGES, encode_images, write_samples
 from pipeline.temperature import choose_temperature
 from pipeline.trainers import fsvae_trainer, sdid_trainer, vqsvae_trainer
@@ -123,7 +123,7 @@ class Pipeline:
             **self._told(),
         )
         settings = {"run": self.run, "schedule": self._schedule(o.epochs, o.lr), "machine": self.machine}
-        self.machine.place(model)
+        self.machine.place(self._started(model, "model"))
         if self.has_denoiser:
             trainer = vqsvae_trainer(model, data.train, data.test, data.variance, **settings)
         else:
@@ -140,16 +140,16 @@ class Pipeline:
         torch.manual_seed(derive_seed(o.seed, 2))
         denoiser = self._new_denoiser()
         diffusion = AbsorbingDiffusion(o.codebook_size, codes[0].numel())
-        schedule = self._schedule(o.diffusion_epochs, o.diffusion_lr or o.lr)
+        schedule = self._schedule(o.diffusion_epochs, o.diffusion_lr or o.lr, o.fixed_norm)
         settings = {"run": self.run, "schedule": schedule, "machine": self.machine}
         trainer = sdid_trainer(self.machine.place(denoiser), vqsvae, diffusion, codes, o.loss, **settings)
         return self._train(trainer)
 
     def _new_denoiser(self) -> nn.Module:
-        """An untrained denoiser of the options. Raises UserError where they do not fit each other."""
+        """The denoiser that training begins with. Raises UserError where the options do not fit each other."""
         o = self.options
         try:
-            return build_denoiser(
+            denoiser = build_denoiser(
                 o.denoiser,
                 codebook_size=o.codebook_size,
                 spike_steps=o.denoiser_spike_steps or o.spike_steps,
@@ -159,6 +159,17 @@ class Pipeline:
             )
         except ValueError as error:
             raise UserError(f"--denoiser {o.denoiser}: {error}") from error
+        return self._started(denoiser, "denoiser")
+
+    def _started(self, network: nn.Module, name: str) -> nn.Module:
+        """The network with its weights in `--start_from`, where that is given. Raises UserError if they do not fit."""
+        if self.options.start_from:
+            path = getattr(RunFolder(self.options.start_from), name)
+            try:
+                network.load_state_dict(from_writer(partial(load_weights, path)))
+            except RuntimeError as error:
+                raise UserError(f"{path} is of another network: leave out the options that shape it") from error
+        return network
 
     def sample(self) -> None:
         """Draw images and write them."""
@@ -254,9 +265,10 @@ class Pipeline:
         keys = ("spike_steps", "downsampling", "readout", "spike_generator")
         return {key: getattr(o, key) for key in keys}
 
-    def _schedule(self, epochs: int, lr: float) -> Schedule:
+    def _schedule(self, epochs: int, lr: float, fixed_norm: float = 0.0) -> Schedule:
         o = self.options
-        return Schedule(epochs, o.batch_size, lr, o.seed, o.max_minutes, o.save_every, o.lr_schedule, o.ema_decay)
+        how = {"lr_schedule": o.lr_schedule, "ema_decay": o.ema_decay, "fixed_norm": fixed_norm}
+        return Schedule(epochs, o.batch_size, lr, o.seed, o.max_minutes, o.save_every, **how)
 
     def _load(self, path: Path, kind: str, build: Callable[..., Network], shape_of: Callable[[dict], dict]) -> Network:
         weights = from_writer(partial(load_weights, path))
@@ -276,6 +288,9 @@ class Pipeline:
         if self.options.stage == "sdid":
             if not self.has_denoiser:
                 raise UserError(f"--stage sdid: {self.options.model} draws from its own prior and has no second stage")
+            if self.options.start_from and not from_writer(self.run.model.is_file):
+                self.run.lock()
+                save_weights(self.run.model, from_writer(partial(load_weights, self.options.start_from / "model.pth")))
             codes = self.load_autoencoder().codebook_size
             if codes != self.options.codebook_size:
                 raise UserError(f"{self.autoencoder_path} has {codes} codes: say so with --codebook_size {codes}")

@@ -26,7 +26,7 @@ LR_SCHEDULES = {
     "cosine": lambda done: min(1, done / WARM_UP) * (1 + math.cos(math.pi * done)) / 2,
 }
 """What the learning rate is multiplied by when this share of all steps is done."""
-CALIBRATION_IMAGES = 10_000  # of which batch norm's statistics are taken anew for averaged weights
+CALIBRATION_IMAGES = 10_000  # of which batch norm's statistics are taken anew
 
 Losses = dict[str, Tensor]
 LossFunction = Callable[[nn.Module, Tensor, slice, torch.Generator], Losses]
@@ -45,6 +45,7 @@ class Schedule:
     save_every: float = 10.0  # minutes
     lr_schedule: str = "constant"  # one of LR_SCHEDULES
     ema_decay: float = 0.0  # of the averaged weights that are kept and evaluated; 0: the last weights are
+    fixed_norm: float = 0.0  # share of the steps, the last ones, in which batch norm's statistics do not change
 
 
 @dataclass
@@ -80,6 +81,9 @@ class Trainer:
     Attributes:
         kept: what training is for: `model` itself, or with `ema_decay` the average of its weights over the steps, with
             batch norm's statistics taken anew (an average of those would be of other weights).
+
+    With `fixed_norm`, statistics are taken anew once and then stay, in training as in evaluation: a neuron fires or
+    not, so the network learns with the very statistics that it is used with. Averaged weights share them.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class Trainer:
         self.model, self.losses, self.preview = model, losses, preview
         self.network = distributed.share_training(model, machine.device)
         self.examples = examples.to(machine.device)
+        self.steps = math.ceil(len(examples) / schedule.batch_size)  # of an epoch
         self.run, self.checkpoint, self.schedule, self.machine = run, checkpoint, schedule, machine
         self.optimizer = torch.optim.AdamW(model.parameters(), schedule.lr, betas=(0.9, 0.999), weight_decay=1e-3)
         self.average = _moving_average(model, schedule.ema_decay) if schedule.ema_decay else None
@@ -126,7 +131,7 @@ class Trainer:
         self._check_finite(progress.sums, states["model"])
         if self.average:
             if progress.step:  # at the end of an epoch it has been done for the preview
-                self._calibrate()
+                self._calibrate_average()
             states["average"] = self.average.state_dict()
         sums = {name: value.item() for name, value in progress.sums.items()}
         where = {"epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds, "sums": sums}
@@ -173,7 +178,8 @@ class Trainer:
         with tqdm(total=count, initial=first, desc=self.title, unit=" images", leave=False, disable=hidden) as bar:
             for indices in batches[progress.step :]:
                 generator.manual_seed(derive_seed(*epoch_seed, progress.step))
-                self._set_lr((progress.epoch + progress.step / len(batches)) / schedule.epochs)
+                self._set_lr(self._done(progress.step))
+                self._fix_norms()
                 losses = self._step(self.examples[indices], generator)
                 for name, value in losses.items():
                     progress.sums[name] = progress.sums.get(name, 0) + value * len(indices)
@@ -185,7 +191,7 @@ class Trainer:
                     self._check_finite(progress.sums)
                 now = time.monotonic()
                 progress.seconds = now - started
-                if progress.step == len(batches):
+                if progress.step == self.steps:
                     break
                 over, due = self._agree(interruption, now > deadline, now > saved + 60 * schedule.save_every)
                 if interruption.signal or over:
@@ -202,7 +208,7 @@ class Trainer:
         means = {name: value.item() / count for name, value in progress.sums.items()}
         rate = count / progress.seconds
         if self.average:
-            self._calibrate()
+            self._calibrate_average()
         self.kept.eval()
         figures = {**means, **self.preview(self.kept, progress.epoch + 1)}
         cost = {"images": count, "images_per_second": round(rate, 2)}
@@ -220,15 +226,44 @@ class Trainer:
                 good = f"{self.run.last} is the last good checkpoint" if saved else "nothing is saved yet"
                 raise UserError(f"{where}; {good}: begin a new run with a lower --lr, or try --precision float32")
 
-    @torch.no_grad()
-    def _calibrate(self) -> None:
-        """Take batch norm's statistics anew for the averaged weights, over CALIBRATION_IMAGES examples.
+    def _done(self, step: int) -> float:
+        """The share of the schedule that is done before this step of the current epoch."""
+        return (self.progress.epoch + step / self.steps) / self.schedule.epochs
 
-        Nothing else of the network is in training mode, and training itself does not see these statistics.
+    def _set_lr(self, done: float) -> None:
+        """The learning rate when this share of the schedule is done."""
+        factor = LR_SCHEDULES[self.schedule.lr_schedule](done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr * factor
+
+    def _norms_fixed(self, step: int) -> bool:
+        """Whether batch norm's statistics do not change in this step of the current epoch; the first is number 0."""
+        return self.schedule.fixed_norm > 0 and self._done(step) >= 1 - self.schedule.fixed_norm
+
+    def _fix_norms(self) -> None:
+        """Hold batch norm's statistics from now on, where it is time."""
+        step = self.progress.step
+        if self._norms_fixed(step):
+            if not self._norms_fixed(step - 1):
+                self._calibrate(self.model)
+                self.model.train()
+            for norm in _batch_norms(self.model):
+                norm.eval()
+
+    def _calibrate_average(self) -> None:
+        """Statistics of the averaged weights' own, until they are fixed and `update_parameters` copies them."""
+        if not self._norms_fixed(self.progress.step - 1):
+            self._calibrate(self.kept)
+
+    @torch.no_grad()
+    def _calibrate(self, network: nn.Module) -> None:
+        """Take batch norm's statistics anew, over CALIBRATION_IMAGES examples; `network` is in evaluation mode then.
+
+        Nothing else of the network is in training mode meanwhile.
         """
-        norms = [layer for layer in self.kept.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        norms = _batch_norms(network)
         momenta = [norm.momentum for norm in norms]
-        self.kept.eval()
+        network.eval()
         for norm in norms:
             norm.reset_running_stats()
             norm.train().momentum = None  # the mean over all batches
@@ -237,15 +272,9 @@ class Trainer:
         for indices in order[:CALIBRATION_IMAGES].to(self.examples.device).split(self.schedule.batch_size):
             part, _ = distributed.share_of_batch(len(indices))
             with self.machine.autocast():
-                self.losses(self.kept, self.examples[indices], part, generator)
+                self.losses(network, self.examples[indices], part, generator)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval().momentum = momentum
-
-    def _set_lr(self, done: float) -> None:
-        """The learning rate when this share of the schedule is done."""
-        factor = LR_SCHEDULES[self.schedule.lr_schedule](done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr * factor
 
     def _step(self, batch: Tensor, generator: torch.Generator) -> Losses:
         """One step on a batch; returns its losses in float64."""
@@ -258,6 +287,10 @@ class Trainer:
         if self.average:
             self.average.update_parameters(self.model)
         return distributed.total({name: value.detach().double() * weight for name, value in losses.items()})
+
+
+def _batch_norms(network: nn.Module) -> list[nn.Module]:
+    return [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
 
 def _moving_average(model: nn.Module, decay: float) -> AveragedModel:

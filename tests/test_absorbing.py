@@ -2,11 +2,10 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from diffusion.absorbing import REVEAL_ORDERS, AbsorbingDiffusion, draw, spread_order
+from diffusion.absorbing import REVEAL_ORDERS, AbsorbingDiffusion, draw, spread_order, spread_places
 
 K, SIDE = 12, 6
 T = SIDE * SIDE
@@ -144,8 +143,32 @@ def test_fewer_steps_are_spread_over_all_timesteps(diffusion):
 
 @pytest.mark.parametrize("grid", [(SIDE, SIDE), (5, 7), (1, 4), (2, 2)])
 def test_spread_order_has_every_cell_once(grid):
-    order = spread_order(grid, np.random.default_rng(0))
-    assert order.shape == grid and sorted(order.flatten()) == list(range(math.prod(grid)))
+    generator = torch.Generator().manual_seed(0)
+    places = torch.rand(3, len(spread_places(*grid).unique()), generator=generator)
+    orders = spread_order(places, torch.rand(3, *grid, generator=generator))
+    assert orders.shape == (3, *grid)
+    assert all(sorted(order.flatten().tolist()) == list(range(math.prod(grid))) for order in orders)
+
+
+def test_masks_in_training_are_those_of_sampling(diffusion):
+    """In the spread order: whole fours but for one, the revealed share uniform in its root."""
+    codes = random_codes(2000)
+    tokens, mask, t = diffusion.q_spread(codes, torch.Generator().manual_seed(0))
+    assert torch.equal(tokens, torch.where(mask, K, codes)) and torch.equal(mask.flatten(1).sum(1), t)
+    places = spread_places(SIDE, SIDE)
+    shown = torch.stack([(~mask[:, places == place]).sum(1) for place in range(T // 4)], 1)  # [N,P]
+    assert (((shown > 0) & (shown < 4)).sum(1) <= 1).all()
+    assert t.min() == 1 and t.max() == T
+    revealed = (1 - t / T).sqrt()
+    assert revealed.mean() == pytest.approx(0.5, abs=0.05) and (revealed < 0.25).float().mean() < 0.3
+
+
+def test_spread_cross_entropy_by_hand(diffusion):
+    """A denoiser that knows nothing pays ln K nats for each masked token."""
+    codes, logits = random_codes(50), torch.zeros(50, K, SIDE, SIDE)
+    loss = diffusion.loss(lambda x, t: logits, codes, torch.Generator().manual_seed(3), "spread_cross_entropy")
+    _, mask, _ = diffusion.q_spread(codes, torch.Generator().manual_seed(3))
+    assert loss.item() == pytest.approx(mask.float().mean().item() * math.log2(K))
 
 
 def test_spread_order_keeps_tokens_of_a_timestep_apart(diffusion):

@@ -1,5 +1,6 @@
 """The improved preset, averaged weights, learning rates, filling in: what goes beyond the paper's method."""
 
+import copy
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ from models.spiking import LIF, fire
 from pipeline.machine import Machine
 from pipeline.masks import MASKS, hidden_pixels
 from pipeline.presets import PRESETS
-from pipeline.run_folder import RunFolder, load_weights
+from pipeline.run_folder import NETWORKS, RunFolder, load_weights
 from pipeline.training import LR_SCHEDULES, Schedule, Trainer, _moving_average
 from scripts import pack
 
@@ -99,6 +100,47 @@ def test_a_switch_of_the_preset_can_be_switched_off(cli, grey, tmp_path):
     assert config["revive_codes"] is False and config["clipped_error"] is True
 
 
+# ---- beginning with a run's networks ----
+
+
+def test_denoiser_trained_on(improved, cli, grey, tmp_path):
+    """A learning rate of nearly nothing leaves the weights as they were; the run has all it needs to be evaluated."""
+    still = ("--diffusion_lr", 1e-9, "--ema_decay", 0, "--diffusion_epochs", 1)
+    outcome = cli(*grey, "--start_from", improved, "--stage", "sdid", *still, "--result_path", tmp_path)
+    assert (outcome.status, outcome.err) == (0, "")
+    run = tmp_path / "ImageFolder" / "snn-vq-vae"
+    config, before = (json.loads((folder / "config.json").read_text()) for folder in (run, improved))
+    assert {key: config[key] for key in NETWORKS} == {key: before[key] for key in NETWORKS}
+    for name in ("model.pth", "diff_result/diff_model.pth"):
+        old, new = load_weights(improved / name), load_weights(run / name)
+        weights = [key for key in old if "running" not in key and "num_batches" not in key]
+        assert weights and all(torch.allclose(old[key], new[key], atol=1e-6) for key in weights)
+    assert cli("--checkpoint", run, "--num_samples", 2, "--metrics", "mse").status == 0
+
+
+def test_both_networks_trained_on(improved, cli, grey, tmp_path):
+    still = ("--lr", 1e-9, "--diffusion_lr", 1e-9, "--ema_decay", 0, "--epochs", 1, "--diffusion_epochs", 1)
+    still = (*still, "--no-revive_codes", "--num_samples", 2, "--metrics", "mse")
+    assert cli(*grey, "--start_from", improved, *still, "--result_path", tmp_path).status == 0
+    for name in ("model.pth", "diff_result/diff_model.pth"):
+        old, new = (load_weights(run / name) for run in (improved, tmp_path / "ImageFolder" / "snn-vq-vae"))
+        assert all(torch.allclose(old[key], new[key], atol=1e-6) for key in old if key.endswith("weight"))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--denoiser_channels", 32), "another network"),
+        (("--stage", "sdid", "--codebook_size", 9), "another network"),
+        (("--resume", "there"), "begins a new run"),
+    ],
+)
+def test_mistakes_at_the_beginning(options, expected, improved, cli, grey, tmp_path):
+    outcome = cli(*grey, "--start_from", improved, *options, "--result_path", tmp_path)
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1) and expected in outcome.err
+    assert cli(*grey, "--start_from", tmp_path).err.count("is not the folder of a run") == 1
+
+
 # ---- learning rate and averaged weights ----
 
 
@@ -143,6 +185,37 @@ def test_kept_statistics_are_those_of_the_averaged_weights(tmp_path):
     torch.testing.assert_close(kept[2].running_var, out.var(0), rtol=0.1, atol=0)
     assert kept[2].momentum == 0.1 and not torch.allclose(model[2].running_mean, kept[2].running_mean, rtol=1e-3)
     assert torch.equal(load_weights(tmp_path / "kept.pth")["2.running_mean"], kept[2].running_mean)
+
+
+@pytest.mark.parametrize("ema_decay", [0, 0.9])
+def test_fixed_statistics(tmp_path, ema_decay):
+    """From the middle of the steps on they are those of the weights there, in training and in what is kept."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.BatchNorm1d(4))
+    schedule = Schedule(epochs=3, batch_size=10, lr=0.1, seed=0, ema_decay=ema_decay, fixed_norm=0.5)
+    seen = []  # of each step: whether batch norm is in training mode, the layer before it, its mean afterwards
+
+    def losses(network, batch, part, generator):
+        out = network(batch[part])
+        if network is model and torch.is_grad_enabled():
+            seen.append((model[2].training, copy.deepcopy(model[1]), model[2].running_mean.clone()))
+        return {"loss": (out - 5).square().mean()}
+
+    with RunFolder(tmp_path) as run:
+        trainer = Trainer(
+            *((1, "test"), model, torch.randn(200, 1, 3) * 3 + 1, losses, lambda network, epoch: {}),
+            run=run,
+            checkpoint=tmp_path / "kept.pth",
+            schedule=schedule,
+            machine=Machine(torch.device("cpu"), bf16=False),
+        )
+        assert trainer.train()
+    assert [training for training, *_ in seen] == [True] * 30 + [False] * 30
+    assert all(torch.equal(mean, seen[30][2]) for *_, mean in seen[30:])
+    _, layer, mean = seen[30]
+    torch.testing.assert_close(mean, layer(trainer.examples.flatten(1)).mean(0))
+    assert not torch.equal(layer.weight, seen[-1][1].weight), "the weights are trained on"
+    assert torch.equal(trainer.kept[2].running_mean, seen[30][2])
 
 
 @pytest.mark.parametrize("constant", [True, False])
