@@ -79,7 +79,7 @@ def build_parser(description: str) -> Parser:
         type=checkpoint,
         metavar="FILE",
     )
-    start = "begin with the networks of this run folder, or packed copy of one; --stage sdid trains its denoiser alone [untrained ones]"
+    start = "begin with the networks of this run folder; with --stage sdid its autoencoder stays as it is [untrained]"
     add("--start_from", start, type=Path, metavar="RUN")
     add("--resume", "go on with this run folder, or its last.pth", type=Path, metavar="RUN")
     add("--result_path", "where run folders are made", Path("result"), type=Path, metavar="DIR")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from datasets import ImageData, load_dataset
-from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
 from models import AUTOENCODERS, DENOISERS, FSVAE, build_denoiser, build_model
+from models.vq_autoencoder import VQAutoencoder
 from pipeline.distributed import from_writer
 from pipeline.evaluation import METRICS, Evaluation, energy_figures, reconstruction_figures
 from pipeline.figures import write_figures
@@ -138,12 +138,10 @@ class Pipeline:
         vqsvae = self.load_autoencoder()
         codes = encode_images(vqsvae, self.data.train, self.machine, o.eval_batch_size)
         torch.manual_seed(derive_seed(o.seed, 2))
-        denoiser = self._new_denoiser()
-        diffusion = AbsorbingDiffusion(o.codebook_size, codes[0].numel())
+        denoiser = self.machine.place(self._new_denoiser())
         schedule = self._schedule(o.diffusion_epochs, o.diffusion_lr or o.lr, o.fixed_norm)
         settings = {"run": self.run, "schedule": schedule, "machine": self.machine}
-        trainer = sdid_trainer(self.machine.place(denoiser), vqsvae, diffusion, codes, o.loss, **settings)
-        return self._train(trainer)
+        return self._train(sdid_trainer(denoiser, self._code_diffusion(vqsvae, denoiser), codes, o.loss, **settings))
 
     def _new_denoiser(self) -> nn.Module:
         """The denoiser that training begins with. Raises UserError where the options do not fit each other."""
@@ -216,7 +214,7 @@ class Pipeline:
     def _with_temperature(self, generator: CodeDiffusion) -> tuple[CodeDiffusion, str]:
         o = self.options
         if o.temperature != "auto":
-            return replace(generator, temperature=o.temperature), ""
+            return generator, ""
         temperature = choose_temperature(generator, self.data, o.fad_weights, self.run)
         return replace(generator, temperature=temperature), " chosen on held-out training images"
 
@@ -227,12 +225,16 @@ class Pipeline:
         """
         o, autoencoder = self.options, self.load_autoencoder()
         self.run.check_writable()
-        how = {"machine": self.machine, "seed": o.seed, "batch_size": o.eval_batch_size}
         if not self.has_denoiser:
-            return PriorSampling(autoencoder, **how)
-        denoiser = self.load_denoiser(autoencoder)
-        how |= {"sample_steps": o.sample_steps, "reveal_order": o.reveal_order}
-        return CodeDiffusion(autoencoder, denoiser, self.code_grid(), **how)
+            return PriorSampling(autoencoder, self.machine, o.seed, o.eval_batch_size)
+        return self._code_diffusion(autoencoder, self.load_denoiser(autoencoder))
+
+    def _code_diffusion(self, autoencoder: VQAutoencoder, denoiser: nn.Module) -> CodeDiffusion:
+        """The two networks together as the options say; at temperature 1 where that is still to be chosen."""
+        o = self.options
+        temperature = 1.0 if o.temperature == "auto" else o.temperature
+        how = {"sample_steps": o.sample_steps, "reveal_order": o.reveal_order, "batch_size": o.eval_batch_size}
+        return CodeDiffusion(autoencoder, denoiser, self.code_grid(), self.machine, o.seed, temperature, **how)
 
     def load_denoiser(self, autoencoder: nn.Module) -> nn.Module:
         """The denoiser beside the autoencoder."""

@@ -1,24 +1,23 @@
 """What each network learns from, and what is shown of it after each epoch."""
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion.absorbing import AbsorbingDiffusion
 from metrics.codebook import usage
 from models import FSVAE
 from models.vq_autoencoder import VQAutoencoder
 from pipeline import distributed
-from pipeline.generators import PriorSampling
+from pipeline.generators import CodeDiffusion, PriorSampling
 from pipeline.pictures import grid, save_png, to_float
 from pipeline.run_folder import RunFolder
-from pipeline.sampling import decode_codes, draw_codes, encode_images
+from pipeline.sampling import decode_codes, encode_images
 from pipeline.training import Figures, Losses, Trainer
 
 PREVIEW_IMAGES = 16
-PREVIEW_TEMPERATURE = 0.65  # of the release's pictures during training
 USAGE_IMAGES = 1000  # of the test split, whose codes tell the codebook's usage after each epoch
 FEWEST_CODES = 0.02  # of the codebook; a usage below this is warned about
 SCHEDULED_SAMPLING = (0.1, 0.3)  # probability in the first epoch, and after the last, of FSVAE
@@ -68,19 +67,16 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> 
     return trainer
 
 
-def sdid_trainer(
-    denoiser: nn.Module, vqsvae: VQAutoencoder, diffusion: AbsorbingDiffusion, codes: Tensor, loss: str, **options: Any
-) -> Trainer:
-    """Stage 2: the denoiser on `codes [N,h,w]`; previews are samples that `vqsvae` decodes."""
-    run, machine, seed = options["run"], options["machine"], options["schedule"].seed
+def sdid_trainer(denoiser: nn.Module, generator: CodeDiffusion, codes: Tensor, loss: str, **options: Any) -> Trainer:
+    """Stage 2: the denoiser on `codes [N,h,w]`; previews are what `generator` draws with it."""
+    run, diffusion = options["run"], generator.diffusion
 
-    def losses(network: nn.Module, batch: Tensor, part: slice, generator: torch.Generator) -> Losses:
-        return {"loss": diffusion.loss(network, batch.long(), generator, loss, part)}
+    def losses(network: nn.Module, batch: Tensor, part: slice, noise: torch.Generator) -> Losses:
+        return {"loss": diffusion.loss(network, batch.long(), noise, loss, part)}
 
     def preview(denoiser: nn.Module, epoch: int) -> Figures:
-        noise = diffusion.noise(seed, range(PREVIEW_IMAGES), tuple(codes.shape[1:]))
-        drawn = draw_codes(denoiser, diffusion, noise, machine, temperature=PREVIEW_TEMPERATURE)
-        show(run, "samples", grid(decode_codes(vqsvae, drawn, machine), PREVIEW_IMAGES // 2), epoch)
+        images = replace(generator, denoiser=denoiser).draw(range(PREVIEW_IMAGES))
+        show(run, "samples", grid(images, PREVIEW_IMAGES // 2), epoch)
         return {}
 
     return Trainer((2, "sdid"), denoiser, codes, losses, preview, checkpoint=run.denoiser, **options)
