@@ -54,11 +54,10 @@ class AbsorbingDiffusion:
         """
         count, height, width = codes.shape
         how = {"generator": generator, "device": codes.device}
-        places = torch.rand(count, len(spread_places(height, width).unique()), **how)
-        order = spread_order(places, torch.rand(codes.shape, **how))
+        order = spread_order(torch.rand(count, 2, height, width, **how))
         gone = torch.rand(count, **how) ** REVEAL_ORDERS["spread"]
-        t = self.num_timesteps - (self.num_timesteps * gone).long()
-        mask = order >= (self.num_timesteps - t).view(-1, 1, 1)
+        revealed = (self.num_timesteps * gone).long()
+        t, mask = self.num_timesteps - revealed, order >= revealed.view(-1, 1, 1)
         return torch.where(mask, self.mask_token, codes), mask, t
 
     def cross_entropy(self, logits: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
@@ -122,9 +121,8 @@ class AbsorbingDiffusion:
         if reveal_order == "random":
             times = torch.from_numpy(np.stack([g.integers(1, self.num_timesteps + 1, grid) for g in generators]))
         else:
-            number = len(spread_places(*grid).unique())
-            places, cells = zip(*((g.random(number), g.random(grid)) for g in generators), strict=True)
-            times = self.num_timesteps - spread_order(*(torch.from_numpy(np.stack(keys)) for keys in (places, cells)))
+            keys = torch.from_numpy(np.stack([g.random((2, *grid)) for g in generators]))
+            times = self.num_timesteps - spread_order(keys)
         uniforms = torch.from_numpy(np.stack([g.random(grid) for g in generators]))
         return SamplingNoise(self.reveal_schedule(times, sample_steps, REVEAL_ORDERS[reveal_order]), uniforms)
 
@@ -192,14 +190,13 @@ def spread_places(height: int, width: int) -> Tensor:
     return torch.arange(rows * columns).view(rows, columns).repeat(2, 2)[:height, :width]
 
 
-def spread_order(places: Tensor, cells: Tensor) -> Tensor:
+def spread_order(keys: Tensor) -> Tensor:
     """Orders of the cells of N grids, int64 `[N,h,w]` from 0, in which cells of one place follow one another.
 
-    Both arguments are random: numbers `[N,P]` of the places put these in order, and `[N,h,w]` in [0,1) the up to four
-    cells of each.
+    `keys [N,2,h,w]` are random numbers in [0,1): of the places, by which these are sorted, and of each one's cells.
     """
-    turns = places.argsort(1).argsort(1)[:, spread_places(*cells.shape[1:]).to(places.device)]
-    return (turns + cells).flatten(1).argsort(1).argsort(1).view(cells.shape)
+    turns = keys[:, 0].flatten(1).argsort(1).argsort(1)[:, spread_places(*keys.shape[2:]).to(keys.device)]
+    return (turns + keys[:, 1]).flatten(1).argsort(1).argsort(1).view_as(turns)
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
