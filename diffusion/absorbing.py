@@ -147,14 +147,18 @@ class AbsorbingDiffusion:
         noise: SamplingNoise,
         temperature: float = 1.0,
         given: Tensor | None = None,
+        final_temperature: float | None = None,
     ) -> Tensor:
         """Draw codes int64 `[N,h,w]`; those that are not the mask token in `given [N,h,w]` stay as they are.
+
+        The temperature changes evenly from `temperature` at t = T to `final_temperature` (the same) at t = 0.
 
         In the random order a token that is still masked is revealed with probability 1/t at t = T..1, hence at a time
         uniform on 1..T. A timestep that reveals nothing in an image changes nothing, so each image goes straight to its
         next reveal: images of one batch are at different t, and only logits of revealed tokens are asked for.
         """
         times = noise.reveal_times
+        temperatures = self._temperatures(times, temperature, final_temperature)
         tokens = torch.full_like(times, self.mask_token) if given is None else given.clone()
         active = torch.arange(len(tokens), device=tokens.device)
         while len(active):
@@ -165,19 +169,31 @@ class AbsorbingDiffusion:
             if len(active):
                 logits = denoiser(tokens[active], t, where)
                 revealed = tokens[active]
-                revealed[where] = draw(logits, noise.uniforms[active][where], temperature)
+                revealed[where] = draw(logits, noise.uniforms[active][where], temperatures[active][where])
                 tokens[active] = revealed
         return tokens
 
     @torch.no_grad()
-    def sample_every_timestep(self, denoiser: Denoiser, noise: SamplingNoise, temperature: float = 1.0) -> Tensor:
+    def sample_every_timestep(
+        self,
+        denoiser: Denoiser,
+        noise: SamplingNoise,
+        temperature: float = 1.0,
+        final_temperature: float | None = None,
+    ) -> Tensor:
         """The sampler written out: all T timesteps, the whole grid at each. Same codes as `sample`, for comparison."""
+        temperatures = self._temperatures(noise.reveal_times, temperature, final_temperature)
         tokens = torch.full_like(noise.reveal_times, self.mask_token)
         for t in range(self.num_timesteps, 0, -1):
             logits = denoiser(tokens, torch.full((len(tokens),), t, device=tokens.device))
             where = noise.reveal_times == t
-            tokens[where] = draw(logits.permute(0, 2, 3, 1)[where], noise.uniforms[where], temperature)
+            tokens[where] = draw(logits.permute(0, 2, 3, 1)[where], noise.uniforms[where], temperatures[where])
         return tokens
+
+    def _temperatures(self, times: Tensor, first: float, last: float | None) -> Tensor:
+        """Float64, of the shape of `times`."""
+        change = 0.0 if last is None else last - first
+        return first + change * (1 - times.double() / self.num_timesteps)
 
     def trajectory(self, codes: Tensor, noise: SamplingNoise, t: int) -> Tensor:
         """Tokens `[N,h,w]` as they were after timestep t of the run that drew `codes` from `noise` (t = T+1: none)."""
@@ -199,7 +215,7 @@ def spread_order(keys: Tensor) -> Tensor:
     return (turns + keys[:, 1]).flatten(1).argsort(1).argsort(1).view_as(turns)
 
 
-def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
-    """Codes int64 `[P]` from `softmax(logits / temperature)`, `[P,K]`, by inverting its sum at `uniforms [P]`."""
-    probabilities = torch.softmax(logits.double() / temperature, 1)
+def draw(logits: Tensor, uniforms: Tensor, temperatures: Tensor) -> Tensor:
+    """Codes int64 `[P]` from `softmax(logits / temperatures)` of logits `[P,K]`, by inverting its sum at `uniforms`."""
+    probabilities = torch.softmax(logits.double() / temperatures[:, None], 1)
     return (probabilities.cumsum(1) < uniforms[:, None]).sum(1).clamp_max(logits.shape[1] - 1)

@@ -62,6 +62,7 @@ class CodeDiffusion:
     machine: Machine
     seed: int
     temperature: float = 1.0
+    final_temperature: float | None = None
     sample_steps: int | None = None
     reveal_order: str = "random"
     batch_size: int = 64
@@ -103,8 +104,8 @@ class CodeDiffusion:
 
     def _draw_codes(self, samples: range, given: Tensor | None = None) -> tuple[Tensor, SamplingNoise]:
         noise = self.diffusion.noise(self.seed, samples, self.grid, self.sample_steps, self.reveal_order)
-        how = {"temperature": self.temperature, "batch_size": self.batch_size}
-        return draw_codes(self.denoiser, self.diffusion, noise, self.machine, given=given, **how), noise
+        how = {"temperature": self.temperature, "final_temperature": self.final_temperature, "given": given}
+        return draw_codes(self.denoiser, self.diffusion, noise, self.machine, self.batch_size, **how), noise
 
     def cost(self, images: Tensor) -> Cost:
         """The denoiser sees the codes of `images`, masked at timesteps drawn from the seed; a sample is T passes."""

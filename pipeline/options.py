@@ -152,6 +152,8 @@ def build_parser(description: str) -> Parser:
         type=temperature,
         metavar="X",
     )
+    final = "what the temperature changes to, evenly while tokens are revealed [as --temperature]"
+    add("--final_temperature", final, type=number(float, 1e-9), metavar="X")
     add("--sample_steps", "timesteps of sampling, up to T, the number of an image's codes [T]", type=whole, metavar="N")
     add("--reveal_order", "spread: few tokens at first, and far apart from each other", "random", choices=REVEAL_ORDERS)
     many = number(int, 1, 10**6)

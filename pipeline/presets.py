@@ -25,5 +25,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reveal_order": "spread",
         "sample_steps": 40,
         "temperature": 1.0,
+        "final_temperature": 0.8,
     },
 }

@@ -63,21 +63,20 @@ def draw_codes(
     diffusion: AbsorbingDiffusion,
     noise: SamplingNoise,
     machine: Machine,
-    *,
-    temperature: float,
-    given: Tensor | None = None,
     batch_size: int = 64,
+    given: Tensor | None = None,
+    **temperatures: float | None,
 ) -> Tensor:
     """Codes int64 `[N,h,w]` on the CPU, one grid for each of the N samples of `noise`.
 
-    Tokens of `given [N,h,w]` that are not masked are kept.
+    Tokens of `given [N,h,w]` that are not masked are kept. For the temperatures see `AbsorbingDiffusion.sample`.
     """
     denoiser.eval()
 
     def draw(part: Tensor) -> Tensor:
         here = SamplingNoise(*(values[part].to(machine.device) for values in noise))
         kept = None if given is None else given[part].to(machine.device)
-        return diffusion.sample(denoiser.logits_at, here, temperature, kept)
+        return diffusion.sample(denoiser.logits_at, here, given=kept, **temperatures)
 
     with machine.autocast():
         return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", draw)

@@ -204,7 +204,9 @@ class Pipeline:
         how = "drawn from its prior"
         if isinstance(generator, CodeDiffusion):
             generator, chosen = self._with_temperature(generator)
-            how = f"temperature {generator.temperature:g}{chosen}, {generator.sample_steps or 'all'} timesteps"
+            how = f"temperature {generator.temperature:g}{chosen}"
+            how += f" changing to {generator.final_temperature:g}" if generator.final_temperature else ""
+            how += f", {generator.sample_steps or 'all'} timesteps"
             how += ", spread order" if generator.reveal_order == "spread" else ""
             save_png(self.run.samples / "trajectory.png", generator.trajectory())
         images = generator.draw(range(count))
@@ -233,8 +235,9 @@ class Pipeline:
         """The two networks together as the options say; at temperature 1 where that is still to be chosen."""
         o = self.options
         temperature = 1.0 if o.temperature == "auto" else o.temperature
-        how = {"sample_steps": o.sample_steps, "reveal_order": o.reveal_order, "batch_size": o.eval_batch_size}
-        return CodeDiffusion(autoencoder, denoiser, self.code_grid(), self.machine, o.seed, temperature, **how)
+        how = {key: getattr(o, key) for key in ("final_temperature", "sample_steps", "reveal_order")}
+        how |= {"temperature": temperature, "batch_size": o.eval_batch_size}
+        return CodeDiffusion(autoencoder, denoiser, self.code_grid(), self.machine, o.seed, **how)
 
     def load_denoiser(self, autoencoder: nn.Module) -> nn.Module:
         """The denoiser beside the autoencoder."""

@@ -114,8 +114,23 @@ def test_skipping_sampler_equals_every_timestep(diffusion):
         return torch.stack([torch.sin(field * (k + 1.0)) for k in range(K)], 1)
 
     noise = diffusion.noise(5, range(20), (SIDE, SIDE))
-    skipping = diffusion.sample(lambda x, t, where: logits(x, t).permute(0, 2, 3, 1)[where], noise, 0.5)
-    assert torch.equal(skipping, diffusion.sample_every_timestep(logits, noise, 0.5))
+    for temperatures in ({"temperature": 0.5}, {"temperature": 0.9, "final_temperature": 0.2}):
+        skipping = diffusion.sample(lambda x, t, where: logits(x, t).permute(0, 2, 3, 1)[where], noise, **temperatures)
+        assert torch.equal(skipping, diffusion.sample_every_timestep(logits, noise, **temperatures))
+
+
+def test_temperature_changes_while_tokens_are_revealed(diffusion):
+    """From 100, where a logit of 30 hardly counts, to one where it decides."""
+    logits = torch.zeros(1, K)
+    logits[0, 2] = 30
+    noise = diffusion.noise(0, range(400), (SIDE, SIDE))
+    how = {"temperature": 100.0, "final_temperature": 1e-3}
+    drawn = diffusion.sample(lambda x, t, where: logits.expand(int(where.sum()), -1), noise, **how)
+    for t in (T, T // 2, 1):
+        expected = torch.softmax(logits[0].double() / (1e-3 + (100 - 1e-3) * t / T), 0)[2].item()
+        share = (drawn[noise.reveal_times == t] == 2).double().mean().item()
+        assert share == pytest.approx(expected, abs=0.08)
+    assert expected > 0.99
 
 
 def test_a_sample_has_its_own_noise(diffusion):
@@ -206,10 +221,10 @@ def test_trajectory_goes_from_all_masked_to_finished(diffusion):
 def test_draw_inverts_the_cumulative_sum():
     logits = torch.tensor([[0.2, 0.3, 0.5]]).log().repeat(5, 1)
     uniforms = torch.tensor([0.0, 0.19, 0.21, 0.51, 0.999999], dtype=torch.float64)
-    assert draw(logits, uniforms, 1.0).tolist() == [0, 0, 1, 2, 2]
+    assert draw(logits, uniforms, torch.ones(5)).tolist() == [0, 0, 1, 2, 2]
 
 
 def test_low_temperature_takes_the_likeliest():
     logits = torch.randn(50, K, generator=torch.Generator().manual_seed(0))
     uniforms = torch.rand(50, generator=torch.Generator().manual_seed(1)).double()
-    assert torch.equal(draw(logits, uniforms, 1e-3), logits.argmax(1))
+    assert torch.equal(draw(logits, uniforms, torch.full((50,), 1e-3)), logits.argmax(1))
