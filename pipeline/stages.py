@@ -295,7 +295,8 @@ class Pipeline:
                 raise UserError(f"--stage sdid: {self.options.model} draws from its own prior and has no second stage")
             if self.options.start_from and not from_writer(self.run.model.is_file):
                 self.run.lock()
-                save_weights(self.run.model, from_writer(partial(load_weights, self.options.start_from / "model.pth")))
+                start = RunFolder(self.options.start_from)
+                save_weights(self.run.model, from_writer(partial(load_weights, start.model)))
             codes = self.load_autoencoder().codebook_size
             if codes != self.options.codebook_size:
                 raise UserError(f"{self.autoencoder_path} has {codes} codes: say so with --codebook_size {codes}")
