@@ -5,7 +5,7 @@ file knows no network and no image: a denoiser is passed in.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +20,11 @@ REVEAL_ORDERS = {"random": 1, "spread": 2}
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """Tokens `[N,h,w]` and timesteps `[N]` to logits `[N,K,h,w]`."""
 
-LocalDenoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Tokens `[N,h,w]`, timesteps `[N]` and wanted positions, bool `[N,h,w]` with P set, to their logits `[P,K]`."""
+LocalDenoiser = Callable[..., Tensor]
+"""Tokens `[N,h,w]`, timesteps `[N]` and wanted positions, bool `[N,h,w]` with P set, to their logits `[P,K]`.
+
+What else there is to know of each image may follow, `[N,...]`.
+"""
 
 
 class SamplingNoise(NamedTuple):
@@ -148,8 +151,11 @@ class AbsorbingDiffusion:
         temperature: float = 1.0,
         given: Tensor | None = None,
         final_temperature: float | None = None,
+        known: Sequence[Tensor] = (),
     ) -> Tensor:
         """Draw codes int64 `[N,h,w]`; those that are not the mask token in `given [N,h,w]` stay as they are.
+
+        `known` is what else the denoiser is told of each sample, `[N,...]`.
 
         The temperature changes evenly from `temperature` at t = T to `final_temperature` (the same) at t = 0.
 
@@ -167,7 +173,7 @@ class AbsorbingDiffusion:
             active, t = active[t > 0], t[t > 0]
             where = (tokens[active] == self.mask_token) & (times[active] == t.view(-1, 1, 1))
             if len(active):
-                logits = denoiser(tokens[active], t, where)
+                logits = denoiser(tokens[active], t, where, *(each[active] for each in known))
                 revealed = tokens[active]
                 revealed[where] = draw(logits, noise.uniforms[active][where], temperatures[active][where])
                 tokens[active] = revealed

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.prototypes import Prototypes
 from models.spiking import Firing, apply_head
 
 HEADS = 16  # groups of channels, each of which mixes positions in its own way
@@ -57,12 +58,14 @@ class ResidualSDID(nn.Module):
     Tokens enter as spikes, one for each token among K + 1 channels, through a convolution that makes a square of
     tokens one position; positions have embeddings; the mean firing rate of the last currents goes through a linear
     layer to the logits of the square. There is no embedding of the timestep: which tokens are masked tells more.
+    With `prototypes`, the currents of one are added to those of the tokens.
 
     Args:
         codebook_size: number of codes K.
         spike_steps: S.
         width: channels of all blocks, a multiple of HEADS. Raises ValueError if it is not.
         blocks: number of `MixingBlock`.
+        prototypes: number of `Prototypes`, which have to be fitted; 0: none.
         grid: height and width of the grid of codes. Squares are 2x2, or single tokens where a side is odd.
     """
 
@@ -72,6 +75,7 @@ class ResidualSDID(nn.Module):
         spike_steps: int = 2,
         width: int = 192,
         blocks: int = 4,
+        prototypes: int = 0,
         grid: tuple[int, int] = (14, 14),
     ):
         super().__init__()
@@ -81,6 +85,7 @@ class ResidualSDID(nn.Module):
         height, columns = grid[0] // patch, grid[1] // patch
         self.codebook_size, self.spike_steps, self.patch, self.plain = codebook_size, spike_steps, patch, False
         self.embed = nn.Conv2d(codebook_size + 1, width, patch, stride=patch, bias=False)
+        self.prototypes = Prototypes(prototypes, codebook_size, width, patch, grid) if prototypes else None
         self.position = nn.Parameter(torch.randn(width, height, columns) / 2)
         self.blocks = nn.Sequential(*(MixingBlock(width, height * columns, spike_steps) for _ in range(blocks)))
         self.fire = Firing(width, spike_steps, THRESHOLD_BIAS)
@@ -93,11 +98,23 @@ class ResidualSDID(nn.Module):
         width, channels, patch, _ = weights["embed.weight"].shape
         height, columns = weights["position"].shape[1:]
         blocks = sum(name.endswith(".mix.weight") for name in weights)
+        prototypes = len(weights.get("prototypes.counts", ()))
         grid = (patch * height, patch * columns)
-        return dict(codebook_size=channels - 1, width=width, blocks=blocks, grid=grid)
+        return dict(codebook_size=channels - 1, width=width, blocks=blocks, prototypes=prototypes, grid=grid)
 
-    def forward(self, tokens: Tensor, t: Tensor) -> Tensor:
-        """Tokens int `[N,h,w]` in 0..K (K = mask) to logits `[N,K,h,w]`; `t` has no influence."""
+    def take_over(self, weights: dict[str, Tensor]) -> None:
+        """Begin with the weights of a network like this one, or of one without prototypes: they have no influence yet.
+
+        Raises RuntimeError if something else differs.
+        """
+        own = {name: value for name, value in self.state_dict().items() if name.startswith("prototypes.")}
+        self.load_state_dict(own | weights)
+
+    def forward(self, tokens: Tensor, t: Tensor, prototype: Tensor | None = None) -> Tensor:
+        """Tokens int `[N,h,w]` in 0..K (K = mask) to logits `[N,K,h,w]`; `t` has no influence.
+
+        `prototype` int `[N]` is that of each image, where it is known.
+        """
         mean = torch.full((self.spike_steps,), 1 / self.spike_steps, device=tokens.device).to(self.head.weight)
         spikes = F.one_hot(tokens.long(), self.codebook_size + 1).permute(0, 3, 1, 2).to(self.head.weight)
         if self.plain:
@@ -105,12 +122,20 @@ class ResidualSDID(nn.Module):
             currents = self.embed(spikes.flatten(0, 1)).unflatten(0, spikes.shape[:2])
         else:
             currents = self.embed(spikes)
+        if prototype is not None:
+            currents = currents + self._told(prototype)
         x = self.blocks(currents + self.position)
         x = self.fire(x) if self.plain else self.fire(x, mean)
         return F.pixel_shuffle(apply_head(self.head, x, mean), self.patch)
 
-    def logits_at(self, tokens: Tensor, t: Tensor, where: Tensor) -> Tensor:
+    def _told(self, prototype: Tensor) -> Tensor:
+        """Currents of the prototypes, `[N,C,h,w]`, in plain mode `[S,N,C,h,w]`."""
+        if self.plain:
+            return torch.stack([self.prototypes(prototype) for _ in range(self.spike_steps)])
+        return self.prototypes(prototype)
+
+    def logits_at(self, tokens: Tensor, t: Tensor, where: Tensor, prototype: Tensor | None = None) -> Tensor:
         """`forward` at the P positions set in `where [N,h,w]`: `[P,K]`. All depend on the whole grid."""
         if self.training:
             raise RuntimeError("logits_at needs evaluation mode: a sample must not depend on its batch")
-        return self(tokens, t).permute(0, 2, 3, 1)[where]
+        return self(tokens, t, prototype).permute(0, 2, 3, 1)[where]

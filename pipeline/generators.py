@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from metrics.energy import Operations, count, firing_rates
 from models import FSVAE
+from models.prototypes import Prototypes
 from models.spiking import set_plain
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.machine import Machine
@@ -72,6 +73,15 @@ class CodeDiffusion:
         """Of as many timesteps as an image has codes."""
         return AbsorbingDiffusion(self.autoencoder.codebook_size, math.prod(self.grid))
 
+    @property
+    def prototypes(self) -> Prototypes | None:
+        """Of the denoiser."""
+        return getattr(self.denoiser, "prototypes", None)
+
+    def known(self, codes: Tensor) -> list[Tensor]:
+        """What the denoiser is told of images with these `codes [N,h,w]` besides them: nothing, or their prototypes."""
+        return [self.prototypes.nearest(codes, self.autoencoder.vq_layer)] if self.prototypes else []
+
     def encode(self, images: Tensor) -> Tensor:
         """Codes `[N,h,w]`."""
         return encode_images(self.autoencoder, images, self.machine, self.batch_size)
@@ -104,7 +114,9 @@ class CodeDiffusion:
 
     def _draw_codes(self, samples: range, given: Tensor | None = None) -> tuple[Tensor, SamplingNoise]:
         noise = self.diffusion.noise(self.seed, samples, self.grid, self.sample_steps, self.reveal_order)
-        how = {"temperature": self.temperature, "final_temperature": self.final_temperature, "given": given}
+        known = [self.prototypes.draw(self.seed, samples)] if self.prototypes and given is None else []
+        how = {"temperature": self.temperature, "final_temperature": self.final_temperature}
+        how |= {"given": given, "known": known}
         return draw_codes(self.denoiser, self.diffusion, noise, self.machine, self.batch_size, **how), noise
 
     def cost(self, images: Tensor) -> Cost:
@@ -114,10 +126,11 @@ class CodeDiffusion:
         generator = torch.Generator(device).manual_seed(self.seed)
         t = torch.randint(1, diffusion.num_timesteps + 1, (len(images),), generator=generator, device=device)
         tokens, _ = diffusion.q_sample(codes, t, generator)
+        known = self.known(codes)
         parts = {
             "encode": (model, lambda: model.encode(pixels)),
             "decode": (model, lambda: model.decode(codes)),
-            "denoiser_pass": (self.denoiser, lambda: self.denoiser(tokens, t)),
+            "denoiser_pass": (self.denoiser, lambda: self.denoiser(tokens, t, *known)),
         }
         cost = _cost(parts, len(images))
         passes = self.sample_steps or diffusion.num_timesteps

@@ -46,7 +46,7 @@ IDENTITY = (
 
 NETWORKS = (
     *(*IDENTITY, "readout", "train_images", "held_out"),
-    *("revive_codes", "clipped_error", "denoiser_channels", "denoiser_blocks"),
+    *("revive_codes", "clipped_error", "denoiser_channels", "denoiser_blocks", "images_per_prototype"),
 )
 """Options that a training which begins with a run's networks takes over from it."""
 

@@ -2,7 +2,7 @@
 
 import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,18 +65,21 @@ def draw_codes(
     machine: Machine,
     batch_size: int = 64,
     given: Tensor | None = None,
+    known: Sequence[Tensor] = (),
     **temperatures: float | None,
 ) -> Tensor:
     """Codes int64 `[N,h,w]` on the CPU, one grid for each of the N samples of `noise`.
 
-    Tokens of `given [N,h,w]` that are not masked are kept. For the temperatures see `AbsorbingDiffusion.sample`.
+    Tokens of `given [N,h,w]` that are not masked are kept. For `known` and the temperatures see
+    `AbsorbingDiffusion.sample`.
     """
     denoiser.eval()
 
     def draw(part: Tensor) -> Tensor:
         here = SamplingNoise(*(values[part].to(machine.device) for values in noise))
         kept = None if given is None else given[part].to(machine.device)
-        return diffusion.sample(denoiser.logits_at, here, given=kept, **temperatures)
+        told = [each[part].to(machine.device) for each in known]
+        return diffusion.sample(denoiser.logits_at, here, given=kept, known=told, **temperatures)
 
     with machine.autocast():
         return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", draw)

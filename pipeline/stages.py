@@ -138,10 +138,24 @@ class Pipeline:
         vqsvae = self.load_autoencoder()
         codes = encode_images(vqsvae, self.data.train, self.machine, o.eval_batch_size)
         torch.manual_seed(derive_seed(o.seed, 2))
-        denoiser = self.machine.place(self._new_denoiser())
+        denoiser = self._new_denoiser()
+        self._fit_prototypes(denoiser, codes, vqsvae)
+        self.machine.place(denoiser)
         schedule = self._schedule(o.diffusion_epochs, o.diffusion_lr or o.lr, o.fixed_norm)
         settings = {"run": self.run, "schedule": schedule, "machine": self.machine}
         return self._train(sdid_trainer(denoiser, self._code_diffusion(vqsvae, denoiser), codes, o.loss, **settings))
+
+    def _fit_prototypes(self, denoiser: nn.Module, codes: Tensor, autoencoder: VQAutoencoder) -> None:
+        """Find what a denoiser with prototypes begins with, unless it has been found before."""
+        prototypes = getattr(denoiser, "prototypes", None)
+        if prototypes is None or prototypes.fitted or self.last.get("stage") == "sdid":
+            return
+
+        def fitted() -> dict[str, Tensor]:
+            prototypes.fit(codes, autoencoder.vq_layer, self.options.seed)
+            return prototypes.state_dict()
+
+        prototypes.load_state_dict(from_writer(fitted))
 
     def _new_denoiser(self) -> nn.Module:
         """The denoiser that training begins with. Raises UserError where the options do not fit each other."""
@@ -153,18 +167,29 @@ class Pipeline:
                 spike_steps=o.denoiser_spike_steps or o.spike_steps,
                 width=o.denoiser_channels,
                 blocks=o.denoiser_blocks,
+                prototypes=self._prototypes(),
                 grid=self.code_grid(),
             )
         except ValueError as error:
             raise UserError(f"--denoiser {o.denoiser}: {error}") from error
         return self._started(denoiser, "denoiser")
 
+    def _prototypes(self) -> int:
+        """How many the denoiser has. Raises UserError if it can have none."""
+        o, images = self.options, len(self.data.train)
+        if o.images_per_prototype and o.denoiser != "residual":
+            raise UserError(f"--images_per_prototype: --denoiser {o.denoiser} has no prototypes; residual has")
+        if o.images_per_prototype > images:
+            raise UserError(f"--images_per_prototype {o.images_per_prototype}: there are {images} training images")
+        return images // o.images_per_prototype if o.images_per_prototype else 0
+
     def _started(self, network: nn.Module, name: str) -> nn.Module:
         """The network with its weights in `--start_from`, where that is given. Raises UserError if they do not fit."""
         if self.options.start_from:
             path = getattr(RunFolder(self.options.start_from), name)
+            take_over = getattr(network, "take_over", network.load_state_dict)
             try:
-                network.load_state_dict(from_writer(partial(load_weights, path)))
+                take_over(from_writer(partial(load_weights, path)))
             except RuntimeError as error:
                 raise UserError(f"{path} is of another network: leave out the options that shape it") from error
         return network

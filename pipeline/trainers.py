@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from metrics.codebook import usage
 from models import FSVAE
+from models.prototypes import NONE
 from models.vq_autoencoder import VQAutoencoder
 from pipeline import distributed
 from pipeline.generators import CodeDiffusion, PriorSampling
@@ -20,6 +21,7 @@ from pipeline.training import Figures, Losses, Trainer
 PREVIEW_IMAGES = 16
 USAGE_IMAGES = 1000  # of the test split, whose codes tell the codebook's usage after each epoch
 FEWEST_CODES = 0.02  # of the codebook; a usage below this is warned about
+UNTOLD = 0.1
 SCHEDULED_SAMPLING = (0.1, 0.3)  # probability in the first epoch, and after the last, of FSVAE
 
 
@@ -68,11 +70,15 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> 
 
 
 def sdid_trainer(denoiser: nn.Module, generator: CodeDiffusion, codes: Tensor, loss: str, **options: Any) -> Trainer:
-    """Stage 2: the denoiser on `codes [N,h,w]`; previews are what `generator` draws with it."""
+    """Stage 2: the denoiser on `codes [N,h,w]`; previews are what `generator` draws with it.
+
+    Of a share UNTOLD of the images the denoiser is not told the prototype: filling in has none.
+    """
     run, diffusion = options["run"], generator.diffusion
 
     def losses(network: nn.Module, batch: Tensor, part: slice, noise: torch.Generator) -> Losses:
-        return {"loss": diffusion.loss(network, batch.long(), noise, loss, part)}
+        known = [_partly_untold(prototypes, noise)[part] for prototypes in generator.known(batch)]
+        return {"loss": diffusion.loss(lambda tokens, t: network(tokens, t, *known), batch.long(), noise, loss, part)}
 
     def preview(denoiser: nn.Module, epoch: int) -> Figures:
         images = replace(generator, denoiser=denoiser).draw(range(PREVIEW_IMAGES))
@@ -80,6 +86,12 @@ def sdid_trainer(denoiser: nn.Module, generator: CodeDiffusion, codes: Tensor, l
         return {}
 
     return Trainer((2, "sdid"), denoiser, codes, losses, preview, checkpoint=run.denoiser, **options)
+
+
+def _partly_untold(prototypes: Tensor, noise: torch.Generator) -> Tensor:
+    """Numbers of prototypes `[N]`, a share UNTOLD of them replaced by NONE."""
+    untold = torch.rand(len(prototypes), generator=noise, device=prototypes.device) < UNTOLD
+    return torch.where(untold, NONE, prototypes)
 
 
 def show(run: RunFolder, name: str, picture: Tensor, epoch: int) -> None:

@@ -1,0 +1,163 @@
+"""What the residual denoiser is told of a whole picture."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion.absorbing import AbsorbingDiffusion
+from models import ResidualSDID
+from models.prototypes import NONE, Prototypes
+from models.quantizer import Codebook
+from models.spiking import set_plain
+from pipeline.run_folder import RunFolder, load_weights
+
+K, GRID = 6, (4, 4)
+
+
+@pytest.fixture
+def codebook():
+    """Embeddings along a line, so that a mean of codes is a code."""
+    codebook = Codebook(K, 2)
+    codebook.embeddings.weight.data = torch.tensor([[float(k), 0.0] for k in range(K)])
+    return codebook
+
+
+@pytest.fixture
+def groups():
+    """Codes of 40 pictures, which are codes 0 to 2, and of 10, which are codes 4 and 5 in the middle."""
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randint(0, 3, (40, *GRID), generator=generator)
+    high = torch.where(torch.rand(10, *GRID, generator=generator) < 0.5, 4, 5)
+    return torch.cat((low, high)).to(torch.int16)
+
+
+def fitted(codes, codebook, count=2):
+    prototypes = Prototypes(count, K, 8, 2, GRID)
+    assert not prototypes.fitted
+    prototypes.fit(codes, codebook, seed=0)
+    assert prototypes.fitted
+    return prototypes
+
+
+def test_average_grids_are_found(groups, codebook):
+    prototypes = fitted(groups, codebook)
+    low, high = prototypes.counts.argsort(descending=True).tolist()
+    assert prototypes.counts[[low, high]].tolist() == [40, 10]
+    for number, members in ((low, groups[:40]), (high, groups[40:])):
+        mean = members.double().mean(0)
+        assert ((prototypes.grids[number] - mean).abs() <= 0.5).all(), "the code nearest to the mean embedding"
+        assert (prototypes.nearest(members, codebook) == number).all()
+
+
+def test_every_image_is_counted_once_and_the_same_seed_finds_the_same(codebook):
+    codes = torch.randint(0, K, (300, *GRID), generator=torch.Generator().manual_seed(1))
+    first, second = fitted(codes, codebook, 20), fitted(codes, codebook, 20)
+    assert first.counts.sum() == 300 and torch.equal(first.grids, second.grids)
+    distances = (codes[:, None].double() - first.grids.double()).square().flatten(2).sum(2)  # [N,G]
+    nearest = first.nearest(codes, codebook)
+    assert torch.equal(distances.gather(1, nearest[:, None])[:, 0], distances.amin(1))
+    assert torch.equal(nearest.bincount(minlength=20), first.counts)
+
+
+def test_more_prototypes_than_kinds_of_image(codebook, recwarn):
+    codes = torch.arange(3).view(3, 1, 1).expand(3, *GRID).repeat(10, 1, 1)
+    prototypes = fitted(codes, codebook, 7)
+    assert prototypes.counts.sum() == 30 and (prototypes.grids[prototypes.nearest(codes, codebook)] == codes).all()
+    assert not recwarn.list, "nothing the user could do about it"
+
+
+def test_drawn_as_often_as_they_occur(codebook):
+    prototypes = Prototypes(4, K, 8, 2, GRID)
+    prototypes.counts.copy_(torch.tensor([30, 0, 10, 0]))
+    drawn = prototypes.draw(0, range(4000))
+    assert set(drawn.tolist()) == {0, 2} and (drawn == 0).double().mean() == pytest.approx(0.75, abs=0.03)
+    assert torch.equal(prototypes.draw(0, [7, 3]), drawn[[7, 3]]), "whatever it is drawn together with"
+    assert not torch.equal(prototypes.draw(1, range(4000)), drawn)
+
+
+def test_they_enter_as_spikes(groups, codebook):
+    """Each code adds its column of weights; none adds nothing."""
+    prototypes = fitted(groups, codebook)
+    assert not prototypes(torch.tensor([0, 1])).any(), "no influence at first"
+    torch.nn.init.normal_(prototypes.embed.weight)
+    currents = prototypes(torch.tensor([1, NONE]))
+    assert currents.shape == (2, 8, 2, 2) and not currents[1].any()
+    weight, square = prototypes.embed.weight, prototypes.grids[1, :2, 2:]
+    expected = sum(weight[:, int(square[y, x]), y, x] for y in (0, 1) for x in (0, 1))
+    torch.testing.assert_close(currents[0, :, 0, 1], expected)
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return ResidualSDID(K, width=16, blocks=1, grid=GRID, **options).eval()
+
+
+@torch.no_grad()
+def test_a_network_without_them_is_taken_over():
+    before, after = small(), small(prototypes=3)
+    torch.nn.init.normal_(before.head.weight)
+    after.take_over(before.state_dict())
+    tokens, t = torch.randint(0, K + 1, (5, *GRID)), torch.ones(5)
+    torch.testing.assert_close(after(tokens, t, torch.tensor([0, 1, 2, 0, NONE])), before(tokens, t))
+    assert ResidualSDID.options_of(after.state_dict())["prototypes"] == 3
+    assert ResidualSDID.options_of(before.state_dict())["prototypes"] == 0
+    for other in (ResidualSDID(K, width=32, blocks=1, grid=GRID), ResidualSDID(K, width=16, blocks=2, grid=GRID)):
+        with pytest.raises(RuntimeError):
+            after.take_over(other.state_dict())
+
+
+@torch.no_grad()
+def test_step_by_step_is_the_same(groups, codebook):
+    denoiser = small(prototypes=2).double()
+    denoiser.prototypes.fit(groups, codebook, seed=0)
+    torch.nn.init.normal_(denoiser.prototypes.embed.weight)
+    tokens, t, told = groups[:4].long(), torch.ones(4), torch.tensor([0, 1, NONE, 1])
+    tokens[:, :2] = K
+    fast, untold = denoiser(tokens, t, told), denoiser(tokens, t)
+    set_plain(denoiser, True)
+    torch.testing.assert_close(denoiser(tokens, t, told), fast)
+    same = [torch.equal(one, other) for one, other in zip(fast, untold, strict=True)]
+    assert same == [False, False, True, False]
+
+
+def test_each_sample_is_told_its_own():
+    """A denoiser that draws what it is told, images of one batch being at different timesteps."""
+    diffusion = AbsorbingDiffusion(K, 16)
+    told = torch.arange(20) % K
+
+    def denoiser(tokens, t, where, number):
+        codes = number.view(-1, 1, 1).expand(tokens.shape)[where]
+        return torch.nn.functional.one_hot(codes, K) * 1000.0
+
+    drawn = diffusion.sample(denoiser, diffusion.noise(0, range(20), GRID), known=[told])
+    assert torch.equal(drawn, told.view(-1, 1, 1).expand(drawn.shape))
+
+
+# ---- in a run ----
+
+SMALL = (
+    *("--preset", "improved", "--hidden_channels", 8, "--denoiser_channels", 16, "--denoiser_blocks", 1),
+    *("--codebook_size", 8, "--batch_size", 8, "--epochs", 1, "--diffusion_epochs", 1, "--num_samples", 5),
+    *("--device", "cpu", "--precision", "float32", "--metrics", "energy"),
+)
+
+
+def test_added_to_a_run_that_had_none(cli, grey, tmp_path):
+    outcome = cli(*grey, *SMALL, "--images_per_prototype", 0, "--result_path", tmp_path / "before")
+    assert (outcome.status, outcome.err) == (0, "")
+    before, after = (tmp_path / name / "ImageFolder" / "snn-vq-vae" for name in ("before", "after"))
+    more = ("--stage", "sdid", "--images_per_prototype", 10, "--diffusion_epochs", 1)
+    outcome = cli(*grey, "--start_from", before, *more, "--result_path", tmp_path / "after")
+    assert (outcome.status, outcome.err) == (0, "")
+    weights = load_weights(RunFolder(after).denoiser)
+    assert weights["prototypes.counts"].sum() == 120 and len(weights["prototypes.counts"]) == 12
+    assert weights["prototypes.embed.weight"].any(), "learned"
+    again = ("--stage", "sdid", "--diffusion_epochs", 1, "--result_path", tmp_path / "again")
+    assert cli(*grey, "--start_from", after, *again, "--seed", 7).status == 0
+    kept = load_weights(RunFolder(tmp_path / "again" / "ImageFolder" / "snn-vq-vae").denoiser)
+    assert torch.equal(kept["prototypes.grids"], weights["prototypes.grids"]), "those of the run it began with"
+    images = []
+    for count in (3, 5):
+        assert cli("--checkpoint", after, "--stage", "sample", "--num_samples", count).status == 0
+        images.append(np.load(after / "samples" / "images.npz")["images"])
+    assert (images[0] == images[1][:3]).all()
