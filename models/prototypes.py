@@ -37,7 +37,7 @@ class Prototypes(nn.Module):
     def __init__(self, count: int, codebook_size: int, width: int, patch: int, grid: tuple[int, int]):
         super().__init__()
         self.codebook_size = codebook_size
-        self.register_buffer("grids", torch.zeros(count, *grid, dtype=torch.int16))
+        self.register_buffer("grids", torch.zeros(count, *grid, dtype=torch.int32))
         self.register_buffer("counts", torch.zeros(count, dtype=torch.int64))
         self.embed = nn.Conv2d(codebook_size, width, patch, stride=patch, bias=False)
         nn.init.zeros_(self.embed.weight)
@@ -57,7 +57,8 @@ class Prototypes(nn.Module):
         """Find the prototypes of `codes [N,h,w]`, N >= G: k-means of the embeddings, averaged over 2x2 codes."""
         count = len(self.grids)
         coarse = torch.cat([F.avg_pool2d(part, 2, ceil_mode=True).flatten(1) for part in _embedded(codes, codebook)])
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of an empty group: it does no harm
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an empty group: it does no harm
             _, groups = kmeans2(coarse.cpu().numpy(), count, ROUNDS, minit="points", seed=seed)
         device = codebook.embeddings.weight.device
         groups = torch.from_numpy(groups).to(device).long()
