@@ -1,25 +1,24 @@
 """The way of a run through its stages: train the autoencoder, train the denoiser, sample, evaluate."""
 
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from datasets import ImageData, load_dataset
 from errors import UserError
-from models import AUTOENCODERS, DENOISERS, FSVAE, build_denoiser, build_model
+from models import AUTOENCODERS, FSVAE
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.distributed import from_writer
 from pipeline.evaluation import METRICS, Evaluation, energy_figures, reconstruction_figures
 from pipeline.figures import write_figures
 from pipeline.generators import CodeDiffusion, Generator, PriorSampling
-from pipeline.machine import Machine, Network
+from pipeline.machine import Machine
 from pipeline.masks import hidden_pixels
+from pipeline.networks import Networks
 from pipeline.pictures import GREY, grid, save_png
 from pipeline.run_folder import RunFolder, load_weights, save_weights
 from pipeline.sampling import GRID_IMAGES, encode_images, write_samples
@@ -39,14 +38,11 @@ class Pipeline:
         options: everything the command line resolved; see main.py.
         run: where the results go.
         machine: device and precision.
-
-    The networks that are sampled and evaluated are those of `--checkpoint`, else those of the run folder; the
-    denoiser is found beside the autoencoder.
     """
 
     def __init__(self, options: Namespace, run: RunFolder, machine: Machine):
         self.options, self.run, self.machine = options, run, machine
-        self.autoencoder_path = options.checkpoint or run.model
+        self.networks = Networks(options, run, machine)
         self.last = {}
         if options.resume:
             run.lock()
@@ -111,19 +107,8 @@ class Pipeline:
             return True
         o, data = self.options, self.data
         torch.manual_seed(derive_seed(o.seed, 1))
-        model = build_model(
-            o.model,
-            channels=data.shape[0],
-            image_size=data.shape[1],
-            codebook_size=o.codebook_size,
-            embedding_dim=o.embedding_dim,
-            hidden=o.hidden_channels,
-            clipped_error=o.clipped_error,
-            revive_codes=o.revive_codes,
-            **self._told(),
-        )
+        model = self.networks.new_autoencoder(*data.shape[:2])
         settings = {"run": self.run, "schedule": self._schedule(o.epochs, o.lr), "machine": self.machine}
-        self.machine.place(self._started(model, "model"))
         if self.has_denoiser:
             trainer = vqsvae_trainer(model, data.train, data.test, data.variance, **settings)
         else:
@@ -139,60 +124,18 @@ class Pipeline:
         codes = encode_images(vqsvae, self.data.train, self.machine, o.eval_batch_size)
         torch.manual_seed(derive_seed(o.seed, 2))
         denoiser = self._new_denoiser()
-        self._fit_prototypes(denoiser, codes, vqsvae)
-        self.machine.place(denoiser)
+        if self.last.get("stage") != "sdid":  # a training that goes on has them
+            self.networks.fit_prototypes(denoiser, codes, vqsvae)
         schedule = self._schedule(o.diffusion_epochs, o.diffusion_lr or o.lr, o.fixed_norm)
         settings = {"run": self.run, "schedule": schedule, "machine": self.machine}
         return self._train(sdid_trainer(denoiser, self._code_diffusion(vqsvae, denoiser), codes, o.loss, **settings))
 
-    def _fit_prototypes(self, denoiser: nn.Module, codes: Tensor, autoencoder: VQAutoencoder) -> None:
-        """Find what a denoiser with prototypes begins with, unless it has been found before."""
-        prototypes = getattr(denoiser, "prototypes", None)
-        if prototypes is None or prototypes.fitted or self.last.get("stage") == "sdid":
-            return
-
-        def fitted() -> dict[str, Tensor]:
-            prototypes.fit(codes, autoencoder.vq_layer, self.options.seed)
-            return prototypes.state_dict()
-
-        prototypes.load_state_dict(from_writer(fitted))
-
     def _new_denoiser(self) -> nn.Module:
-        """The denoiser that training begins with. Raises UserError where the options do not fit each other."""
-        o = self.options
-        try:
-            denoiser = build_denoiser(
-                o.denoiser,
-                codebook_size=o.codebook_size,
-                spike_steps=o.denoiser_spike_steps or o.spike_steps,
-                width=o.denoiser_channels,
-                blocks=o.denoiser_blocks,
-                prototypes=self._prototypes(),
-                grid=self.code_grid(),
-            )
-        except ValueError as error:
-            raise UserError(f"--denoiser {o.denoiser}: {error}") from error
-        return self._started(denoiser, "denoiser")
+        return self.networks.new_denoiser(self.code_grid(), len(self.data.train))
 
-    def _prototypes(self) -> int:
-        """How many the denoiser has. Raises UserError if it can have none."""
-        o, images = self.options, len(self.data.train)
-        if o.images_per_prototype and o.denoiser != "residual":
-            raise UserError(f"--images_per_prototype: --denoiser {o.denoiser} has no prototypes; residual has")
-        if o.images_per_prototype > images:
-            raise UserError(f"--images_per_prototype {o.images_per_prototype}: there are {images} training images")
-        return images // o.images_per_prototype if o.images_per_prototype else 0
-
-    def _started(self, network: nn.Module, name: str) -> nn.Module:
-        """The network with its weights in `--start_from`, where that is given. Raises UserError if they do not fit."""
-        if self.options.start_from:
-            path = getattr(RunFolder(self.options.start_from), name)
-            take_over = getattr(network, "take_over", network.load_state_dict)
-            try:
-                take_over(from_writer(partial(load_weights, path)))
-            except RuntimeError as error:
-                raise UserError(f"{path} is of another network: leave out the options that shape it") from error
-        return network
+    def load_autoencoder(self) -> nn.Module:
+        """The trained autoencoder."""
+        return self.networks.load_autoencoder((self.options.image_shape or self.data.shape)[0])
 
     def sample(self) -> None:
         """Draw images and write them."""
@@ -254,7 +197,7 @@ class Pipeline:
         self.run.check_writable()
         if not self.has_denoiser:
             return PriorSampling(autoencoder, self.machine, o.seed, o.eval_batch_size)
-        return self._code_diffusion(autoencoder, self.load_denoiser(autoencoder))
+        return self._code_diffusion(autoencoder, self.networks.load_denoiser(autoencoder))
 
     def _code_diffusion(self, autoencoder: VQAutoencoder, denoiser: nn.Module) -> CodeDiffusion:
         """The two networks together as the options say; at temperature 1 where that is still to be chosen."""
@@ -264,50 +207,10 @@ class Pipeline:
         how |= {"temperature": temperature, "batch_size": o.eval_batch_size}
         return CodeDiffusion(autoencoder, denoiser, self.code_grid(), self.machine, o.seed, **how)
 
-    def load_denoiser(self, autoencoder: nn.Module) -> nn.Module:
-        """The denoiser beside the autoencoder."""
-        path = self.run.denoiser
-        if not from_writer(path.is_file):
-            raise UserError(f"{path} is not there: a denoiser belongs beside the autoencoder; --stage sdid trains it")
-        o = self.options
-        kind = DENOISERS[o.denoiser]
-        build = partial(kind, spike_steps=o.denoiser_spike_steps or o.spike_steps)
-        denoiser = self._load(path, f"a denoiser of the kind {o.denoiser}", build, kind.options_of)
-        codes, wanted = autoencoder.codebook_size, denoiser.codebook_size
-        if codes != wanted:
-            raise UserError(f"{path} is for {wanted} codes, {self.autoencoder_path} has {codes}: take both of one run")
-        return denoiser
-
-    def load_autoencoder(self) -> nn.Module:
-        """The autoencoder of the checkpoint, shaped after its weights. Raises UserError if it does not fit the data."""
-        o, path = self.options, self.autoencoder_path
-        kind = f"the autoencoder {o.model}, which a run keeps in model.pth"
-        build = partial(build_model, o.model, **self._told())
-        autoencoder = self._load(path, kind, build, AUTOENCODERS[o.model].options_of)
-        channels = (o.image_shape or self.data.shape)[0]
-        if autoencoder.channels != channels:
-            raise UserError(f"{path} is for images of {autoencoder.channels} channels, {o.dataset_name} has {channels}")
-        return autoencoder
-
-    def _told(self) -> dict[str, Any]:
-        """Options of an autoencoder that its weights do not tell."""
-        o = self.options
-        keys = ("spike_steps", "downsampling", "readout", "spike_generator")
-        return {key: getattr(o, key) for key in keys}
-
     def _schedule(self, epochs: int, lr: float, fixed_norm: float = 0.0) -> Schedule:
         o = self.options
         how = {"lr_schedule": o.lr_schedule, "ema_decay": o.ema_decay, "fixed_norm": fixed_norm}
         return Schedule(epochs, o.batch_size, lr, o.seed, o.max_minutes, o.save_every, **how)
-
-    def _load(self, path: Path, kind: str, build: Callable[..., Network], shape_of: Callable[[dict], dict]) -> Network:
-        weights = from_writer(partial(load_weights, path))
-        try:
-            network = build(**shape_of(weights))
-            network.load_state_dict(weights)
-        except (KeyError, AttributeError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise UserError(f"{path} does not hold the weights of {kind}") from error
-        return self.machine.place(network)
 
     def _begin_training(self) -> None:
         """Find what is wrong with data, options and folder before hours are spent; record the options."""
@@ -324,7 +227,9 @@ class Pipeline:
                 save_weights(self.run.model, from_writer(partial(load_weights, start.model)))
             codes = self.load_autoencoder().codebook_size
             if codes != self.options.codebook_size:
-                raise UserError(f"{self.autoencoder_path} has {codes} codes: say so with --codebook_size {codes}")
+                raise UserError(
+                    f"{self.networks.autoencoder_path} has {codes} codes: say so with --codebook_size {codes}"
+                )
         self.options.image_shape = self.data.shape
         options = {key: value for key, value in vars(self.options).items() if key not in ("resume", "checkpoint")}
         self.run.write_config({key: str(value) if isinstance(value, Path) else value for key, value in options.items()})

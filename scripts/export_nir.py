@@ -170,7 +170,7 @@ def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]
     if not (pipeline.has_denoiser and run.denoiser.is_file()):
         yield "denoiser: not exported, the run has none"
         return
-    denoiser = pipeline.load_denoiser(autoencoder).double().eval()
+    denoiser = pipeline.networks.load_denoiser(autoencoder).double().eval()
     set_plain(denoiser, True)
     yield of_denoiser(denoiser, autoencoder.encode(images))
 
