@@ -167,23 +167,33 @@ def test_moving_average_by_hand():
         assert average.module.weight.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_kept_statistics_are_those_of_the_averaged_weights(tmp_path):
-    """Batch norm of the kept network normalises its own input; the trained network's statistics are left alone."""
+def trained_layer(folder, see=lambda model: None, **schedule):
+    """A linear layer with batch norm, trained in 20 steps an epoch; `see` is given it in each. Returns its Trainer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.BatchNorm1d(4))
-    schedule = Schedule(epochs=1, batch_size=10, lr=0.1, seed=0, ema_decay=0.9)
-    with RunFolder(tmp_path) as run:
+
+    def losses(network, batch, part, generator):
+        out = network(batch[part])
+        if network is model and torch.is_grad_enabled():
+            see(model)
+        return {"loss": (out - 5).square().mean()}
+
+    with RunFolder(folder) as run:
         trainer = Trainer(
-            *((1, "test"), model, torch.randn(200, 1, 3) * 3 + 1),
-            lambda network, batch, part, generator: {"loss": (network(batch[part]) - 5).square().mean()},
-            lambda network, epoch: {},
+            *((1, "test"), model, torch.randn(200, 1, 3) * 3 + 1, losses, lambda network, epoch: {}),
             run=run,
-            checkpoint=tmp_path / "kept.pth",
-            schedule=schedule,
+            checkpoint=folder / "kept.pth",
+            schedule=Schedule(batch_size=10, lr=0.1, seed=0, **schedule),
             machine=Machine(torch.device("cpu"), bf16=False),
         )
         assert trainer.train()
-    kept = trainer.kept
+    return trainer
+
+
+def test_kept_statistics_are_those_of_the_averaged_weights(tmp_path):
+    """Batch norm of the kept network normalises its own input; the trained network's statistics are left alone."""
+    trainer = trained_layer(tmp_path, epochs=1, ema_decay=0.9)
+    model, kept = trainer.model, trainer.kept
     assert not torch.equal(kept[1].weight, model[1].weight)
     out = kept.eval()[1](trainer.examples.flatten(1))
     torch.testing.assert_close(kept[2].running_mean, out.mean(0))
@@ -195,26 +205,12 @@ def test_kept_statistics_are_those_of_the_averaged_weights(tmp_path):
 @pytest.mark.parametrize("ema_decay", [0, 0.9])
 def test_fixed_statistics(tmp_path, ema_decay):
     """From the middle of the steps on they are those of the weights there, in training and in what is kept."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.BatchNorm1d(4))
-    schedule = Schedule(epochs=3, batch_size=10, lr=0.1, seed=0, ema_decay=ema_decay, fixed_norm=0.5)
     seen = []  # of each step: whether batch norm is in training mode, the layer before it, its mean afterwards
 
-    def losses(network, batch, part, generator):
-        out = network(batch[part])
-        if network is model and torch.is_grad_enabled():
-            seen.append((model[2].training, copy.deepcopy(model[1]), model[2].running_mean.clone()))
-        return {"loss": (out - 5).square().mean()}
+    def see(model):
+        seen.append((model[2].training, copy.deepcopy(model[1]), model[2].running_mean.clone()))
 
-    with RunFolder(tmp_path) as run:
-        trainer = Trainer(
-            *((1, "test"), model, torch.randn(200, 1, 3) * 3 + 1, losses, lambda network, epoch: {}),
-            run=run,
-            checkpoint=tmp_path / "kept.pth",
-            schedule=schedule,
-            machine=Machine(torch.device("cpu"), bf16=False),
-        )
-        assert trainer.train()
+    trainer = trained_layer(tmp_path, see, epochs=3, ema_decay=ema_decay, fixed_norm=0.5)
     assert [training for training, *_ in seen] == [True] * 30 + [False] * 30
     assert all(torch.equal(mean, seen[30][2]) for *_, mean in seen[30:])
     _, layer, mean = seen[30]
