@@ -34,7 +34,7 @@ MODEL_OPTIONS = (
 def resolve(arguments: list[str] | None) -> tuple[argparse.Namespace, RunFolder]:
     """Options and run folder of this call; a run that exists passes on its options, the command line overrides them."""
     parser = build_parser(__doc__.replace("`", ""))
-    start = networks_of(parser.parse_args(arguments).start_from)
+    start = networks_of(parser.parse_args(arguments).start_from, parser)
     parser.set_defaults(**start)
     options = parser.parse_args(arguments)
     own = {key for key in MODEL_OPTIONS if key not in model_options(options.model)}
@@ -76,14 +76,14 @@ def resolve(arguments: list[str] | None) -> tuple[argparse.Namespace, RunFolder]
     return options, run
 
 
-def networks_of(start: Path | None) -> dict[str, Any]:
-    """The options that `--start_from` brings along."""
+def networks_of(start: Path | None, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The options that `--start_from` brings along; one that its run has no word of has its default."""
     if start is None:
         return {}
     config = RunFolder(start).read_config()
     if not config:
         raise UserError(f"--start_from {start} is not the folder of a run: it has no config.json")
-    return {key: config[key] for key in NETWORKS if key in config}
+    return {key: config.get(key, parser.get_default(key)) for key in NETWORKS}
 
 
 def find_folder(options: argparse.Namespace) -> Path:

@@ -9,7 +9,7 @@ from models import ResidualSDID
 from models.prototypes import NONE, Prototypes
 from models.quantizer import Codebook
 from models.spiking import set_plain
-from pipeline.run_folder import RunFolder, load_weights
+from pipeline.run_folder import RunFolder, load_weights, write_json
 
 K, GRID = 6, (4, 4)
 
@@ -146,6 +146,13 @@ def test_added_to_a_run_that_had_none(cli, grey, tmp_path):
     outcome = cli(*grey, *SMALL, "--images_per_prototype", 0, "--result_path", tmp_path / "before")
     assert (outcome.status, outcome.err) == (0, "")
     before, after = (tmp_path / name / "ImageFolder" / "snn-vq-vae" for name in ("before", "after"))
+    config = RunFolder(before).read_config()
+    del config["images_per_prototype"]  # as in a run made before there were prototypes
+    write_json(RunFolder(before).config, config)
+    plain = ("--stage", "sdid", "--diffusion_epochs", 1, "--result_path", tmp_path / "plain")
+    assert cli(*grey, "--start_from", before, *plain).status == 0
+    kept = load_weights(RunFolder(tmp_path / "plain" / "ImageFolder" / "snn-vq-vae").denoiser)
+    assert not any(name.startswith("prototypes") for name in kept), "they are not added by the preset"
     more = ("--stage", "sdid", "--images_per_prototype", 10, "--diffusion_epochs", 1)
     outcome = cli(*grey, "--start_from", before, *more, "--result_path", tmp_path / "after")
     assert (outcome.status, outcome.err) == (0, "")

@@ -1,0 +1,123 @@
+"""The networks of a run: new ones that a training begins with, and trained ones read from their files."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from errors import UserError
+from models import AUTOENCODERS, DENOISERS, build_denoiser, build_model
+from models.vq_autoencoder import VQAutoencoder
+from pipeline.distributed import from_writer
+from pipeline.machine import Machine, Network
+from pipeline.run_folder import RunFolder, load_weights
+
+
+class Networks:
+    """Makes and loads what the options ask for.
+
+    Trained ones are those of `--checkpoint`, else those of the run folder; the denoiser is found beside the
+    autoencoder. Where options or files do not fit each other, UserError is raised.
+    """
+
+    def __init__(self, options: Namespace, run: RunFolder, machine: Machine):
+        self.options, self.run, self.machine = options, run, machine
+        self.autoencoder_path = options.checkpoint or run.model
+
+    def new_autoencoder(self, channels: int, image_size: int) -> nn.Module:
+        """What stage 1 begins with."""
+        o = self.options
+        shape = {"channels": channels, "image_size": image_size, "hidden": o.hidden_channels}
+        keys = ("codebook_size", "embedding_dim", "clipped_error", "revive_codes")
+        model = build_model(o.model, **shape, **self._of_the_options(*keys), **self._untold())
+        return self.machine.place(self._started(model, "model"))
+
+    def new_denoiser(self, grid: tuple[int, int], images: int) -> nn.Module:
+        """What stage 2 begins with, for a `grid` (h, w) of codes and so many training images."""
+        o = self.options
+        shape = {"width": o.denoiser_channels, "blocks": o.denoiser_blocks, "prototypes": self._prototypes(images)}
+        how = {"codebook_size": o.codebook_size, "spike_steps": self._denoiser_spike_steps, "grid": grid}
+        try:
+            denoiser = build_denoiser(o.denoiser, **shape, **how)
+        except ValueError as error:
+            raise UserError(f"--denoiser {o.denoiser}: {error}") from error
+        return self.machine.place(self._started(denoiser, "denoiser"))
+
+    def fit_prototypes(self, denoiser: nn.Module, codes: Tensor, autoencoder: VQAutoencoder) -> None:
+        """Find the prototypes of a denoiser that is to have some, unless they came with the weights it began with."""
+        prototypes = getattr(denoiser, "prototypes", None)
+        if prototypes is None or prototypes.fitted:
+            return
+
+        def fitted() -> dict[str, Tensor]:
+            prototypes.fit(codes, autoencoder.vq_layer, self.options.seed)
+            return {name: value.cpu() for name, value in prototypes.state_dict().items()}
+
+        prototypes.load_state_dict(from_writer(fitted))
+
+    def load_autoencoder(self, channels: int) -> nn.Module:
+        """The trained autoencoder, shaped after its weights, for images of so many channels."""
+        o, path = self.options, self.autoencoder_path
+        kind = f"the autoencoder {o.model}, which a run keeps in model.pth"
+        build = partial(build_model, o.model, **self._untold())
+        autoencoder = self._load(path, kind, build, AUTOENCODERS[o.model].options_of)
+        if autoencoder.channels != channels:
+            raise UserError(f"{path} is for images of {autoencoder.channels} channels, {o.dataset_name} has {channels}")
+        return autoencoder
+
+    def load_denoiser(self, autoencoder: nn.Module) -> nn.Module:
+        """The trained denoiser of this autoencoder's codes."""
+        path, kind = self.run.denoiser, DENOISERS[self.options.denoiser]
+        if not from_writer(path.is_file):
+            raise UserError(f"{path} is not there: a denoiser belongs beside the autoencoder; --stage sdid trains it")
+        build = partial(kind, spike_steps=self._denoiser_spike_steps)
+        denoiser = self._load(path, f"a denoiser of the kind {self.options.denoiser}", build, kind.options_of)
+        codes, wanted = autoencoder.codebook_size, denoiser.codebook_size
+        if codes != wanted:
+            raise UserError(f"{path} is for {wanted} codes, {self.autoencoder_path} has {codes}: take both of one run")
+        return denoiser
+
+    @property
+    def _denoiser_spike_steps(self) -> int:
+        return self.options.denoiser_spike_steps or self.options.spike_steps
+
+    def _of_the_options(self, *keys: str) -> dict[str, Any]:
+        return {key: getattr(self.options, key) for key in keys}
+
+    def _untold(self) -> dict[str, Any]:
+        """Options of an autoencoder that its weights do not tell."""
+        return self._of_the_options("spike_steps", "downsampling", "readout", "spike_generator")
+
+    def _prototypes(self, images: int) -> int:
+        """How many the denoiser has."""
+        o = self.options
+        if not o.images_per_prototype:
+            return 0
+        if o.denoiser != "residual":
+            raise UserError(f"--images_per_prototype: --denoiser {o.denoiser} has no prototypes; residual has")
+        if o.images_per_prototype > images:
+            raise UserError(f"--images_per_prototype {o.images_per_prototype}: there are {images} training images")
+        return images // o.images_per_prototype
+
+    def _started(self, network: Network, name: str) -> Network:
+        """The network with its weights in `--start_from`, where that is given."""
+        if self.options.start_from:
+            path = getattr(RunFolder(self.options.start_from), name)
+            take_over = getattr(network, "take_over", network.load_state_dict)
+            try:
+                take_over(from_writer(partial(load_weights, path)))
+            except RuntimeError as error:
+                raise UserError(f"{path} is of another network: leave out the options that shape it") from error
+        return network
+
+    def _load(self, path: Path, kind: str, build: Callable[..., Network], shape_of: Callable[[dict], dict]) -> Network:
+        weights = from_writer(partial(load_weights, path))
+        try:
+            network = build(**shape_of(weights))
+            network.load_state_dict(weights)
+        except (KeyError, AttributeError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"{path} does not hold the weights of {kind}") from error
+        return self.machine.place(network)
