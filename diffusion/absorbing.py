@@ -5,7 +5,7 @@ file knows no network and no image: a denoiser is passed in.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 LocalDenoiser = Callable[..., Tensor]
 """Tokens `[N,h,w]`, timesteps `[N]` and wanted positions, bool `[N,h,w]` with P set, to their logits `[P,K]`.
 
-What else there is to know of each image may follow, `[N,...]`.
+Where there is one, the condition `[N]` follows.
 """
 
 
@@ -151,11 +151,11 @@ class AbsorbingDiffusion:
         temperature: float = 1.0,
         given: Tensor | None = None,
         final_temperature: float | None = None,
-        known: Sequence[Tensor] = (),
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Draw codes int64 `[N,h,w]`; those that are not the mask token in `given [N,h,w]` stay as they are.
 
-        `known` is what else the denoiser is told of each sample, `[N,...]`.
+        `condition [N]` is what else the denoiser is told of each sample.
 
         The temperature changes evenly from `temperature` at t = T to `final_temperature` (the same) at t = 0.
 
@@ -167,13 +167,14 @@ class AbsorbingDiffusion:
         temperatures = self._temperatures(times, temperature, final_temperature)
         tokens = torch.full_like(times, self.mask_token) if given is None else given.clone()
         active = torch.arange(len(tokens), device=tokens.device)
+        conditions = () if condition is None else (condition,)
         while len(active):
             hidden = tokens[active] == self.mask_token
             t = torch.where(hidden, times[active], 0).flatten(1).amax(1)
             active, t = active[t > 0], t[t > 0]
             where = (tokens[active] == self.mask_token) & (times[active] == t.view(-1, 1, 1))
             if len(active):
-                logits = denoiser(tokens[active], t, where, *(each[active] for each in known))
+                logits = denoiser(tokens[active], t, where, *(each[active] for each in conditions))
                 revealed = tokens[active]
                 revealed[where] = draw(logits, noise.uniforms[active][where], temperatures[active][where])
                 tokens[active] = revealed

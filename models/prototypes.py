@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.cluster.vq import kmeans2
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
 from models.quantizer import Codebook
 from models.spiking import full_precision
 
-NONE = -1
+NO_PROTOTYPE = -1
 """In place of a prototype's number: the denoiser is told nothing."""
 
 ROUNDS = 10  # of k-means
@@ -20,11 +21,13 @@ AT_ONCE = 4096  # grids whose embeddings are held in memory
 
 
 class Prototypes(nn.Module):
-    """Average grids of codes, each with the number of training images that are nearest to it; none before `fit`.
+    """A condition of the denoiser: of G average grids of codes, the one nearest to the image.
 
-    A sample begins with one of them, drawn as often as it occurs: how a picture hangs together, which is hard to draw
-    code by code, is known from the start (compare arXiv 2312.03701). Its codes enter as spikes, through a convolution
-    whose weights begin at zero.
+    For a sample one is drawn, as often as it is the nearest to a training image: how a picture hangs together, which is
+    hard to draw code by code, is known from the start (compare arXiv 2312.03701). Its codes enter as spikes, through a
+    convolution whose weights begin at zero.
+
+    Buffers, which `fit` finds: `grids` int32 `[G,h,w]`; `counts` int64 `[G]`, of the training images nearest to each.
 
     Args:
         count: number of prototypes G.
@@ -42,24 +45,23 @@ class Prototypes(nn.Module):
         self.embed = nn.Conv2d(codebook_size, width, patch, stride=patch, bias=False)
         nn.init.zeros_(self.embed.weight)
 
-    @property
-    def fitted(self) -> bool:
-        """Whether there are any yet."""
-        return bool(self.counts.any())
-
     def forward(self, chosen: Tensor) -> Tensor:
-        """Numbers `[N]` in 0..G-1, or NONE, to currents `[N,width,h/patch,w/patch]`, which are 0 for NONE."""
+        """Numbers `[N]` in 0..G-1 or NO_PROTOTYPE to currents `[N,width,h/patch,w/patch]`, for that 0."""
         codes = self.grids[chosen.clamp_min(0)].long()
-        spikes = F.one_hot(codes, self.codebook_size) * (chosen != NONE).view(-1, 1, 1, 1)
+        spikes = F.one_hot(codes, self.codebook_size) * (chosen != NO_PROTOTYPE).view(-1, 1, 1, 1)
         return self.embed(spikes.permute(0, 3, 1, 2).to(self.embed.weight))  # [N,h,w,K] -> [N,K,h,w]
 
     def fit(self, codes: Tensor, codebook: Codebook, seed: int) -> None:
-        """Find the prototypes of `codes [N,h,w]`, N >= G: k-means of the embeddings, averaged over 2x2 codes."""
+        """Find the prototypes of `codes [N,h,w]`, N >= G: mean embeddings of groups, as the codes nearest to them.
+
+        The groups are those of k-means on embeddings that are averaged over squares of 2x2 codes.
+        """
         count = len(self.grids)
         coarse = torch.cat([F.avg_pool2d(part, 2, ceil_mode=True).flatten(1) for part in _embedded(codes, codebook)])
+        kmeans = KMeans(count, init="random", n_init=1, max_iter=ROUNDS, random_state=seed)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of an empty group: it does no harm
-            _, groups = kmeans2(coarse.cpu().numpy(), count, ROUNDS, minit="points", seed=seed)
+            warnings.simplefilter("ignore", ConvergenceWarning)  # of images that are all alike: it does no harm
+            groups = kmeans.fit_predict(coarse.cpu().numpy())
         device = codebook.embeddings.weight.device
         groups = torch.from_numpy(groups).to(device).long()
         sums = torch.zeros(count, codebook.embeddings.embedding_dim, *codes.shape[1:], device=device)
@@ -78,9 +80,9 @@ class Prototypes(nn.Module):
 
     def draw(self, seed: int, samples: Iterable[int]) -> Tensor:
         """Numbers int64 `[N]` for the samples with these numbers, by how often the prototypes occur."""
-        shares = (self.counts / self.counts.sum()).cpu().numpy()
-        uniforms = [np.random.default_rng((seed, sample, 1)).random() for sample in samples]
-        return torch.from_numpy(shares.cumsum().searchsorted(uniforms, "right").clip(max=len(shares) - 1))
+        ends = self.counts.cumsum(0).cpu().numpy()
+        images = [np.random.default_rng((seed, sample, 1)).integers(ends[-1]) for sample in samples]
+        return torch.from_numpy(ends.searchsorted(images, "right"))
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ class ResidualSDID(nn.Module):
         spike_steps: S.
         width: channels of all blocks, a multiple of HEADS. Raises ValueError if it is not.
         blocks: number of `MixingBlock`.
-        prototypes: number of `Prototypes`, which have to be fitted; 0: none.
+        prototypes: number of `Prototypes`, which are there after their `fit`; 0: none.
         grid: height and width of the grid of codes. Squares are 2x2, or single tokens where a side is odd.
     """
 
@@ -103,17 +103,19 @@ class ResidualSDID(nn.Module):
         return dict(codebook_size=channels - 1, width=width, blocks=blocks, prototypes=prototypes, grid=grid)
 
     def take_over(self, weights: dict[str, Tensor]) -> None:
-        """Begin with the weights of a network like this one, or of one without prototypes: they have no influence yet.
+        """Begin with the weights of a network that is like this one, prototypes aside; these stay to be fitted.
 
-        Raises RuntimeError if something else differs.
+        Without weights for them, this network's prototypes have no influence yet. Raises RuntimeError if something else
+        differs.
         """
         own = {name: value for name, value in self.state_dict().items() if name.startswith("prototypes.")}
-        self.load_state_dict(own | weights)
+        found = {name: weights[name] for name in weights if name not in ("prototypes.grids", "prototypes.counts")}
+        self.load_state_dict(own | found)
 
     def forward(self, tokens: Tensor, t: Tensor, prototype: Tensor | None = None) -> Tensor:
         """Tokens int `[N,h,w]` in 0..K (K = mask) to logits `[N,K,h,w]`; `t` has no influence.
 
-        `prototype` int `[N]` is that of each image, where it is known.
+        `prototype` int `[N]` is the number of each image's, or NO_PROTOTYPE, as all have without it.
         """
         mean = torch.full((self.spike_steps,), 1 / self.spike_steps, device=tokens.device).to(self.head.weight)
         spikes = F.one_hot(tokens.long(), self.codebook_size + 1).permute(0, 3, 1, 2).to(self.head.weight)
@@ -129,7 +131,7 @@ class ResidualSDID(nn.Module):
         return F.pixel_shuffle(apply_head(self.head, x, mean), self.patch)
 
     def _told(self, prototype: Tensor) -> Tensor:
-        """Currents of the prototypes, `[N,C,h,w]`, in plain mode `[S,N,C,h,w]`."""
+        """Currents of the prototypes, `[N,C,h/patch,w/patch]`, in plain mode `[S,N,C,h/patch,w/patch]`."""
         if self.plain:
             return torch.stack([self.prototypes(prototype) for _ in range(self.spike_steps)])
         return self.prototypes(prototype)

@@ -19,6 +19,8 @@ class SDID(nn.Module):
         width: channels of the first block; the others have 2, 4, 8 and 4 times as many.
     """
 
+    prototypes = None  # which the residual denoiser may have
+
     def __init__(self, codebook_size: int = 128, spike_steps: int = 16, width: int = 64):
         super().__init__()
 

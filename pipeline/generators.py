@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from metrics.energy import Operations, count, firing_rates
 from models import FSVAE
-from models.prototypes import Prototypes
 from models.spiking import set_plain
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.machine import Machine
@@ -73,14 +72,10 @@ class CodeDiffusion:
         """Of as many timesteps as an image has codes."""
         return AbsorbingDiffusion(self.autoencoder.codebook_size, math.prod(self.grid))
 
-    @property
-    def prototypes(self) -> Prototypes | None:
-        """Of the denoiser."""
-        return getattr(self.denoiser, "prototypes", None)
-
-    def known(self, codes: Tensor) -> list[Tensor]:
-        """What the denoiser is told of images with these `codes [N,h,w]` besides them: nothing, or their prototypes."""
-        return [self.prototypes.nearest(codes, self.autoencoder.vq_layer)] if self.prototypes else []
+    def conditions(self, codes: Tensor) -> list[Tensor]:
+        """What the denoiser is told of images with these `codes [N,h,w]`: nothing, or prototypes' numbers `[N]`."""
+        prototypes = self.denoiser.prototypes
+        return [prototypes.nearest(codes, self.autoencoder.vq_layer)] if prototypes else []
 
     def encode(self, images: Tensor) -> Tensor:
         """Codes `[N,h,w]`."""
@@ -114,23 +109,27 @@ class CodeDiffusion:
 
     def _draw_codes(self, samples: range, given: Tensor | None = None) -> tuple[Tensor, SamplingNoise]:
         noise = self.diffusion.noise(self.seed, samples, self.grid, self.sample_steps, self.reveal_order)
-        known = [self.prototypes.draw(self.seed, samples)] if self.prototypes and given is None else []
+        prototypes = self.denoiser.prototypes if given is None else None  # of what is given there is another
+        condition = prototypes.draw(self.seed, samples) if prototypes else None
         how = {"temperature": self.temperature, "final_temperature": self.final_temperature}
-        how |= {"given": given, "known": known}
+        how |= {"given": given, "condition": condition}
         return draw_codes(self.denoiser, self.diffusion, noise, self.machine, self.batch_size, **how), noise
 
     def cost(self, images: Tensor) -> Cost:
-        """The denoiser sees the codes of `images`, masked at timesteps drawn from the seed; a sample is T passes."""
+        """The denoiser sees the codes of `images`, masked at timesteps drawn from the seed; a sample is T passes.
+
+        It is told their prototypes, if it has some, at each pass.
+        """
         model, diffusion, device = self.autoencoder, self.diffusion, self.machine.device
         pixels, codes = to_float(images.to(device)), self.encode(images).to(device).long()
         generator = torch.Generator(device).manual_seed(self.seed)
         t = torch.randint(1, diffusion.num_timesteps + 1, (len(images),), generator=generator, device=device)
         tokens, _ = diffusion.q_sample(codes, t, generator)
-        known = self.known(codes)
+        conditions = self.conditions(codes)
         parts = {
             "encode": (model, lambda: model.encode(pixels)),
             "decode": (model, lambda: model.decode(codes)),
-            "denoiser_pass": (self.denoiser, lambda: self.denoiser(tokens, t, *known)),
+            "denoiser_pass": (self.denoiser, lambda: self.denoiser(tokens, t, *conditions)),
         }
         cost = _cost(parts, len(images))
         passes = self.sample_steps or diffusion.num_timesteps

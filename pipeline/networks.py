@@ -32,7 +32,7 @@ class Networks:
         o = self.options
         shape = {"channels": channels, "image_size": image_size, "hidden": o.hidden_channels}
         keys = ("codebook_size", "embedding_dim", "clipped_error", "revive_codes")
-        model = build_model(o.model, **shape, **self._of_the_options(*keys), **self._untold())
+        model = build_model(o.model, **shape, **self._of_the_options(*keys), **self._not_in_weights())
         return self.machine.place(self._started(model, "model"))
 
     def new_denoiser(self, grid: tuple[int, int], images: int) -> nn.Module:
@@ -47,22 +47,21 @@ class Networks:
         return self.machine.place(self._started(denoiser, "denoiser"))
 
     def fit_prototypes(self, denoiser: nn.Module, codes: Tensor, autoencoder: VQAutoencoder) -> None:
-        """Find the prototypes of a denoiser that is to have some, unless they came with the weights it began with."""
-        prototypes = getattr(denoiser, "prototypes", None)
-        if prototypes is None or prototypes.fitted:
-            return
+        """Find the prototypes of a denoiser that is to have some, among the codes `[N,h,w]` of the training images."""
+        prototypes = denoiser.prototypes
 
         def fitted() -> dict[str, Tensor]:
             prototypes.fit(codes, autoencoder.vq_layer, self.options.seed)
             return {name: value.cpu() for name, value in prototypes.state_dict().items()}
 
-        prototypes.load_state_dict(from_writer(fitted))
+        if prototypes:
+            prototypes.load_state_dict(from_writer(fitted))
 
     def load_autoencoder(self, channels: int) -> nn.Module:
         """The trained autoencoder, shaped after its weights, for images of so many channels."""
         o, path = self.options, self.autoencoder_path
         kind = f"the autoencoder {o.model}, which a run keeps in model.pth"
-        build = partial(build_model, o.model, **self._untold())
+        build = partial(build_model, o.model, **self._not_in_weights())
         autoencoder = self._load(path, kind, build, AUTOENCODERS[o.model].options_of)
         if autoencoder.channels != channels:
             raise UserError(f"{path} is for images of {autoencoder.channels} channels, {o.dataset_name} has {channels}")
@@ -87,7 +86,7 @@ class Networks:
     def _of_the_options(self, *keys: str) -> dict[str, Any]:
         return {key: getattr(self.options, key) for key in keys}
 
-    def _untold(self) -> dict[str, Any]:
+    def _not_in_weights(self) -> dict[str, Any]:
         """Options of an autoencoder that its weights do not tell."""
         return self._of_the_options("spike_steps", "downsampling", "readout", "spike_generator")
 
@@ -97,9 +96,9 @@ class Networks:
         if not o.images_per_prototype:
             return 0
         if o.denoiser != "residual":
-            raise UserError(f"--images_per_prototype: --denoiser {o.denoiser} has no prototypes; residual has")
+            raise UserError(f"--denoiser {o.denoiser} has no prototypes: say --images_per_prototype 0")
         if o.images_per_prototype > images:
-            raise UserError(f"--images_per_prototype {o.images_per_prototype}: there are {images} training images")
+            raise UserError(f"there are {images} training images: say --images_per_prototype {images} at most, or 0")
         return images // o.images_per_prototype
 
     def _started(self, network: Network, name: str) -> Network:

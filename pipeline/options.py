@@ -127,7 +127,7 @@ def build_parser(description: str) -> Parser:
         metavar="S",
     )
     add("--denoiser_blocks", "of the residual denoiser", 4, type=number(int, 1, 1000), metavar="N")
-    told = "tell the residual denoiser which average picture is near: one for so many training images; 0: none [0]"
+    told = "condition the residual denoiser on the nearest of some average pictures, one for N training images [none]"
     add("--images_per_prototype", told, 0, type=number(int, 0, 10**9), metavar="N")
     add("--readout", "an ablation: what the quantiser sees of the spikes", "both", choices=READOUTS)
     add("--spike_generator", "an ablation: how codes become spikes", "adaptive", choices=SPIKE_GENERATORS)

@@ -2,7 +2,7 @@
 
 import io
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -65,12 +65,12 @@ def draw_codes(
     machine: Machine,
     batch_size: int = 64,
     given: Tensor | None = None,
-    known: Sequence[Tensor] = (),
+    condition: Tensor | None = None,
     **temperatures: float | None,
 ) -> Tensor:
     """Codes int64 `[N,h,w]` on the CPU, one grid for each of the N samples of `noise`.
 
-    Tokens of `given [N,h,w]` that are not masked are kept. For `known` and the temperatures see
+    Tokens of `given [N,h,w]` that are not masked are kept. For `condition` and temperatures see
     `AbsorbingDiffusion.sample`.
     """
     denoiser.eval()
@@ -78,8 +78,8 @@ def draw_codes(
     def draw(part: Tensor) -> Tensor:
         here = SamplingNoise(*(values[part].to(machine.device) for values in noise))
         kept = None if given is None else given[part].to(machine.device)
-        told = [each[part].to(machine.device) for each in known]
-        return diffusion.sample(denoiser.logits_at, here, given=kept, known=told, **temperatures)
+        told = None if condition is None else condition[part].to(machine.device)
+        return diffusion.sample(denoiser.logits_at, here, given=kept, condition=told, **temperatures)
 
     with machine.autocast():
         return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", draw)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metrics.codebook import usage
 from models import FSVAE
-from models.prototypes import NONE
+from models.prototypes import NO_PROTOTYPE
 from models.vq_autoencoder import VQAutoencoder
 from pipeline import distributed
 from pipeline.generators import CodeDiffusion, PriorSampling
@@ -21,7 +21,7 @@ from pipeline.training import Figures, Losses, Trainer
 PREVIEW_IMAGES = 16
 USAGE_IMAGES = 1000  # of the test split, whose codes tell the codebook's usage after each epoch
 FEWEST_CODES = 0.02  # of the codebook; a usage below this is warned about
-UNTOLD = 0.1
+CONDITION_DROPOUT = 0.1  # share of the training images of which the denoiser is not told the prototype
 SCHEDULED_SAMPLING = (0.1, 0.3)  # probability in the first epoch, and after the last, of FSVAE
 
 
@@ -72,13 +72,13 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> 
 def sdid_trainer(denoiser: nn.Module, generator: CodeDiffusion, codes: Tensor, loss: str, **options: Any) -> Trainer:
     """Stage 2: the denoiser on `codes [N,h,w]`; previews are what `generator` draws with it.
 
-    Of a share UNTOLD of the images the denoiser is not told the prototype: filling in has none.
+    The denoiser is told the prototypes, if it has some, but not always: filling in has none to tell.
     """
     run, diffusion = options["run"], generator.diffusion
 
     def losses(network: nn.Module, batch: Tensor, part: slice, noise: torch.Generator) -> Losses:
-        known = [_partly_untold(prototypes, noise)[part] for prototypes in generator.known(batch)]
-        return {"loss": diffusion.loss(lambda tokens, t: network(tokens, t, *known), batch.long(), noise, loss, part)}
+        told = [_dropped_out(prototypes, noise)[part] for prototypes in generator.conditions(batch)]
+        return {"loss": diffusion.loss(lambda tokens, t: network(tokens, t, *told), batch.long(), noise, loss, part)}
 
     def preview(denoiser: nn.Module, epoch: int) -> Figures:
         images = replace(generator, denoiser=denoiser).draw(range(PREVIEW_IMAGES))
@@ -88,10 +88,10 @@ def sdid_trainer(denoiser: nn.Module, generator: CodeDiffusion, codes: Tensor, l
     return Trainer((2, "sdid"), denoiser, codes, losses, preview, checkpoint=run.denoiser, **options)
 
 
-def _partly_untold(prototypes: Tensor, noise: torch.Generator) -> Tensor:
-    """Numbers of prototypes `[N]`, a share UNTOLD of them replaced by NONE."""
-    untold = torch.rand(len(prototypes), generator=noise, device=prototypes.device) < UNTOLD
-    return torch.where(untold, NONE, prototypes)
+def _dropped_out(prototypes: Tensor, noise: torch.Generator) -> Tensor:
+    """Numbers of prototypes `[N]`, some of them replaced by NO_PROTOTYPE."""
+    dropped = torch.rand(len(prototypes), generator=noise, device=prototypes.device) < CONDITION_DROPOUT
+    return torch.where(dropped, NO_PROTOTYPE, prototypes)
 
 
 def show(run: RunFolder, name: str, picture: Tensor, epoch: int) -> None:

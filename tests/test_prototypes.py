@@ -1,15 +1,21 @@
 """What the residual denoiser is told of a whole picture."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from models import ResidualSDID
-from models.prototypes import NONE, Prototypes
+from models.prototypes import NO_PROTOTYPE, Prototypes
 from models.quantizer import Codebook
 from models.spiking import set_plain
+from pipeline.generators import CodeDiffusion
+from pipeline.machine import Machine
 from pipeline.run_folder import RunFolder, load_weights, write_json
+from pipeline.trainers import sdid_trainer
+from pipeline.training import Schedule
 
 K, GRID = 6, (4, 4)
 
@@ -33,9 +39,7 @@ def groups():
 
 def fitted(codes, codebook, count=2):
     prototypes = Prototypes(count, K, 8, 2, GRID)
-    assert not prototypes.fitted
     prototypes.fit(codes, codebook, seed=0)
-    assert prototypes.fitted
     return prototypes
 
 
@@ -80,7 +84,7 @@ def test_they_enter_as_spikes(groups, codebook):
     prototypes = fitted(groups, codebook)
     assert not prototypes(torch.tensor([0, 1])).any(), "no influence at first"
     torch.nn.init.normal_(prototypes.embed.weight)
-    currents = prototypes(torch.tensor([1, NONE]))
+    currents = prototypes(torch.tensor([1, NO_PROTOTYPE]))
     assert currents.shape == (2, 8, 2, 2) and not currents[1].any()
     weight, square = prototypes.embed.weight, prototypes.grids[1, :2, 2:]
     expected = sum(weight[:, int(square[y, x]), y, x] for y in (0, 1) for x in (0, 1))
@@ -98,9 +102,12 @@ def test_a_network_without_them_is_taken_over():
     torch.nn.init.normal_(before.head.weight)
     after.take_over(before.state_dict())
     tokens, t = torch.randint(0, K + 1, (5, *GRID)), torch.ones(5)
-    torch.testing.assert_close(after(tokens, t, torch.tensor([0, 1, 2, 0, NONE])), before(tokens, t))
+    torch.testing.assert_close(after(tokens, t, torch.tensor([0, 1, 2, 0, NO_PROTOTYPE])), before(tokens, t))
     assert ResidualSDID.options_of(after.state_dict())["prototypes"] == 3
     assert ResidualSDID.options_of(before.state_dict())["prototypes"] == 0
+    again = small(prototypes=2)
+    again.take_over(after.state_dict())  # another number of prototypes, which have to be fitted
+    assert torch.equal(again.prototypes.embed.weight, after.prototypes.embed.weight)
     for other in (ResidualSDID(K, width=32, blocks=1, grid=GRID), ResidualSDID(K, width=16, blocks=2, grid=GRID)):
         with pytest.raises(RuntimeError):
             after.take_over(other.state_dict())
@@ -111,7 +118,7 @@ def test_step_by_step_is_the_same(groups, codebook):
     denoiser = small(prototypes=2).double()
     denoiser.prototypes.fit(groups, codebook, seed=0)
     torch.nn.init.normal_(denoiser.prototypes.embed.weight)
-    tokens, t, told = groups[:4].long(), torch.ones(4), torch.tensor([0, 1, NONE, 1])
+    tokens, t, told = groups[:4].long(), torch.ones(4), torch.tensor([0, 1, NO_PROTOTYPE, 1])
     tokens[:, :2] = K
     fast, untold = denoiser(tokens, t, told), denoiser(tokens, t)
     set_plain(denoiser, True)
@@ -129,7 +136,7 @@ def test_each_sample_is_told_its_own():
         codes = number.view(-1, 1, 1).expand(tokens.shape)[where]
         return torch.nn.functional.one_hot(codes, K) * 1000.0
 
-    drawn = diffusion.sample(denoiser, diffusion.noise(0, range(20), GRID), known=[told])
+    drawn = diffusion.sample(denoiser, diffusion.noise(0, range(20), GRID), condition=told)
     assert torch.equal(drawn, told.view(-1, 1, 1).expand(drawn.shape))
 
 
@@ -140,6 +147,14 @@ SMALL = (
     *("--codebook_size", 8, "--batch_size", 8, "--epochs", 1, "--diffusion_epochs", 1, "--num_samples", 5),
     *("--device", "cpu", "--precision", "float32", "--metrics", "energy"),
 )
+
+
+@pytest.fixture
+def told(cli, grey, tmp_path):
+    """A run whose denoiser was trained with prototypes."""
+    outcome = cli(*grey, *SMALL, "--images_per_prototype", 10, "--result_path", tmp_path)
+    assert (outcome.status, outcome.err) == (0, "")
+    return tmp_path / "ImageFolder" / "snn-vq-vae"
 
 
 def test_added_to_a_run_that_had_none(cli, grey, tmp_path):
@@ -159,12 +174,46 @@ def test_added_to_a_run_that_had_none(cli, grey, tmp_path):
     weights = load_weights(RunFolder(after).denoiser)
     assert weights["prototypes.counts"].sum() == 120 and len(weights["prototypes.counts"]) == 12
     assert weights["prototypes.embed.weight"].any(), "learned"
-    again = ("--stage", "sdid", "--diffusion_epochs", 1, "--result_path", tmp_path / "again")
-    assert cli(*grey, "--start_from", after, *again, "--seed", 7).status == 0
-    kept = load_weights(RunFolder(tmp_path / "again" / "ImageFolder" / "snn-vq-vae").denoiser)
-    assert torch.equal(kept["prototypes.grids"], weights["prototypes.grids"]), "those of the run it began with"
+    fewer = ("--stage", "sdid", "--train_images", 60, "--diffusion_lr", 1e-9, "--ema_decay", 0, "--diffusion_epochs", 1)
+    assert cli(*grey, "--start_from", after, *fewer, "--result_path", tmp_path / "again").status == 0
+    again = load_weights(RunFolder(tmp_path / "again" / "ImageFolder" / "snn-vq-vae").denoiser)
+    assert again["prototypes.counts"].sum() == 60 and len(again["prototypes.counts"]) == 6, "of the images there are"
+    torch.testing.assert_close(again["prototypes.embed.weight"], weights["prototypes.embed.weight"], atol=1e-6, rtol=0)
+
+
+def test_samples_are_told_and_fillings_are_not(told, cli, monkeypatch):
+    asked, original = [], ResidualSDID.logits_at
+    monkeypatch.setattr(ResidualSDID, "logits_at", lambda self, *told: asked.append(told) or original(self, *told))
     images = []
     for count in (3, 5):
-        assert cli("--checkpoint", after, "--stage", "sample", "--num_samples", count).status == 0
-        images.append(np.load(after / "samples" / "images.npz")["images"])
-    assert (images[0] == images[1][:3]).all()
+        assert cli("--checkpoint", told, "--stage", "sample", "--num_samples", count).status == 0
+        images.append(np.load(told / "samples" / "images.npz")["images"])
+    assert (images[0] == images[1][:3]).all(), "a sample is the same whatever it is drawn together with"
+    assert asked and all(len(told) == 4 and (told[3] >= 0).all() for told in asked)
+    asked.clear()
+    assert cli("--checkpoint", told, "--stage", "inpaint").status == 0
+    assert asked and all(len(told) == 3 for told in asked)
+
+
+def test_training_images_are_told_their_own_mostly(groups, codebook, tmp_path):
+    """A share of them is told none, in whatever part of the batch a process computes."""
+    denoiser = small(prototypes=5)
+    denoiser.prototypes.fit(groups, codebook, seed=0)
+    machine = Machine(torch.device("cpu"), bf16=False)
+    generator = CodeDiffusion(SimpleNamespace(vq_layer=codebook, codebook_size=K), denoiser, GRID, machine, seed=0)
+    batch, seen = groups.repeat(20, 1, 1), []
+
+    def network(tokens, t, prototype):
+        seen.append(prototype)
+        return torch.zeros(len(tokens), K, *GRID, requires_grad=True)
+
+    with RunFolder(tmp_path) as run:
+        schedule = Schedule(epochs=1, batch_size=10, lr=0.1, seed=0)
+        trainer = sdid_trainer(denoiser, generator, groups, "elbo", run=run, schedule=schedule, machine=machine)
+        for part in (slice(1000), slice(500, 1000)):
+            trainer.losses(network, batch, part, torch.Generator().manual_seed(0))
+    whole, half = seen
+    assert torch.equal(whole[500:], half)
+    dropped = whole == NO_PROTOTYPE
+    assert dropped.double().mean() == pytest.approx(0.1, abs=0.04)
+    assert torch.equal(whole[~dropped], denoiser.prototypes.nearest(batch, codebook)[~dropped])
