@@ -62,7 +62,7 @@ OPTIONS = {
         **{"hidden": 4, "embedding_dim": 6},
     },
     SDID: {"codebook_size": 20, "width": 4},
-    ResidualSDID: {"codebook_size": 20, "width": 16, "blocks": 2, "grid": (4, 6)},
+    ResidualSDID: {"codebook_size": 20, "width": 16, "blocks": 2, "prototypes": 3, "grid": (4, 6)},
 }
 
 
