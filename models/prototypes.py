@@ -10,7 +10,7 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
-from models.quantizer import Codebook
+from models.quantizer import Codebook, nearest_rows
 from models.spiking import full_precision
 
 NO_PROTOTYPE = -1
@@ -74,9 +74,7 @@ class Prototypes(nn.Module):
         """Numbers int64 `[N]` of the prototypes whose embeddings are nearest to those of `codes [N,h,w]`."""
         with torch.no_grad(), full_precision(codebook.embeddings.weight):
             centres = torch.cat([part.flatten(1) for part in _embedded(self.grids, codebook)])
-            lengths = centres.square().sum(1)
-            parts = _embedded(codes, codebook)
-            return torch.cat([(lengths - 2 * part.flatten(1) @ centres.T).argmin(1) for part in parts])
+            return torch.cat([nearest_rows(part.flatten(1), centres) for part in _embedded(codes, codebook)])
 
     def draw(self, seed: int, samples: Iterable[int]) -> Tensor:
         """Numbers int64 `[N]` for the samples with these numbers, by how often the prototypes occur."""

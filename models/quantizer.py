@@ -57,6 +57,11 @@ def poisson_spikes(rates: Tensor, spike_steps: int, generator: torch.Generator |
     return spikes + (probabilities - probabilities.detach())
 
 
+def nearest_rows(vectors: Tensor, table: Tensor) -> Tensor:
+    """Index of the row of `table [K,D]` that is nearest to each of `vectors [...,D]`, by squared distance: `[...]`."""
+    return (table.square().sum(1) - 2 * vectors @ table.T).argmin(-1)
+
+
 class Codebook(nn.Module):
     """`codebook_size` embeddings of width `embedding_dim`, drawn from N(0,1) (VQ-VAE, arXiv 1711.00937).
 
@@ -73,8 +78,7 @@ class Codebook(nn.Module):
         """Index of the nearest embedding by squared distance: `[N,D,h,w]` to int64 `[N,h,w]`."""
         with torch.no_grad(), full_precision(encoded):
             vectors = encoded.permute(0, 2, 3, 1)  # [N,D,h,w] -> [N,h,w,D]
-            weight = self.embeddings.weight
-            return (weight.square().sum(1) - 2 * vectors @ weight.T).argmin(-1)
+            return nearest_rows(vectors, self.embeddings.weight)
 
     def embed(self, codes: Tensor) -> Tensor:
         """Codes `[N,h,w]` to their embeddings `[N,D,h,w]`."""

@@ -28,15 +28,15 @@ class Networks:
         self.autoencoder_path = options.checkpoint or run.model
 
     def new_autoencoder(self, channels: int, image_size: int) -> nn.Module:
-        """What stage 1 begins with."""
+        """What stage 1 begins with, still on the CPU."""
         o = self.options
         shape = {"channels": channels, "image_size": image_size, "hidden": o.hidden_channels}
         keys = ("codebook_size", "embedding_dim", "clipped_error", "revive_codes")
         model = build_model(o.model, **shape, **self._of_the_options(*keys), **self._not_in_weights())
-        return self.machine.place(self._started(model, "model"))
+        return self._started(model, "model")
 
     def new_denoiser(self, grid: tuple[int, int], images: int) -> nn.Module:
-        """What stage 2 begins with, for a `grid` (h, w) of codes and so many training images."""
+        """What stage 2 begins with, still on the CPU, for a `grid` (h, w) of codes and so many training images."""
         o = self.options
         shape = {"width": o.denoiser_channels, "blocks": o.denoiser_blocks, "prototypes": self._prototypes(images)}
         how = {"codebook_size": o.codebook_size, "spike_steps": self._denoiser_spike_steps, "grid": grid}
@@ -44,7 +44,7 @@ class Networks:
             denoiser = build_denoiser(o.denoiser, **shape, **how)
         except ValueError as error:
             raise UserError(f"--denoiser {o.denoiser}: {error}") from error
-        return self.machine.place(self._started(denoiser, "denoiser"))
+        return self._started(denoiser, "denoiser")
 
     def fit_prototypes(self, denoiser: nn.Module, codes: Tensor, autoencoder: VQAutoencoder) -> None:
         """Find the prototypes of a denoiser that is to have some, among the codes `[N,h,w]` of the training images."""

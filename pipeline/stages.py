@@ -107,7 +107,7 @@ class Pipeline:
             return True
         o, data = self.options, self.data
         torch.manual_seed(derive_seed(o.seed, 1))
-        model = self.networks.new_autoencoder(*data.shape[:2])
+        model = self.machine.place(self.networks.new_autoencoder(*data.shape[:2]))
         settings = {"run": self.run, "schedule": self._schedule(o.epochs, o.lr), "machine": self.machine}
         if self.has_denoiser:
             trainer = vqsvae_trainer(model, data.train, data.test, data.variance, **settings)
@@ -123,7 +123,7 @@ class Pipeline:
         vqsvae = self.load_autoencoder()
         codes = encode_images(vqsvae, self.data.train, self.machine, o.eval_batch_size)
         torch.manual_seed(derive_seed(o.seed, 2))
-        denoiser = self._new_denoiser()
+        denoiser = self.machine.place(self._new_denoiser())
         if self.last.get("stage") != "sdid":  # a training that goes on has them
             self.networks.fit_prototypes(denoiser, codes, vqsvae)
         schedule = self._schedule(o.diffusion_epochs, o.diffusion_lr or o.lr, o.fixed_norm)
