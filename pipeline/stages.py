@@ -13,11 +13,12 @@ from errors import UserError
 from models import AUTOENCODERS, FSVAE
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.distributed import from_writer
-from pipeline.evaluation import METRICS, Evaluation, energy_figures, reconstruction_figures
+from pipeline.evaluation import METRICS, Evaluation
 from pipeline.figures import write_figures
 from pipeline.generators import CodeDiffusion, Generator, PriorSampling
 from pipeline.machine import Machine
 from pipeline.masks import hidden_pixels
+from pipeline.model_figures import energy_figures, reconstruction_figures
 from pipeline.networks import Networks
 from pipeline.pictures import GREY, grid, save_png
 from pipeline.run_folder import RunFolder, load_weights, save_weights

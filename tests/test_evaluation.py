@@ -13,10 +13,11 @@ from errors import UserError
 from metrics.extraction import extract
 from metrics.frechet import feature_statistics, frechet_distance
 from models import FSVAE, SDID, VQSVAE, VQVAE
-from pipeline import evaluation, temperature
-from pipeline.evaluation import Evaluation, FeatureNetwork, Metric, energy_figures, reconstruction_figures
+from pipeline import evaluation, model_figures, temperature
+from pipeline.evaluation import Evaluation, FeatureNetwork, Metric
 from pipeline.generators import CodeDiffusion, PriorSampling
 from pipeline.machine import Machine
+from pipeline.model_figures import energy_figures, reconstruction_figures
 from pipeline.run_folder import RunFolder
 
 CPU = Machine(torch.device("cpu"), bf16=False)
@@ -232,7 +233,7 @@ def test_energy_in_microjoules():
 def test_reconstructions_are_scored_as_samples_are(data, monkeypatch):
     """FAD of the autoencoder, the floor of whatever draws its codes: by the same network and reference."""
     generator = generators()["vq-vae"]
-    monkeypatch.setattr(evaluation, "FAD_IMAGES", 7)
+    monkeypatch.setattr(model_figures, "FAD_IMAGES", 7)
     table = {**evaluation.GENERATED_METRICS, "fad": evaluation.GENERATED_METRICS["distance"]}
     monkeypatch.setattr(evaluation, "GENERATED_METRICS", table)
     ready = Evaluation(options(metrics=["fad"]), data, CPU)
@@ -241,5 +242,5 @@ def test_reconstructions_are_scored_as_samples_are(data, monkeypatch):
     expected = frechet_distance(*feature_statistics(reconstructed), *feature_statistics(real))
     assert figure["name"] == "reconstruction_fad" and figure["value"] == pytest.approx(expected)
     assert figure["num_generated"] == 7 and "reconstructions" in figure["drawn"]
-    monkeypatch.setattr(evaluation, "FAD_IMAGES", 8)
+    monkeypatch.setattr(model_figures, "FAD_IMAGES", 8)
     assert reconstruction_figures(generator, ready, ["fad"]) == []

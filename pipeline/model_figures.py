@@ -1,0 +1,61 @@
+"""Figures of a model itself: how well it reconstructs, which codes it uses, what it costs; each with its protocol."""
+
+from collections.abc import Collection
+
+from torch import Tensor
+
+from metrics.codebook import perplexity, usage
+from metrics.energy import PICOJOULES_PER_AC, PICOJOULES_PER_MAC
+from metrics.fad import FAD_IMAGES
+from metrics.reconstruction import mse, ssim
+from pipeline.evaluation import Evaluation
+from pipeline.figures import record
+from pipeline.generators import CodeDiffusion, Generator
+from pipeline.pictures import to_float
+
+ENERGY_IMAGES = 16
+
+
+def reconstruction_figures(generator: Generator, evaluation: Evaluation, wanted: Collection[str]) -> list[dict]:
+    """Figures of the autoencoder on the whole test split: MSE, SSIM, codebook, and FAD, the floor of any generator."""
+    test, seed = evaluation.data.test, evaluation.options.seed
+    figures = []
+    about = {"split": "test", "real": len(test), "seed": seed}
+    mean = "reconstructions as 8-bit images in [0,1], mean over all"
+    if {"mse", "ssim", "fad"} & set(wanted):
+        reconstructed = generator.reconstruct(test)
+        pair = to_float(test), to_float(reconstructed)
+        if "mse" in wanted:
+            figures.append(record("mse", mse(*pair), f"{mean} pixels", **about))
+        if "ssim" in wanted:
+            figures.append(record("ssim", ssim(*pair), f"{mean} images, torchmetrics", **about))
+        if len(test) >= FAD_IMAGES:
+            scored = evaluation.figures(reconstructed, "reconstructions of the test split", ["fad"], whole=True)
+            figures += [figure | {"name": "reconstruction_fad"} for figure in scored]
+    if "codebook" in wanted and isinstance(generator, CodeDiffusion):
+        codes, size = generator.encode(test), generator.autoencoder.codebook_size
+        figures += [
+            record("codebook_usage", usage(codes, size), f"share of the {size} codes that occur", **about),
+            record("codebook_perplexity", perplexity(codes, size), "exp of the code entropy in nats", **about),
+        ]
+    return figures
+
+
+def energy_figures(generator: Generator, test: Tensor, seed: int) -> list[dict]:
+    """Energy in µJ per image of each part and of a whole sample, with and without spikes, and the mean firing rate."""
+    images = test[:ENERGY_IMAGES]
+    cost = generator.cost(images)
+    about = {"split": "test", "real": len(images), "seed": seed}
+    figures = []
+    for part, counted in cost.operations.items():
+        counts = {"macs": counted.macs, "acs": counted.acs}
+        protocol = f"µJ an image, {PICOJOULES_PER_MAC} pJ a MAC, {PICOJOULES_PER_AC} pJ an AC"
+        figures.append(record(f"energy_{part}", counted.energy / 1e6, protocol, **about, **counts))
+        protocol = f"µJ an image, each layer once, without spikes, {PICOJOULES_PER_MAC} pJ a MAC"
+        dense = {"macs": counted.dense_macs}
+        figures.append(record(f"energy_{part}_without_spikes", counted.dense_energy / 1e6, protocol, **about, **dense))
+    if cost.firing_rates:
+        mean = sum(cost.firing_rates.values()) / len(cost.firing_rates)
+        protocol = "spikes per neuron and spike step, mean over layers"
+        figures.append(record("firing_rate", mean, protocol, **about, layers=cost.firing_rates))
+    return figures
