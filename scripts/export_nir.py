@@ -4,8 +4,8 @@ python scripts/export_nir.py RUN_FOLDER                to RUN_FOLDER/nir
 python scripts/export_nir.py RUN_FOLDER --output DIR
 
 Needs the packages nir and nirtorch. A graph takes its input, [C,H,W], at every spike step, which is 0.1 ms in the file;
-weights are float64, batch norm is folded into the convolutions. NIR has no transposed convolution: those of the decoder
-become convolutions on the grid of codes whose output channels are the finer positions, exactly (zeros are counted among
+weights are float64, batch norm is folded into the convolutions. What NIR has no node for, transposed convolutions and
+the mixing of positions, becomes convolutions with many zeros, exactly (scripts/nir_graphs.py; zeros are counted among
 the parameters). Each file is read back and run on test images, in float64, and must give every spike of the trained
 network.
 """
@@ -30,10 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 from errors import UserError
 from main import resolve
-from models import SDID, VQSVAE
-from models.spiking import SURROGATE, SpikingStack, membrane_weights, set_plain, weighted_sum
+from models import SDID, VQSVAE, ResidualSDID
+from models.spiking import SpikingStack, membrane_weights, set_plain, weighted_sum
 from pipeline.machine import choose_machine
 from pipeline.stages import Pipeline
+from scripts.nir_graphs import ResidualGraph, SDIDGraph, spiking_layers
 
 IMAGES = 8  # that spikes are compared on
 ROUNDING = 1e-9  # allowed difference of outputs that are not spikes
@@ -53,69 +54,6 @@ class Export(NamedTuple):
     trained: nn.Module
     run: Callable[[], Tensor]
     outside: Callable[[Tensor], Tensor]
-
-
-class SDIDGraph(nn.Module):
-    """SDID for one spike step, planes `[N,2,h,w]` to `[N,K,h,w]`; where it concatenates, two convolutions add up.
-
-    The sum is the input of an identity with the head's bias: the importer adds up what enters a layer, but no outputs.
-    """
-
-    def __init__(self, denoiser: SDID):
-        super().__init__()
-        head, blocks = denoiser.conv6[0], (getattr(denoiser, f"conv{i}") for i in range(2, 6))
-        parts = head.weight.split((4 * len(denoiser.conv1[0].weight), len(denoiser.conv1[0].weight)), 1)
-        self.first, self.rest = spiking_layers(denoiser.conv1), nn.Sequential(*map(spiking_layers, blocks))
-        self.head_rest, self.head_first = (convolution(part, 0 * head.bias, padding=head.padding) for part in parts)
-        self.add = convolution(torch.eye(len(head.bias))[..., None, None].double(), head.bias)
-
-    def forward(self, planes: Tensor) -> Tensor:
-        """See the class."""
-        first = self.first(planes)
-        return self.add(self.head_rest(self.rest(first)) + self.head_first(first))
-
-
-def convolution(weight: Tensor, bias: Tensor, **how: tuple[int, int]) -> nn.Conv2d:
-    """A convolution with these weights `[C',C,k,k]` and `[C']`; `how` is its stride and padding."""
-    conv = nn.Conv2d(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), dtype=weight.dtype, **how)
-    conv.load_state_dict({"weight": weight, "bias": bias})
-    return conv
-
-
-def coarse_weight(conv: nn.ConvTranspose2d, grain: int) -> Tensor:
-    """Weights `[C'(grain*stride)^2, C*grain^2, 3, 3]` that do on a coarse grid what `conv` does on one `grain` as fine.
-
-    The coarse grid's channels are the finer positions in the order of `pixel_unshuffle`; padding is 1. They are read
-    off the responses to single ones.
-    """
-    channels = conv.in_channels * grain**2
-    ones = torch.zeros(channels, channels, 3, 3, dtype=conv.weight.dtype)
-    ones[range(channels), range(channels), 1, 1] = 1
-    fine = F.pixel_shuffle(ones, grain)
-    fine = F.conv_transpose2d(fine, conv.weight, None, conv.stride, conv.padding, conv.output_padding)
-    return F.pixel_unshuffle(fine, grain * conv.stride[0]).transpose(0, 1).flip(2, 3)
-
-
-def layer(conv: nn.Module, norm: nn.BatchNorm2d | None, grain: int) -> nn.Conv2d:
-    """A convolution, plain or transposed, and its batch norm in evaluation mode as one; `grain` as in coarse_weight."""
-    weight, bias, how = conv.weight, conv.bias, {"stride": conv.stride, "padding": conv.padding}
-    if isinstance(conv, nn.ConvTranspose2d):
-        weight, how = coarse_weight(conv, grain), {"padding": (1, 1)}
-    if norm is not None:
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        bias = (bias - norm.running_mean) * scale + norm.bias
-        weight = weight * scale.repeat_interleave(len(weight) // len(scale)).view(-1, 1, 1, 1)
-    return convolution(weight, bias.repeat_interleave(len(weight) // len(bias)), **how)
-
-
-def spiking_layers(stack: SpikingStack) -> nn.Sequential:
-    """The stack for one spike step as convolutions and SpikingJelly's neurons; batch norm is folded."""
-    layers, grain, modules = [], 1, list(stack)
-    for conv, *firing in (modules[i : i + 3] for i in range(0, len(modules), 3)):
-        layers.append(layer(conv, firing[0] if firing else None, grain))
-        layers += [neuron.LIFNode(tau=lif.tau, surrogate_function=SURROGATE) for lif in firing[1:]]
-        grain *= conv.stride[0] if isinstance(conv, nn.ConvTranspose2d) else 1
-    return nn.Sequential(*layers)
 
 
 def of_autoencoder(model: VQSVAE, images: Tensor) -> Iterator[Export | str]:
@@ -140,19 +78,17 @@ def of_autoencoder(model: VQSVAE, images: Tensor) -> Iterator[Export | str]:
     yield export("decoder", what, decoder.snn_convs, quantizer.generate_spikes(embedded), decoder, pixels)
 
 
-def of_denoiser(model: nn.Module, codes: Tensor) -> Export | str:
-    """The denoiser, in plain mode, on `codes [N,h,w]` of which more and more are masked; or why it is not exported."""
-    if not isinstance(model, SDID):
-        reason = "it mixes positions within groups of channels, and NIR has no node that permutes axes"
-        return f"denoiser: not exported, {reason} (dense: {model.position.numel() ** 2:,} weights for each mixing)"
+def of_denoiser(model: SDID | ResidualSDID, codes: Tensor) -> Export:
+    """The denoiser, in plain mode, on `codes [N,h,w]` of which more and more are masked."""
     timesteps = codes[0].numel()
     t = torch.linspace(1, timesteps, len(codes)).long()
     chance = torch.rand(codes.shape, generator=torch.Generator().manual_seed(0))
     tokens = torch.where(chance * timesteps < t.view(-1, 1, 1), model.codebook_size, codes)
-    planes = torch.stack((tokens, t.view(-1, 1, 1).expand_as(tokens)), 1).double()  # [N,2,h,w]
+    condition = [model.prototypes.draw(0, range(len(codes)))] if model.prototypes else []
+    graph = SDIDGraph(model) if isinstance(model, SDID) else ResidualGraph(model)
+    planes = graph.planes(tokens, t, *condition)
     steps = planes.expand(model.spike_steps, *planes.shape)
-    what = "planes of tokens and timestep to logits; outside: mean over the steps"
-    return Export("denoiser", what, SDIDGraph(model), steps, model, lambda: model(tokens, t), lambda x: x.mean(0))
+    return Export("denoiser", graph.what, graph, steps, model, lambda: model(tokens, t, *condition), graph.logits)
 
 
 def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]:

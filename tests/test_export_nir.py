@@ -106,13 +106,31 @@ def change_options(run, **options):
     (run / "config.json").write_text(json.dumps(config | options))
 
 
-def test_residual_denoiser_is_not_exported(run, capsys):
+@pytest.mark.parametrize("options", [{"grid": (4, 4)}, {"grid": (3, 3)}, {"grid": (4, 4), "prototypes": 2}], ids=str)
+@torch.no_grad()
+def test_residual_denoiser(options, tmp_path):
+    model = trained(ResidualSDID(8, 2, width=32, blocks=2, **options))
+    assert model.patch == (1 if options["grid"] == (3, 3) else 2)
+    if model.prototypes:
+        model.prototypes.grids.random_(8)
+        model.prototypes.counts.fill_(1)
+        nn.init.normal_(model.prototypes.embed.weight)
+    exported = export_nir.of_denoiser(model, torch.randint(8, (5, *options["grid"])))
+    graph = read_back(exported, tmp_path / "network.nir")
+    spikes, differing, error = export_nir.compare(exported, graph)
+    assert spikes > 50 and differing == 0 and error < 1e-12
+    if model.prototypes:
+        model.prototypes.embed.weight.mul_(2)
+        assert export_nir.compare(exported, graph)[1] > 0  # what is told has influence
+
+
+def test_run_with_a_residual_denoiser(run, capsys):
     change_options(run, denoiser="residual")
     torch.save(ResidualSDID(8, 4, width=16, blocks=1, grid=(4, 4)).state_dict(), run / "diff_result" / "diff_model.pth")
-    status, lines, _ = export(capsys, run, "--output", run / "elsewhere")
-    assert status == 0 and lines[-1].startswith("denoiser: not exported, it mixes positions")
-    assert "4,096 weights" in lines[-1]  # 16 channels at 2x2 positions, squared
-    assert {path.stem for path in (run / "elsewhere").iterdir()} == set(AUTOENCODER)
+    status, lines, errors = export(capsys, run, "--output", run / "elsewhere")
+    assert (status, errors) == (0, []) and lines[-1].startswith("denoiser.nir: planes of tokens, prototype")
+    assert all(line.endswith("spikes compared: identical") for line in lines)
+    assert {path.stem for path in (run / "elsewhere").iterdir()} == {*AUTOENCODER, "denoiser"}
 
 
 def test_autoencoder_without_spikes_is_not_exported(run, capsys):

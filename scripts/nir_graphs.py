@@ -1,0 +1,181 @@
+"""The networks as what NIR can hold: graphs of convolutions and SpikingJelly's neurons, for one spike step."""
+
+import torch
+import torch.nn.functional as F
+from spikingjelly.activation_based import neuron
+from torch import Tensor, nn
+
+from models import SDID, ResidualSDID
+from models.residual_sdid import HEADS, MixingBlock
+from models.spiking import SURROGATE, Firing, SpikingStack
+
+
+class SDIDGraph(nn.Module):
+    """SDID for one spike step, planes `[N,2,h,w]` to `[N,K,h,w]`; where it concatenates, two convolutions add up.
+
+    The sum is the input of an identity with the head's bias: the importer adds up what enters a layer, but no outputs.
+    """
+
+    what = "planes of tokens and timestep to logits; outside: mean over the steps"
+
+    def __init__(self, denoiser: SDID):
+        super().__init__()
+        head, blocks = denoiser.conv6[0], (getattr(denoiser, f"conv{i}") for i in range(2, 6))
+        parts = head.weight.split((4 * len(denoiser.conv1[0].weight), len(denoiser.conv1[0].weight)), 1)
+        self.first, self.rest = spiking_layers(denoiser.conv1), nn.Sequential(*map(spiking_layers, blocks))
+        self.head_rest, self.head_first = (convolution(part, padding=head.padding) for part in parts)
+        self.add = convolution(torch.eye(len(head.bias))[..., None, None], head.bias)
+
+    def planes(self, tokens: Tensor, t: Tensor) -> Tensor:
+        """The graph's input for `tokens [N,h,w]` and timesteps `t [N]`."""
+        return torch.stack((tokens, t.view(-1, 1, 1).expand_as(tokens)), 1).double()
+
+    @staticmethod
+    def logits(outputs: Tensor) -> Tensor:
+        """Logits `[N,K,h,w]` from the graph's outputs `[S,N,K,h,w]`."""
+        return outputs.mean(0)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        """See the class."""
+        first = self.first(planes)
+        return self.add(self.head_rest(self.rest(first)) + self.head_first(first))
+
+
+class ResidualGraph(nn.Module):
+    """ResidualSDID for one spike step: spikes as of `planes` to logits of squares, `[N,patch^2*K,h/patch,w/patch]`.
+
+    What is needed twice or added up ends in an identity, as the importer adds up what enters a layer. The grid of codes
+    is a square: nir computes the sizes of others wrongly.
+    """
+
+    what = "planes of tokens, prototype and positions to logits; outside: mean over the steps, pixel shuffle"
+
+    def __init__(self, denoiser: ResidualSDID):
+        super().__init__()
+        position, patch, told = denoiser.position, denoiser.patch, denoiser.prototypes
+        self.codebook_size, self.grid = denoiser.codebook_size, position.shape[1:]
+        self.prototypes = told.grids if told else None
+        self.corner = F.pad(torch.ones(1, 1), (0, patch - 1, 0, patch - 1))
+        corners = position.flatten(1)[..., None, None] * self.corner
+        weights = [denoiser.embed.weight, *([told.embed.weight] if told else []), corners]
+        self.enter = convolution(torch.cat(weights, 1), stride=denoiser.embed.stride)
+        self.blocks = nn.Sequential(*(MixingGraph(block, self.grid) for block in denoiser.blocks))
+        self.leave = nn.Sequential(*fired(identity(len(position)), denoiser.fire), layer(denoiser.head))
+
+    def planes(self, tokens: Tensor, t: Tensor, prototype: Tensor | None = None) -> Tensor:
+        """The graph's input: a plane for each token, for each code of the prototype if any, and for each position.
+
+        A position's has a single 1, in the corner of its square, the response to which is the position's embedding.
+        """
+        planes = [F.one_hot(tokens, self.codebook_size + 1).permute(0, 3, 1, 2)]
+        if prototype is not None:
+            planes.append(F.one_hot(self.prototypes[prototype].long(), self.codebook_size).permute(0, 3, 1, 2))
+        positions = torch.eye(self.grid.numel()).view(-1, *self.grid)
+        planes.append(torch.kron(positions, self.corner).expand(len(tokens), -1, -1, -1))
+        return torch.cat(planes, 1).double()
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """Logits `[N,K,h,w]` from the graph's outputs `[S,N,patch^2*K,h/patch,w/patch]`."""
+        return F.pixel_shuffle(outputs.mean(0), len(self.corner))
+
+    def forward(self, planes: Tensor) -> Tensor:
+        """See the class."""
+        return self.leave(self.blocks(self.enter(planes)))
+
+
+class MixingGraph(nn.Module):
+    """MixingBlock for one spike step, currents `[N,C,h,w]` to such.
+
+    NIR has no node that permutes axes. So each head's positions become channels by a convolution as large as the grid,
+    which mixes them at once, and positions again by a second one: exact, and nearly all of their weights are zero.
+    """
+
+    def __init__(self, block: MixingBlock, grid: torch.Size):
+        super().__init__()
+        width, positions = block.project.out_channels, grid.numel()
+        share = torch.eye(width // HEADS, dtype=block.mix.weight.dtype)
+        at = torch.eye(positions).view(positions, *grid)
+        place = torch.einsum("cd,phw->cdphw", share, at.flip(1, 2)).flatten(1, 2)  # [C/H,C/H*P,h,w]
+        mixers = block.mix.weight.view(HEADS, positions, *grid)
+        gathers = torch.einsum("cd,mphw->mcpdhw", share, mixers).flatten(1, 2)  # [H,C/H*P,C/H,h,w]
+        parts = torch.eye(width).chunk(HEADS)
+        self.fire = nn.Sequential(*fired(identity(width), block.fire_positions))
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                convolution(part[..., None, None]),
+                convolution(gather),
+                convolution(place, padding=tuple(side - 1 for side in grid)),
+                convolution(part.T[..., None, None]),
+            )
+            for part, gather in zip(parts, gathers, strict=True)
+        )
+        self.mixed, self.out = identity(width), identity(width)
+        hidden = fired(identity(width), block.fire_channels), fired(block.expand, block.fire_hidden)
+        self.channels = nn.Sequential(*hidden[0], *hidden[1], layer(block.project))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        spikes = self.fire(x)
+        for head in self.heads:
+            x = x + head(spikes)
+        x = self.mixed(x)
+        return self.out(x + self.channels(x))
+
+
+def convolution(weight: Tensor, bias: Tensor | None = None, **how: tuple[int, int]) -> nn.Conv2d:
+    """A convolution in float64 with these weights `[C',C,k,k]` and `[C']`, or 0; `how` is its stride and padding."""
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), dtype=torch.float64, **how)
+    conv.load_state_dict({"weight": weight, "bias": torch.zeros(len(weight)) if bias is None else bias})
+    return conv
+
+
+def identity(channels: int) -> nn.Conv2d:
+    """A convolution that changes nothing."""
+    return convolution(torch.eye(channels)[..., None, None])
+
+
+def fired(conv: nn.Conv2d, firing: Firing) -> list[nn.Module]:
+    """A convolution, and the batch norm and neuron behind it."""
+    return [layer(conv, firing.norm), spiking_neuron()]
+
+
+def spiking_neuron() -> nn.Module:
+    """The networks' neuron, as SpikingJelly's exporter knows it."""
+    return neuron.LIFNode(tau=2.0, surrogate_function=SURROGATE)
+
+
+def coarse_weight(conv: nn.ConvTranspose2d, grain: int) -> Tensor:
+    """Weights `[C'(grain*stride)^2, C*grain^2, 3, 3]` that do on a coarse grid what `conv` does on one `grain` as fine.
+
+    The coarse grid's channels are the finer positions in the order of `pixel_unshuffle`; padding is 1. They are read
+    off the responses to single ones.
+    """
+    channels = conv.in_channels * grain**2
+    ones = torch.zeros(channels, channels, 3, 3, dtype=conv.weight.dtype)
+    ones[range(channels), range(channels), 1, 1] = 1
+    fine = F.pixel_shuffle(ones, grain)
+    fine = F.conv_transpose2d(fine, conv.weight, None, conv.stride, conv.padding, conv.output_padding)
+    return F.pixel_unshuffle(fine, grain * conv.stride[0]).transpose(0, 1).flip(2, 3)
+
+
+def layer(conv: nn.Module, norm: nn.BatchNorm2d | None = None, grain: int = 1) -> nn.Conv2d:
+    """A convolution, plain or transposed, and its batch norm in evaluation mode as one; `grain` as in coarse_weight."""
+    weight, how = conv.weight, {"stride": conv.stride, "padding": conv.padding}
+    bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+    if isinstance(conv, nn.ConvTranspose2d):
+        weight, how = coarse_weight(conv, grain), {"padding": (1, 1)}
+    if norm is not None:
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        bias = (bias - norm.running_mean) * scale + norm.bias
+        weight = weight * scale.repeat_interleave(len(weight) // len(scale)).view(-1, 1, 1, 1)
+    return convolution(weight, bias.repeat_interleave(len(weight) // len(bias)), **how)
+
+
+def spiking_layers(stack: SpikingStack) -> nn.Sequential:
+    """The stack for one spike step as convolutions and SpikingJelly's neurons; batch norm is folded."""
+    layers, grain, modules = [], 1, list(stack)
+    for conv, *firing in (modules[i : i + 3] for i in range(0, len(modules), 3)):
+        layers.append(layer(conv, firing[0] if firing else None, grain))
+        layers += [spiking_neuron() for _ in firing[1:]]
+        grain *= conv.stride[0] if isinstance(conv, nn.ConvTranspose2d) else 1
+    return nn.Sequential(*layers)
