@@ -1,4 +1,4 @@
-"""Make a small copy of a run to hand on: weights in half precision, options, figures; without optimizer and pictures.
+"""Make a small copy of a run to hand on: weights in half precision, options, log, figures; without optimizer, pictures.
 
 python scripts/pack.py RUN_FOLDER pretrained/fmnist
 
@@ -33,8 +33,9 @@ def pack(run: RunFolder, copy: RunFolder) -> None:
     for source, target in ((run.model, copy.model), (run.denoiser, copy.denoiser)):
         save_weights(target, {name: halved(value) for name, value in load_weights(source).items()})
     write_json(copy.config, {key: value for key, value in config.items() if key not in OF_THIS_MACHINE})
-    if run.metrics.exists():
-        shutil.copy(run.metrics, copy.metrics)
+    for source, target in ((run.metrics, copy.metrics), (run.log_file, copy.log_file)):
+        if source.exists():
+            shutil.copy(source, target)
 
 
 def halved(value: torch.Tensor) -> torch.Tensor:

@@ -71,6 +71,7 @@ def test_a_packed_copy(improved, cli, tmp_path, capsys):
         assert all(half[key].dtype == (torch.half if key in large else whole[key].dtype) for key in whole)
         assert all(torch.allclose(half[key].float(), whole[key].float(), rtol=1e-3, atol=1e-6) for key in whole)
     config = json.loads((copy / "config.json").read_text())
+    assert (copy / "log.jsonl").read_text() == (improved / "log.jsonl").read_text()
     assert "data_path" not in config and config["denoiser"] == "residual" and config["image_shape"] == [1, 16, 16]
     outcome = cli("--checkpoint", copy, "--stage", "sample", "--num_samples", 3)
     assert (outcome.status, outcome.err) == (0, "") and (copy / "samples" / "grid.png").exists()
