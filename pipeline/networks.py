@@ -43,7 +43,7 @@ class Networks:
         try:
             denoiser = build_denoiser(o.denoiser, **shape, **how)
         except ValueError as error:
-            raise UserError(f"--denoiser {o.denoiser}: {error}") from error
+            raise UserError(f"--denoiser_channels {o.denoiser_channels}: {error}") from error
         return self._started(denoiser, "denoiser")
 
     def fit_prototypes(self, denoiser: nn.Module, codes: Tensor, autoencoder: VQAutoencoder) -> None:
