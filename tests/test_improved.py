@@ -20,7 +20,7 @@ from scripts import pack
 
 SMALL = (
     *("--preset", "improved", "--hidden_channels", 8, "--denoiser_channels", 16, "--denoiser_blocks", 1),
-    *("--loss", "spread_cross_entropy", "--fixed_norm", 0.6, "--images_per_prototype", 20),
+    *("--fixed_norm", 0.6, "--images_per_prototype", 20),
     *("--codebook_size", 8, "--batch_size", 8, "--epochs", 2, "--diffusion_epochs", 2, "--num_samples", 5),
     *("--device", "cpu", "--precision", "float32", "--metrics", "mse,codebook,energy"),
 )
@@ -38,7 +38,7 @@ def improved(cli, grey, tmp_path_factory):
 def test_a_run_has_the_options_of_its_preset(improved):
     config = json.loads((improved / "config.json").read_text())
     own = {"denoiser_channels": 16, "denoiser_blocks": 1, "batch_size": 8, "epochs": 2, "diffusion_epochs": 2}
-    own |= {"loss": "spread_cross_entropy", "images_per_prototype": 20}
+    own |= {"fixed_norm": 0.6, "images_per_prototype": 20}
     assert {key: config[key] for key in PRESETS["improved"]} == PRESETS["improved"] | own
     assert config["preset"] == "improved" and config["codebook_size"] == 8
 
