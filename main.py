@@ -18,7 +18,7 @@ from pipeline.interruption import Interrupted
 from pipeline.machine import choose_machine, keep_freed_memory
 from pipeline.options import build_parser
 from pipeline.presets import PRESETS
-from pipeline.run_folder import IDENTITY, NETWORKS, UNCHANGEABLE, RunFolder
+from pipeline.run_folder import IDENTITY, NETWORKS, UNCHANGEABLE, RunFolder, as_written
 from pipeline.stages import Pipeline
 
 HERE_AND_NOW = ("resume", "checkpoint", "stage", "max_minutes", "device", "compile")
@@ -64,7 +64,7 @@ def resolve(arguments: list[str] | None) -> tuple[argparse.Namespace, RunFolder]
     changed = [
         f"--{key} ({saved[key]} in the run)"
         for key in fixed
-        if saved.get(key, getattr(options, key)) != getattr(options, key)
+        if key in saved and saved[key] != as_written(getattr(options, key))
     ]
     if changed:
         raise UserError(f"{run.path} was made with other options: leave out {', '.join(changed)}")

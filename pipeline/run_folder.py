@@ -57,6 +57,11 @@ UNCHANGEABLE = (
 """Options that a resumed training must share with its beginning."""
 
 
+def as_written(value: Any) -> Any:
+    """An option's value as config.json holds it."""
+    return str(value) if isinstance(value, Path) else value
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     """Context in which a failure to write is the user's to mend."""

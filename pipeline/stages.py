@@ -3,7 +3,6 @@
 from argparse import Namespace
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from pipeline.masks import hidden_pixels
 from pipeline.model_figures import energy_figures, reconstruction_figures
 from pipeline.networks import Networks
 from pipeline.pictures import GREY, grid, save_png
-from pipeline.run_folder import RunFolder, load_weights, save_weights
+from pipeline.run_folder import RunFolder, as_written, load_weights, save_weights
 from pipeline.sampling import GRID_IMAGES, encode_images, write_samples
 from pipeline.temperature import choose_temperature
 from pipeline.trainers import fsvae_trainer, sdid_trainer, vqsvae_trainer
@@ -233,7 +232,7 @@ class Pipeline:
                 )
         self.options.image_shape = self.data.shape
         options = {key: value for key, value in vars(self.options).items() if key not in ("resume", "checkpoint")}
-        self.run.write_config({key: str(value) if isinstance(value, Path) else value for key, value in options.items()})
+        self.run.write_config({key: as_written(value) for key, value in options.items()})
 
     def _train(self, trainer: Trainer) -> bool:
         if self.last.get("stage") == trainer.name:

@@ -48,7 +48,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("generated", type=Path, help="generated pictures, or a run folder")
     add("real", type=Path, nargs="?", help="real pictures; absent for a run or with --dataset_name")
     add("--dataset_name", choices=DATASETS, help="the real pictures are this data set")
-    add("--data_path", type=Path, default=Path("data"), help="where the data set is [data]")
+    add("--data_path", type=Path, help="where the data set is [that of the run, else data]")
     add("--metrics", type=names_of(GENERATED_METRICS), help=f"of {','.join(GENERATED_METRICS)} [all that can be had]")
     add("--reference", choices=("test", "train"), default="test", help="split of the real side [test]")
     add("--fid_weights", type=Path, help="pytorch-fid's Inception weights [downloaded]")
@@ -68,9 +68,9 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     if args.real:
         data, generated = as_data(args.real), args.generated
     elif args.dataset_name:
-        data, generated = load_dataset(args.dataset_name, args.data_path), args.generated
+        data, generated = load_dataset(args.dataset_name, args.data_path or "data"), args.generated
     else:
-        data, generated = load_data_of(args.generated), args.generated / "samples" / "images.npz"
+        data, generated = load_data_of(args.generated, args.data_path), args.generated / "samples" / "images.npz"
     images = load_pictures(generated)
     ours, theirs = list(images.shape[2:]), list(data.test.shape[2:])
     if ours != theirs:
@@ -87,12 +87,12 @@ def as_data(path: Path) -> ImageData:
     return ImageData(str(path), train=pictures[:0], test=pictures, held_out=pictures[:0])
 
 
-def load_data_of(run_folder: Path) -> ImageData:
-    """The data set of a run, prepared as for its training."""
+def load_data_of(run_folder: Path, data_path: Path | None) -> ImageData:
+    """The data set of a run, prepared as for its training; from `data_path`, or from where the run had it."""
     path = run_folder / "config.json"
     try:
         config = json.loads(path.read_text())
-        name, data_path = config["dataset_name"], config["data_path"]
+        name, data_path = config["dataset_name"], data_path or config.get("data_path", "data")
         options = {key: config[key] for key in ("train_images", "held_out", "image_size", "channels")}
     except OSError as error:
         reason = f"{path}: {error.strerror}"

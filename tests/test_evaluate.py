@@ -104,6 +104,15 @@ def test_a_run_against_its_data_set(run, grey):
     assert (figure["split"], figure["num_real"]) == ("train", 120)
 
 
+def test_a_run_whose_data_set_is_elsewhere(run, grey):
+    """A packed run does not say where."""
+    expected = figures(run)
+    config = json.loads((run / "config.json").read_text())
+    del config["data_path"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert figures(run, "--data_path", grey[3]) == expected
+
+
 def test_pictures_against_a_data_set(tmp_path):
     pictures = write_folder(tmp_path / "pictures", random_pictures(6, channels=1, size=28))
     (figure,) = figures(pictures, "--dataset_name", "Digits")

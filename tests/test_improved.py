@@ -124,6 +124,18 @@ def test_denoiser_trained_on(improved, cli, grey, tmp_path):
     assert cli("--checkpoint", run, "--num_samples", 2, "--metrics", "mse").status == 0
 
 
+def test_denoiser_trained_on_is_resumed(improved, cli, grey, tmp_path):
+    """It is known by what it began with, as every other option that a resumed run must share."""
+    begun = cli(*grey, "--start_from", improved, "--stage", "sdid", "--max_minutes", 1e-4, "--result_path", tmp_path)
+    assert begun.status == 0 and "saved; go on with" in begun.out
+    run = tmp_path / "ImageFolder" / "snn-vq-vae"
+    quick = ("--stage", "sdid", "--diffusion_epochs", 1)
+    outcome = cli("--resume", run, *quick)
+    assert (outcome.status, outcome.err) == (0, "")
+    epochs = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in epochs] == ["sdid"]
+
+
 def test_both_networks_trained_on(improved, cli, grey, tmp_path):
     still = ("--lr", 1e-9, "--diffusion_lr", 1e-9, "--ema_decay", 0, "--epochs", 1, "--diffusion_epochs", 1)
     still = (*still, "--no-revive_codes", "--num_samples", 2, "--metrics", "mse")
