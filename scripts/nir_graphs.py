@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models import SDID, ResidualSDID
 from models.residual_sdid import HEADS, MixingBlock
-from models.spiking import SURROGATE, Firing, SpikingStack
+from models.spiking import LIF, SURROGATE, Firing, SpikingStack
 
 
 class SDIDGraph(nn.Module):
@@ -24,7 +24,7 @@ class SDIDGraph(nn.Module):
         parts = head.weight.split((4 * len(denoiser.conv1[0].weight), len(denoiser.conv1[0].weight)), 1)
         self.first, self.rest = spiking_layers(denoiser.conv1), nn.Sequential(*map(spiking_layers, blocks))
         self.head_rest, self.head_first = (convolution(part, padding=head.padding) for part in parts)
-        self.add = convolution(torch.eye(len(head.bias))[..., None, None], head.bias)
+        self.add = identity(len(head.bias), head.bias)
 
     def planes(self, tokens: Tensor, t: Tensor) -> Tensor:
         """The graph's input for `tokens [N,h,w]` and timesteps `t [N]`."""
@@ -129,19 +129,19 @@ def convolution(weight: Tensor, bias: Tensor | None = None, **how: tuple[int, in
     return conv
 
 
-def identity(channels: int) -> nn.Conv2d:
-    """A convolution that changes nothing."""
-    return convolution(torch.eye(channels)[..., None, None])
+def identity(channels: int, bias: Tensor | None = None) -> nn.Conv2d:
+    """A convolution that changes nothing but adds the bias `[C]`, if any."""
+    return convolution(torch.eye(channels)[..., None, None], bias)
 
 
 def fired(conv: nn.Conv2d, firing: Firing) -> list[nn.Module]:
     """A convolution, and the batch norm and neuron behind it."""
-    return [layer(conv, firing.norm), spiking_neuron()]
+    return [layer(conv, firing.norm), spiking_neuron(firing.lif)]
 
 
-def spiking_neuron() -> nn.Module:
-    """The networks' neuron, as SpikingJelly's exporter knows it."""
-    return neuron.LIFNode(tau=2.0, surrogate_function=SURROGATE)
+def spiking_neuron(lif: LIF) -> neuron.LIFNode:
+    """A network's neuron as the one that SpikingJelly's exporter knows."""
+    return neuron.LIFNode(tau=lif.tau, surrogate_function=SURROGATE)
 
 
 def coarse_weight(conv: nn.ConvTranspose2d, grain: int) -> Tensor:
@@ -176,6 +176,6 @@ def spiking_layers(stack: SpikingStack) -> nn.Sequential:
     layers, grain, modules = [], 1, list(stack)
     for conv, *firing in (modules[i : i + 3] for i in range(0, len(modules), 3)):
         layers.append(layer(conv, firing[0] if firing else None, grain))
-        layers += [spiking_neuron() for _ in firing[1:]]
+        layers += map(spiking_neuron, firing[1:])
         grain *= conv.stride[0] if isinstance(conv, nn.ConvTranspose2d) else 1
     return nn.Sequential(*layers)
