@@ -21,8 +21,11 @@ from pipeline.presets import PRESETS
 from pipeline.run_folder import IDENTITY, NETWORKS, UNCHANGEABLE, RunFolder, as_written
 from pipeline.stages import Pipeline
 
-HERE_AND_NOW = ("resume", "checkpoint", "stage", "max_minutes", "device", "compile")
-"""Options of one call of the program, which a run's config.json does not pass on to the next."""
+HERE_AND_NOW = ("resume", "checkpoint", "result_path", "stage", "max_minutes", "device", "compile")
+"""Options of one call of the program, which a run's config.json does not pass on to the next.
+
+But `--resume` goes on with the stage that the run was begun with.
+"""
 
 MODEL_OPTIONS = (
     *("codebook_size", "embedding_dim", "downsampling", "revive_codes", "clipped_error"),
@@ -55,7 +58,8 @@ def resolve(arguments: list[str] | None) -> tuple[argparse.Namespace, RunFolder]
     saved = {} if makes == run.model else run.read_config()
     if options.resume and not saved:
         raise UserError(f"{run.path} is not the folder of a run: it has no config.json")
-    kept = {key: value for key, value in saved.items() if key in vars(options) and key not in HERE_AND_NOW}
+    passed_on = set(vars(options)).difference(HERE_AND_NOW) | ({"stage"} if options.resume else set())
+    kept = {key: value for key, value in saved.items() if key in passed_on}
     parser.set_defaults(**kept)  # argparse converts strings as if they had been typed
     options = parser.parse_args(arguments)
     fixed = UNCHANGEABLE if options.resume else IDENTITY
@@ -73,6 +77,10 @@ def resolve(arguments: list[str] | None) -> tuple[argparse.Namespace, RunFolder]
         path = getattr(options, key)
         if path and not path.exists():
             raise UserError(f"--{key} {path} is not there: mend the path, or leave the option out")
+    if options.checkpoint and options.result_path:
+        evaluated, run = run.path.resolve(), RunFolder(new_folder(options))
+        if (run.model.exists() or run.config.exists()) and run.path.resolve() != evaluated:
+            raise UserError(f"{run.path} is the folder of another run: choose another --result_path")
     return options, run
 
 
@@ -98,7 +106,12 @@ def find_folder(options: argparse.Namespace) -> Path:
         return options.resume.parent if options.resume.suffix == ".pth" else options.resume
     if options.checkpoint:
         return options.checkpoint.parent
-    return options.result_path / options.dataset_name / options.model
+    return new_folder(options)
+
+
+def new_folder(options: argparse.Namespace) -> Path:
+    """The folder named after data set and model."""
+    return (options.result_path or Path("result")) / options.dataset_name / options.model
 
 
 def stop(message: str, status: int = 2) -> None:

@@ -54,10 +54,10 @@ def literally(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CodeDiffusion:
-    """A vector-quantised autoencoder, and a denoiser of its codes on a `grid` (h, w)."""
+    """A vector-quantised autoencoder, and a denoiser of its codes on a `grid` (h, w); without, it only reconstructs."""
 
     autoencoder: VQAutoencoder
-    denoiser: nn.Module
+    denoiser: nn.Module | None
     grid: tuple[int, int]
     machine: Machine
     seed: int

@@ -14,6 +14,8 @@ from pipeline.generators import CodeDiffusion, Generator
 from pipeline.pictures import to_float
 
 ENERGY_IMAGES = 16
+STAGE_1_METRICS = ("mse", "ssim", "codebook")
+"""Of an autoencoder alone: no denoiser is needed."""
 
 
 def reconstruction_figures(generator: Generator, evaluation: Evaluation, wanted: Collection[str]) -> list[dict]:

@@ -20,20 +20,24 @@ class Networks:
     """Makes and loads what the options ask for.
 
     Trained ones are those of `--checkpoint`, else those of the run folder; the denoiser is found beside the
-    autoencoder. Where options or files do not fit each other, UserError is raised.
+    autoencoder. Stage 2 alone, begun with `--start_from`, has the autoencoder of that run until it has a copy. Where
+    options or files do not fit each other, UserError is raised.
     """
 
     def __init__(self, options: Namespace, run: RunFolder, machine: Machine):
-        self.options, self.run, self.machine = options, run, machine
+        self.options, self.machine = options, machine
+        self.trained = RunFolder(options.checkpoint.parent) if options.checkpoint else run
+        self.start = RunFolder(options.start_from) if options.start_from else None
         self.autoencoder_path = options.checkpoint or run.model
+        if self.start and options.stage == "sdid" and not from_writer(run.model.is_file):
+            self.autoencoder_path = self.start.model
 
     def new_autoencoder(self, channels: int, image_size: int) -> nn.Module:
         """What stage 1 begins with, still on the CPU."""
         o = self.options
         shape = {"channels": channels, "image_size": image_size, "hidden": o.hidden_channels}
         keys = ("codebook_size", "embedding_dim", "clipped_error", "revive_codes")
-        model = build_model(o.model, **shape, **self._of_the_options(*keys), **self._not_in_weights())
-        return self._started(model, "model")
+        return build_model(o.model, **shape, **self._of_the_options(*keys), **self._not_in_weights())
 
     def new_denoiser(self, grid: tuple[int, int], images: int) -> nn.Module:
         """What stage 2 begins with, still on the CPU, for a `grid` (h, w) of codes and so many training images."""
@@ -41,10 +45,23 @@ class Networks:
         shape = {"width": o.denoiser_channels, "blocks": o.denoiser_blocks, "prototypes": self._prototypes(images)}
         how = {"codebook_size": o.codebook_size, "spike_steps": self._denoiser_spike_steps, "grid": grid}
         try:
-            denoiser = build_denoiser(o.denoiser, **shape, **how)
+            return build_denoiser(o.denoiser, **shape, **how)
         except ValueError as error:
             raise UserError(f"--denoiser_channels {o.denoiser_channels}: {error}") from error
-        return self._started(denoiser, "denoiser")
+
+    def begin_autoencoder(self, autoencoder: nn.Module) -> None:
+        """Give a new autoencoder the weights in `--start_from`, if that is given."""
+        if self.start:
+            self._take_over(autoencoder, self.start.model)
+
+    def begin_denoiser(self, denoiser: nn.Module) -> bool:
+        """Give a new denoiser the weights in `--start_from`, if that is given; False if that run has only stage 1."""
+        if not self.start:
+            return True
+        if from_writer(lambda: self.start.model.is_file() and not self.start.denoiser.is_file()):
+            return False
+        self._take_over(denoiser, self.start.denoiser)
+        return True
 
     def fit_prototypes(self, denoiser: nn.Module, codes: Tensor, autoencoder: VQAutoencoder) -> None:
         """Find the prototypes of a denoiser that is to have some, among the codes `[N,h,w]` of the training images."""
@@ -69,8 +86,8 @@ class Networks:
 
     def load_denoiser(self, autoencoder: nn.Module) -> nn.Module:
         """The trained denoiser of this autoencoder's codes."""
-        path, kind = self.run.denoiser, DENOISERS[self.options.denoiser]
-        if not from_writer(path.is_file):
+        path, kind = self.trained.denoiser, DENOISERS[self.options.denoiser]
+        if not self.has_trained_denoiser():
             raise UserError(f"{path} is not there: a denoiser belongs beside the autoencoder; --stage sdid trains it")
         build = partial(kind, spike_steps=self._denoiser_spike_steps)
         denoiser = self._load(path, f"a denoiser of the kind {self.options.denoiser}", build, kind.options_of)
@@ -78,6 +95,10 @@ class Networks:
         if codes != wanted:
             raise UserError(f"{path} is for {wanted} codes, {self.autoencoder_path} has {codes}: take both of one run")
         return denoiser
+
+    def has_trained_denoiser(self) -> bool:
+        """Whether there is a denoiser beside the trained autoencoder."""
+        return from_writer(self.trained.denoiser.is_file)
 
     @property
     def _denoiser_spike_steps(self) -> int:
@@ -101,16 +122,13 @@ class Networks:
             raise UserError(f"there are {images} training images: say --images_per_prototype {images} at most, or 0")
         return images // o.images_per_prototype
 
-    def _started(self, network: Network, name: str) -> Network:
-        """The network with its weights in `--start_from`, where that is given."""
-        if self.options.start_from:
-            path = getattr(RunFolder(self.options.start_from), name)
-            take_over = getattr(network, "take_over", network.load_state_dict)
-            try:
-                take_over(from_writer(partial(load_weights, path)))
-            except RuntimeError as error:
-                raise UserError(f"{path} is of another network: leave out the options that shape it") from error
-        return network
+    def _take_over(self, network: nn.Module, path: Path) -> None:
+        """Give a network the weights of another run's."""
+        take_over = getattr(network, "take_over", network.load_state_dict)
+        try:
+            take_over(from_writer(partial(load_weights, path)))
+        except RuntimeError as error:
+            raise UserError(f"{path} is of another network: leave out the options that shape it") from error
 
     def _load(self, path: Path, kind: str, build: Callable[..., Network], shape_of: Callable[[dict], dict]) -> Network:
         weights = from_writer(partial(load_weights, path))

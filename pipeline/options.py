@@ -75,14 +75,17 @@ def build_parser(description: str) -> Parser:
     add("--stage", "which part of the pipeline to run", "all", choices=STAGES)
     add(
         "--checkpoint",
-        "evaluate this model.pth, or the one in this folder, of a run or of the original release; results go beside it",
+        "evaluate this model.pth, or the one in this folder, of a run or of the original release",
         type=checkpoint,
         metavar="FILE",
     )
-    start = "begin with the networks of this run folder; with --stage sdid its autoencoder stays as it is [untrained]"
+    start = (
+        "begin with the networks, or the one, of this run folder; with --stage sdid its autoencoder stays [untrained]"
+    )
     add("--start_from", start, type=Path, metavar="RUN")
     add("--resume", "go on with this run folder, or its last.pth", type=Path, metavar="RUN")
-    add("--result_path", "where run folders are made", Path("result"), type=Path, metavar="DIR")
+    where = "where run folders are made, or with --checkpoint what comes of it goes instead of beside it [result]"
+    add("--result_path", where, type=Path, metavar="DIR")
     add("--max_minutes", "stop each stage after M minutes, saved and resumable [no limit]", type=positive, metavar="M")
     add("--save_every", "save every M minutes of training, besides after each epoch", 10.0, type=positive, metavar="M")
     add("--seed", "of everything that is random", 42, type=number(int, 0, 2**32 - 1), metavar="N")
@@ -95,7 +98,7 @@ def build_parser(description: str) -> Parser:
     add("--data_path", "where data sets are, or are downloaded to", Path("data"), type=Path, metavar="DIR")
     add("--train_images", "use the first N training images [all]", type=whole, metavar="N")
     add("--held_out", "keep N of them, evenly spread, out of training [0]", 0, type=number(int, 0), metavar="N")
-    add("--image_size", "side of ImageFolder's pictures, a multiple of 4 [32]", type=number(int, 4, 4096), metavar="N")
+    add("--image_size", "side of ImageFolder's pictures, a multiple of 4 [32]", type=number(int, 8, 4096), metavar="N")
     add("--channels", "of ImageFolder's pictures: 1 grey, 3 colour [as they are]", type=int, choices=(1, 3))
 
     add = group("model")
@@ -149,7 +152,7 @@ def build_parser(description: str) -> Parser:
     add = group("sampling and evaluation")
     add(
         "--temperature",
-        "divides the logits; 1 samples the distribution as learned, auto chooses on held-out images",
+        "divides the logits; 1 samples the distribution as learned, auto chooses, on held-out images, one throughout",
         0.65,
         type=temperature,
         metavar="X",

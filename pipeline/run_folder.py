@@ -223,13 +223,15 @@ class RunFolder:
         save_weights(self.last, {"version": LAST_VERSION, "run": run, **state})
 
     def read_last(self) -> dict[str, Any]:
-        """What last.pth holds; empty if the run was stopped before it had written any weights.
+        """What last.pth holds; empty if the run was stopped before it had saved any training.
 
         Raises UserError, which names the difference, if the file is of another program or of a run with other options.
         """
-        if not (self.last.exists() or self.model.exists()):
+        config = self.read_config()
+        trains = self.denoiser if config.get("stage") == "sdid" else self.model
+        if not (self.last.exists() or trains.exists()):
             return {}
-        state, config = load_weights(self.last), self.read_config()
+        state = load_weights(self.last)
         if "stage" not in state:
             raise UserError(f"{self.last} is not what a training saved: put back the file that the run wrote")
         if state.get("version") != LAST_VERSION:

@@ -17,12 +17,12 @@ from pipeline.figures import write_figures
 from pipeline.generators import CodeDiffusion, Generator, PriorSampling
 from pipeline.machine import Machine
 from pipeline.masks import hidden_pixels
-from pipeline.model_figures import energy_figures, reconstruction_figures
+from pipeline.model_figures import STAGE_1_METRICS, energy_figures, reconstruction_figures
 from pipeline.networks import Networks
 from pipeline.pictures import GREY, grid, save_png
 from pipeline.run_folder import RunFolder, as_written, load_weights, save_weights
 from pipeline.sampling import GRID_IMAGES, encode_images, write_samples
-from pipeline.temperature import choose_temperature
+from pipeline.temperature import check_held_out, choose_temperature
 from pipeline.trainers import fsvae_trainer, sdid_trainer, vqsvae_trainer
 from pipeline.training import Schedule, Trainer, derive_seed
 
@@ -72,7 +72,10 @@ class Pipeline:
         o = self.options
         height, width = (side // o.downsampling for side in (o.image_shape or self.data.shape)[1:])
         if o.sample_steps is not None and o.sample_steps > height * width:
-            raise UserError(f"--sample_steps {o.sample_steps}: images of this size have {height * width} timesteps")
+            most = height * width
+            raise UserError(
+                f"images of this size have {most} timesteps: say --sample_steps {most} instead of {o.sample_steps}"
+            )
         return height, width
 
     def execute(self) -> None:
@@ -107,7 +110,10 @@ class Pipeline:
             return True
         o, data = self.options, self.data
         torch.manual_seed(derive_seed(o.seed, 1))
-        model = self.machine.place(self.networks.new_autoencoder(*data.shape[:2]))
+        model = self.networks.new_autoencoder(*data.shape[:2])
+        if not self.last:  # a training that goes on has its weights
+            self.networks.begin_autoencoder(model)
+        model = self.machine.place(model)
         settings = {"run": self.run, "schedule": self._schedule(o.epochs, o.lr), "machine": self.machine}
         if self.has_denoiser:
             trainer = vqsvae_trainer(model, data.train, data.test, data.variance, **settings)
@@ -124,7 +130,8 @@ class Pipeline:
         codes = encode_images(vqsvae, self.data.train, self.machine, o.eval_batch_size)
         torch.manual_seed(derive_seed(o.seed, 2))
         denoiser = self.machine.place(self._new_denoiser())
-        if self.last.get("stage") != "sdid":  # a training that goes on has them
+        if self.last.get("stage") != "sdid":  # a training that goes on has weights and prototypes
+            self.networks.begin_denoiser(denoiser)
             self.networks.fit_prototypes(denoiser, codes, vqsvae)
         schedule = self._schedule(o.diffusion_epochs, o.diffusion_lr or o.lr, o.fixed_norm)
         settings = {"run": self.run, "schedule": schedule, "machine": self.machine}
@@ -153,16 +160,23 @@ class Pipeline:
         save_png(self.run.samples / "inpainted.png", grid(rows, len(images)))
 
     def evaluate(self) -> None:
-        """Draw images, as many as the figures need, and compute the figures."""
-        generator = self.load_generator()
-        o, test = self.options, self.data.test
-        evaluation = Evaluation(o, self.data, self.machine)
-        images, how = self.draw(generator, o.num_samples or evaluation.images_needed or GRID_IMAGES)
+        """Draw images, as many as the figures need, and compute the figures.
+
+        Where only figures of stage 1 are wanted, and only stage 1 was trained, no image is drawn.
+        """
+        o = self.options
         wanted = METRICS if o.metrics is None else o.metrics
-        figures = reconstruction_figures(generator, evaluation, wanted)
+        draws = not set(wanted) <= set(STAGE_1_METRICS) or not self.has_denoiser or self.networks.has_trained_denoiser()
+        generator = self.load_generator(draws)
+        evaluation = Evaluation(o, self.data, self.machine)
+        figures = []
+        if draws:
+            images, how = self.draw(generator, o.num_samples or evaluation.images_needed or GRID_IMAGES)
+            figures += evaluation.figures(images, how)
+        figures += reconstruction_figures(generator, evaluation, wanted)
         if "energy" in wanted:
-            figures += energy_figures(generator, test, o.seed)
-        write_figures(self.run, evaluation.figures(images, how) + figures)  # by one process: the others need not wait
+            figures += energy_figures(generator, self.data.test, o.seed)
+        write_figures(self.run, figures)  # by one process: the others need not wait
 
     def draw(self, generator: Generator, count: int) -> tuple[Tensor, str]:
         """Draw `count` images and write them; they are returned, uint8 `[N,C,H,W]`, with a word on how they were drawn.
@@ -188,23 +202,25 @@ class Pipeline:
         temperature = choose_temperature(generator, self.data, o.fad_weights, self.run)
         return replace(generator, temperature=temperature), " chosen on held-out training images"
 
-    def load_generator(self) -> Generator:
-        """The trained networks. Raises UserError if they are not there or do not fit each other.
+    def load_generator(self, draws: bool = True) -> Generator:
+        """The trained networks; one that does not draw needs no denoiser.
 
-        Asked for first, so that a wrong path costs no time.
+        Raises UserError if they are not there or do not fit each other. Asked for first, so that a wrong path costs no
+        time.
         """
         o, autoencoder = self.options, self.load_autoencoder()
         self.run.check_writable()
         if not self.has_denoiser:
             return PriorSampling(autoencoder, self.machine, o.seed, o.eval_batch_size)
-        return self._code_diffusion(autoencoder, self.networks.load_denoiser(autoencoder))
+        return self._code_diffusion(autoencoder, self.networks.load_denoiser(autoencoder) if draws else None)
 
-    def _code_diffusion(self, autoencoder: VQAutoencoder, denoiser: nn.Module) -> CodeDiffusion:
+    def _code_diffusion(self, autoencoder: VQAutoencoder, denoiser: nn.Module | None) -> CodeDiffusion:
         """The two networks together as the options say; at temperature 1 where that is still to be chosen."""
         o = self.options
-        temperature = 1.0 if o.temperature == "auto" else o.temperature
-        how = {key: getattr(o, key) for key in ("final_temperature", "sample_steps", "reveal_order")}
-        how |= {"temperature": temperature, "batch_size": o.eval_batch_size}
+        how = {key: getattr(o, key) for key in ("temperature", "final_temperature", "sample_steps", "reveal_order")}
+        if o.temperature == "auto":
+            how |= {"temperature": 1.0, "final_temperature": None}
+        how["batch_size"] = o.eval_batch_size
         return CodeDiffusion(autoencoder, denoiser, self.code_grid(), self.machine, o.seed, **how)
 
     def _schedule(self, epochs: int, lr: float, fixed_norm: float = 0.0) -> Schedule:
@@ -214,25 +230,37 @@ class Pipeline:
 
     def _begin_training(self) -> None:
         """Find what is wrong with data, options and folder before hours are spent; record the options."""
+        o, path = self.options, self.networks.autoencoder_path
         if self.data.variance == 0:
             raise UserError("all training images are of one and the same colour: nothing can be learned from them")
-        self._new_denoiser()  # what is wrong with it is said now
         self.run.read_log()
-        if self.options.stage == "sdid":
-            if not self.has_denoiser:
-                raise UserError(f"--stage sdid: {self.options.model} draws from its own prior and has no second stage")
-            if self.options.start_from and not from_writer(self.run.model.is_file):
-                self.run.lock()
-                start = RunFolder(self.options.start_from)
-                save_weights(self.run.model, from_writer(partial(load_weights, start.model)))
-            codes = self.load_autoencoder().codebook_size
-            if codes != self.options.codebook_size:
-                raise UserError(
-                    f"{self.networks.autoencoder_path} has {codes} codes: say so with --codebook_size {codes}"
-                )
-        self.options.image_shape = self.data.shape
-        options = {key: value for key, value in vars(self.options).items() if key not in ("resume", "checkpoint")}
+        if o.stage == "sdid" and not self.has_denoiser:
+            raise UserError(f"--stage sdid: {o.model} draws from its own prior and has no second stage")
+        if o.stage == "sdid" and (codes := self.load_autoencoder().codebook_size) != o.codebook_size:
+            raise UserError(f"{path} has {codes} codes: say so with --codebook_size {codes}")
+        if o.stage != "vqsvae" and self.has_denoiser:
+            self._check_denoiser()
+        if o.stage == "all":
+            self._check_evaluation()
+        o.image_shape = self.data.shape
+        options = {key: value for key, value in vars(o).items() if key not in ("resume", "checkpoint")}
         self.run.write_config({key: as_written(value) for key, value in options.items()})
+        if path != self.run.model:
+            save_weights(self.run.model, from_writer(partial(load_weights, path)))
+
+    def _check_denoiser(self) -> None:
+        """Raise UserError if stage 2 could not begin as it is asked to; say so if it begins untrained after all."""
+        denoiser = self._new_denoiser()
+        if self.last.get("stage") != "sdid" and not self.networks.begin_denoiser(denoiser):
+            print(f"{self.options.start_from} has no denoiser: the new one begins untrained")
+
+    def _check_evaluation(self) -> None:
+        """Raise UserError if the evaluation after the training could not do what is asked for."""
+        o = self.options
+        if o.metrics is not None:
+            Evaluation(o, self.data, self.machine)
+        if o.temperature == "auto" and self.has_denoiser:
+            check_held_out(self.data)
 
     def _train(self, trainer: Trainer) -> bool:
         if self.last.get("stage") == trainer.name:

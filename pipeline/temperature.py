@@ -16,14 +16,19 @@ TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 IMAGES = 500  # drawn at each, from the same noise, so that they differ by the temperature alone
 
 
+def check_held_out(data: ImageData) -> None:
+    """Raise UserError where too few images are held out to choose a temperature on."""
+    if len(data.held_out) <= FEATURES:
+        fewest = f"more than {FEATURES} images that no training sees, not {len(data.held_out)}"
+        raise UserError(f"--temperature auto needs {fewest}: train with --held_out 1000, or choose a temperature")
+
+
 def choose_temperature(generator: CodeDiffusion, data: ImageData, fad_weights: Path | None, run: RunFolder) -> float:
     """Of TEMPERATURES the one whose samples are nearest to the held-out images, by the Fréchet autoencoder distance.
 
     Writes all distances to temperature.json. Raises UserError where too few images are held out.
     """
-    if len(data.held_out) <= FEATURES:
-        fewest = f"more than {FEATURES} images that no training sees, not {len(data.held_out)}"
-        raise UserError(f"--temperature auto needs {fewest}: train with --held_out 1000, or choose a temperature")
+    check_held_out(data)
     if is_writer():
         network, origin, _ = fad_network(data, fad_weights, generator.machine)
         held_out = reference_features(network, fad_features, data.held_out, f"{data.name}-held_out")

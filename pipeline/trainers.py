@@ -20,7 +20,7 @@ from pipeline.training import Figures, Losses, Trainer
 
 PREVIEW_IMAGES = 16
 USAGE_IMAGES = 1000  # of the test split, whose codes tell the codebook's usage after each epoch
-FEWEST_CODES = 0.02  # of the codebook; a usage below this is warned about
+FEWEST_CODES = 0.02  # of the codebook; a usage below this, or of one code, is warned about
 CONDITION_DROPOUT = 0.1  # share of the training images of which the denoiser is not told the prototype
 SCHEDULED_SAMPLING = (0.1, 0.3)  # probability in the first epoch, and after the last, of FSVAE
 
@@ -39,7 +39,7 @@ def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: 
         rows = torch.cat((shown, decode_codes(model, codes[: len(shown)], machine)))
         show(run, "reconstructions", grid(rows, len(shown)), epoch)
         share = usage(codes, model.codebook_size)
-        if share < FEWEST_CODES and distributed.is_writer():
+        if share < max(FEWEST_CODES, 1.5 / model.codebook_size) and distributed.is_writer():
             cause = f"warning: epoch {epoch}: the codebook collapses, {share:.1%} of its codes are used"
             print(f"{cause}; if this lasts, begin a new run with a smaller --codebook_size or --lr", file=sys.stderr)
         return {"codebook_usage": share}

@@ -123,19 +123,20 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["sums"].items()}
         self.progress = Progress(state["epoch"], state["step"], state["seconds"], sums)
-        save_weights(self.checkpoint, self.kept.state_dict())  # a kill may have come before `save` did
+        if self.progress.epoch >= self.schedule.epochs:  # no save follows; a kill may have come between two files
+            save_weights(self.checkpoint, self.kept.state_dict())
 
     def save(self) -> None:
         """Write last.pth, then the weights. UserError, and nothing is written, if loss or weights are not finite."""
         progress, states = self.progress, {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self._check_finite(progress.sums, states["model"])
         if self.average:
-            if progress.step:  # at the end of an epoch it has been done for the preview
-                self._calibrate_average()
             states["average"] = self.average.state_dict()
         sums = {name: value.item() for name, value in progress.sums.items()}
         where = {"epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds, "sums": sums}
         self.run.write_last({"stage": self.name, **where, **states})
+        if self.average and progress.step:  # at the end of an epoch it has been done for the preview
+            self._calibrate_average()
         save_weights(self.checkpoint, self.kept.state_dict())
         distributed.wait_for_all()  # the first process to end is taken for a failure, and ends the others
 

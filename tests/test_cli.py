@@ -1,5 +1,6 @@
 """The command line as its users meet it: help, mistakes, and whole runs in a process of their own."""
 
+import json
 import os
 import re
 import shutil
@@ -97,8 +98,12 @@ def test_unknown_and_shortened_options(option, mistake):
         ("--max_minutes", "inf", "at least"),
         ("--seed", -1, "from 0 to"),
         ("--image_size", 30, "multiple of 4"),
+        ("--image_size", 4, "from 8 to"),
         ("--sample_steps", 1000, "16 timesteps"),
         ("--train_images", 1000, "from 1 to 120"),
+        ("--temperature", "auto", "more than 64 images that no training sees, not 0"),
+        ("--metrics", "mse,classifier", "no classifier"),
+        ("--metrics", "fad", "5000 generated images at least|no fad"),
     ],
 )
 def test_wrong_values_name_the_right_ones(option, value, expected, mistake, small, tmp_path):
@@ -205,6 +210,30 @@ def test_checkpoint_of_another_kind_of_image(mistake, grey, tmp_path):
     assert "--codebook_size" in mistake(*grey, *size)
 
 
+def test_results_elsewhere(cli, mistake, run, tmp_path):
+    """What an evaluation writes goes to a run folder of its own where one is named; the run's is left as it is."""
+    before = {path: path.read_bytes() for path in files(run)}
+    new = tmp_path / "new" / "ImageFolder" / "snn-vq-vae"
+    outcome = cli("--checkpoint", run, "--seed", 7, "--result_path", tmp_path / "new")
+    assert (outcome.status, outcome.err) == (0, "") and f"the run is in {new}:" in outcome.out
+    assert {path: path.read_bytes() for path in files(run)} == before
+    assert json.loads((new / "metrics.json").read_text()) != json.loads((run / "metrics.json").read_text())
+    shutil.copytree(run, tmp_path / "other" / "ImageFolder" / "snn-vq-vae")
+    assert "folder of another run" in mistake("--checkpoint", run, "--result_path", tmp_path / "other")
+
+
+def test_figures_of_stage_1_alone(cli, mistake, run):
+    shutil.rmtree(run / "diff_result")
+    shutil.rmtree(run / "samples")
+    (run / "metrics.json").unlink()
+    outcome = cli("--checkpoint", run, "--metrics", "mse,codebook")
+    assert (outcome.status, outcome.err) == (0, "")
+    figures = [figure["name"] for figure in json.loads((run / "metrics.json").read_text())]
+    assert figures == ["mse", "codebook_usage", "codebook_perplexity"] and not (run / "samples").exists()
+    for others in ("mse,energy", "fad"):
+        assert "diff_model.pth is not there" in mistake("--checkpoint", run, "--metrics", others)
+
+
 def test_data_that_is_not_the_runs(mistake, run, colour):
     for way in (("--resume", run), ("--checkpoint", run / "model.pth")):
         line = mistake(*way, "--data_path", colour[3])
@@ -253,7 +282,8 @@ def test_pictures_that_are_all_the_same(mistake, small, tmp_path):
 )
 def test_odd_sizes_that_work(options, cli, small, tmp_path):
     outcome = cli(*small, "--epochs", 1, "--diffusion_epochs", 1, "--result_path", tmp_path, *options)
-    assert (outcome.status, outcome.err) == (0, "")
+    lines = outcome.err.splitlines()
+    assert outcome.status == 0 and all("the codebook collapses" in line for line in lines), "it has seen a few images"
 
 
 def test_out_of_memory(mistake, small, tmp_path, monkeypatch):

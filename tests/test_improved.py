@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from pipeline.machine import Machine
 from pipeline.masks import MASKS, hidden_pixels
 from pipeline.presets import PRESETS
 from pipeline.run_folder import NETWORKS, RunFolder, load_weights
-from pipeline.training import LR_SCHEDULES, Schedule, Trainer, _moving_average
+from pipeline.training import LR_SCHEDULES, Interruption, Schedule, Trainer, _moving_average
 from scripts import pack
 
 SMALL = (
@@ -91,6 +92,7 @@ def test_what_is_no_run_is_not_packed(tmp_path, capsys):
         (("--model", "vq-vae", "--downsampling", 2), "vq-vae has no --downsampling"),
         (("--preset", "improved", "--denoiser_channels", 24), "--denoiser_channels 24: width must be a multiple of 16"),
         (("--preset", "improved", "--images_per_prototype", 121), "there are 120 training images"),
+        (("--preset", "improved", "--image_size", 12), "have 36 timesteps: say --sample_steps 36 instead of 40"),
         (("--images_per_prototype", 5), "say --images_per_prototype 0"),
     ],
 )
@@ -124,16 +126,50 @@ def test_denoiser_trained_on(improved, cli, grey, tmp_path):
     assert cli("--checkpoint", run, "--num_samples", 2, "--metrics", "mse").status == 0
 
 
-def test_denoiser_trained_on_is_resumed(improved, cli, grey, tmp_path):
-    """It is known by what it began with, as every other option that a resumed run must share."""
-    begun = cli(*grey, "--start_from", improved, "--stage", "sdid", "--max_minutes", 1e-4, "--result_path", tmp_path)
-    assert begun.status == 0 and "saved; go on with" in begun.out
-    run = tmp_path / "ImageFolder" / "snn-vq-vae"
-    quick = ("--stage", "sdid", "--diffusion_epochs", 1)
-    outcome = cli("--resume", run, *quick)
+@pytest.mark.parametrize("saved", [True, False])
+def test_denoiser_trained_on_is_resumed(saved, improved, cli, grey, tmp_path, monkeypatch):
+    """With the stage that it was begun with, and without the run that it was begun from, once something is saved."""
+    start, result = shutil.copytree(improved, tmp_path / "start"), tmp_path / "result"
+    begin = (*grey, "--start_from", start, "--stage", "sdid", "--max_minutes", 1e-4, "--result_path", result)
+    if saved:
+        begun = cli(*begin)
+        assert begun.status == 0 and "saved; go on with" in begun.out
+        shutil.rmtree(start)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(Interruption, "__enter__", interrupt)
+            assert cli(*begin).status == 130
+    run = result / "ImageFolder" / "snn-vq-vae"
+    outcome = cli("--resume", run, "--diffusion_epochs", 1)
     assert (outcome.status, outcome.err) == (0, "")
     epochs = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in epochs] == ["sdid"]
+    assert [line["stage"] for line in epochs] == ["sdid"] and not (run / "metrics.json").exists()
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_new_denoiser_on_trained_codes(improved, cli, grey, tmp_path):
+    """A run of stage 1 alone has none to begin with; to train stage 1 on, what its denoiser is like does not matter."""
+    start = tmp_path / "start"
+    shutil.copytree(improved, start, ignore=shutil.ignore_patterns("diff_result"))
+    new = (*grey, "--denoiser_channels", 32, "--epochs", 1, "--diffusion_epochs", 1)
+    outcome = cli(*new, "--start_from", start, "--stage", "sdid", "--result_path", tmp_path / "new")
+    assert (outcome.status, outcome.err) == (0, "")
+    assert outcome.out.count(f"{start} has no denoiser: the new one begins untrained\n") == 1
+    stage_1 = ("--start_from", improved, "--stage", "vqsvae", "--result_path", tmp_path / "stage_1")
+    assert cli(*new, *stage_1).status == 0
+
+
+def test_start_that_is_gone(improved, cli, grey, tmp_path):
+    """Stage 2 will need it, which is said before stage 1 goes on."""
+    start = shutil.copytree(improved, tmp_path / "start")
+    assert cli(*grey, "--start_from", start, "--max_minutes", 1e-4, "--result_path", tmp_path).status == 0
+    shutil.rmtree(start)
+    outcome = cli("--resume", tmp_path / "ImageFolder" / "snn-vq-vae")
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert f"{start / 'diff_result' / 'diff_model.pth'} is not there" in outcome.err
 
 
 def test_both_networks_trained_on(improved, cli, grey, tmp_path):
@@ -149,7 +185,8 @@ def test_both_networks_trained_on(improved, cli, grey, tmp_path):
     ("options", "expected"),
     [
         (("--denoiser_channels", 32), "another network"),
-        (("--stage", "sdid", "--codebook_size", 9), "another network"),
+        (("--stage", "sdid", "--codebook_size", 9), "model.pth has 8 codes"),
+        (("--stage", "sdid", "--denoiser_channels", 32), "another network"),
         (("--resume", "there"), "begins a new run"),
     ],
 )
@@ -213,6 +250,17 @@ def test_kept_statistics_are_those_of_the_averaged_weights(tmp_path):
     torch.testing.assert_close(kept[2].running_var, out.var(0), rtol=0.1, atol=0)
     assert kept[2].momentum == 0.1 and not torch.allclose(model[2].running_mean, kept[2].running_mean, rtol=1e-3)
     assert torch.equal(load_weights(tmp_path / "kept.pth")["2.running_mean"], kept[2].running_mean)
+
+
+def test_stopped_while_statistics_are_taken(improved, cli, grey, tmp_path, monkeypatch):
+    """That takes a while in a large network; what is needed to go on has been written before."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_calibrate_average", interrupt)
+        assert cli(*grey, *SMALL, "--result_path", tmp_path, "--save_every", 1e-9).status == 130
+    run = tmp_path / "ImageFolder" / "snn-vq-vae"
+    assert (run / "last.pth").exists() and not (run / "model.pth").exists()
+    assert cli("--resume", run).status == 0
+    assert_same_run(improved, run)
 
 
 @pytest.mark.parametrize("ema_decay", [0, 0.9])

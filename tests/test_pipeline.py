@@ -171,7 +171,7 @@ def test_one_epoch_and_one_more_is_two(cli, small, finished, tmp_path):
     run = tmp_path / "ImageFolder" / "snn-vq-vae"
     outcome = cli(*small, "--epochs", 1, "--stage", "vqsvae", "--result_path", tmp_path)
     assert outcome.status == 0
-    for more in (("--epochs", 2, "--diffusion_epochs", 1), ("--diffusion_epochs", 2)):
+    for more in (("--epochs", 2, "--diffusion_epochs", 1, "--stage", "all"), ("--diffusion_epochs", 2)):
         outcome = cli("--resume", run, *more)
         assert (outcome.status, outcome.err) == (0, "")
     assert "stage 1" not in outcome.out
@@ -292,8 +292,9 @@ def test_sampling_needs_no_data(cli, finished, run):
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_checkpoint_of_the_release(elsewhere, cli, tmp_path):
+def test_checkpoint_of_the_release(elsewhere, cli, tmp_path, monkeypatch):
     """Bare state dicts, no config.json, batch norm without its counter; the folder may be of any name."""
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "old" if elsewhere else tmp_path / "result" / "MNIST" / "snn-vq-vae"
     (folder / "diff_result").mkdir(parents=True)
     weights = {name.removeprefix(PREFIX): torch.from_numpy(GOLDEN[name]) for name in GOLDEN if name.startswith(PREFIX)}
@@ -311,8 +312,9 @@ def test_checkpoint_of_the_release(elsewhere, cli, tmp_path):
         other.write_text(json.dumps({"dataset_name": "MNIST", "spike_steps": 3}))
 
     arguments = ("--dataset_name", "MNIST", "--model", "snn-vq-vae", "--checkpoint", folder / "model.pth")
-    places = ("--data_path", tmp_path / "data", "--result_path", tmp_path / "result")
-    outcome = cli(*arguments, *places, "--num_samples", 1, "--precision", "float32", "--device", "cpu")
+    outcome = cli(
+        *arguments, "--data_path", tmp_path / "data", "--num_samples", 1, "--precision", "float32", "--device", "cpu"
+    )
     assert (outcome.status, outcome.err) == (0, "")
     expected = np.round((GOLDEN["vqsvae.eval.recon"] + 0.5).clip(0, 1) * 255) / 255
     assert read_metrics(folder)["mse"]["value"] == pytest.approx(np.square(expected - images / 255).mean(), rel=1e-3)

@@ -509,14 +509,15 @@ def test_a_device_is_asked_for_the_loss_now_and_then_and_before_saving(
     assert outcome.status == 2 and f"step {step}: loss is nan" in outcome.err
 
 
-def test_a_collapsing_codebook_is_warned_about(cli, small, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("size", "share"), [(64, "1.6%"), (8, "12.5%")])
+def test_a_collapsing_codebook_is_warned_about(size, share, cli, small, tmp_path, monkeypatch):
     monkeypatch.setattr(trainers, "encode_images", lambda _, images, __: torch.zeros(len(images), 4, 4))
     monkeypatch.setattr(trainers, "usage", lambda codes, size: 1 / size)
-    options = ("--codebook_size", 64, "--epochs", 1, "--stage", "vqsvae")
+    options = ("--codebook_size", size, "--epochs", 1, "--stage", "vqsvae")
     outcome = cli(*small, *options, "--result_path", tmp_path)
     assert outcome.status == 0 and outcome.err.count("\n") == 1
-    assert "warning: epoch 1: the codebook collapses, 1.6% of its codes" in outcome.err
-    assert read_log(place(tmp_path))[0]["codebook_usage"] == 1 / 64
+    assert f"warning: epoch 1: the codebook collapses, {share} of its codes" in outcome.err
+    assert read_log(place(tmp_path))[0]["codebook_usage"] == 1 / size
 
 
 # ---- nonsense ----
