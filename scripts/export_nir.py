@@ -1,13 +1,13 @@
 """Export a run's trained spiking networks to NIR files (https://neuroir.org), and check that these spike alike.
 
 python scripts/export_nir.py RUN_FOLDER                to RUN_FOLDER/nir
-python scripts/export_nir.py RUN_FOLDER --output DIR
+python scripts/export_nir.py RUN_FOLDER --output DIR --raster PICTURE
 
 Needs the packages nir and nirtorch. A graph takes its input, [C,H,W], at every spike step, which is 0.1 ms in the file;
 weights are float64, batch norm is folded into the convolutions. What NIR has no node for, transposed convolutions and
 the mixing of positions, becomes convolutions with many zeros, exactly (scripts/nir_graphs.py; zeros are counted among
 the parameters). Each file is read back and run on test images, in float64, and must give every spike of the trained
-network.
+network; the picture shows those of some neurons.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from scripts.nir_graphs import ResidualGraph, SDIDGraph, spiking_layers
 
 IMAGES = 8  # that spikes are compared on
 ROUNDING = 1e-9  # allowed difference of outputs that are not spikes
+NEURONS = 12  # of each layer in the picture
 
 
 class Export(NamedTuple):
@@ -54,6 +55,24 @@ class Export(NamedTuple):
     trained: nn.Module
     run: Callable[[], Tensor]
     outside: Callable[[Tensor], Tensor]
+
+
+class Comparison(NamedTuple):
+    """Spikes `[S,N,C,H,W]` of each layer, and the largest difference of the two outputs."""
+
+    trained: list[Tensor]
+    graph: list[Tensor]
+    error: float
+
+    @property
+    def spikes(self) -> int:
+        """Of the trained network."""
+        return sum(int(layer.sum()) for layer in self.trained)
+
+    @property
+    def differing(self) -> int:
+        """Spikes that only one of the two has."""
+        return sum(int((t != g).sum()) for t, g in zip(self.trained, self.graph, strict=True))
 
 
 def of_autoencoder(model: VQSVAE, images: Tensor) -> Iterator[Export | str]:
@@ -128,25 +147,49 @@ def observe(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list
     return output, spikes
 
 
-def compare(export: Export, graph: nn.Module) -> tuple[int, int, float]:
-    """Spikes of the trained network, missing or extra ones of `graph`, and the largest difference of their outputs."""
+def compare(export: Export, graph: nn.Module) -> Comparison:
+    """The trained network and `graph`, read back from its file, on the same inputs."""
     wanted, theirs = observe(export.trained, export.run)
     output, ours = observe(graph, lambda: export.outside(graph(export.inputs)[0]))
     theirs = [F.pixel_unshuffle(t, t.shape[-1] // o.shape[-1]) for t, o in zip(theirs, ours, strict=True)]
-    differing = sum(int((t != o).sum()) for t, o in zip(theirs, ours, strict=True))
-    return sum(int(t.sum()) for t in theirs), differing, float((output - wanted).abs().max())
+    return Comparison(theirs, ours, float((output - wanted).abs().max()))
 
 
-def write(export: Export, folder: Path) -> bool:
+def write(export: Export, folder: Path) -> tuple[bool, Comparison]:
     """Write the file, read it back, print what it holds; whether it does what the trained network does."""
     path = folder / f"{export.name}.nir"
     nir_exchange.export_to_nir(export.graph, export.inputs[0], path)
-    spikes, differing, error = compare(export, nir_exchange.import_from_nir(path, dtype=torch.float64, step_mode="m"))
+    compared = compare(export, nir_exchange.import_from_nir(path, dtype=torch.float64, step_mode="m"))
     parameters = sum(parameter.numel() for parameter in export.graph.parameters())
-    verdict = f"{differing:,} DIFFER" if differing else "identical"
-    verdict += "" if error <= ROUNDING else f", OUTPUT OFF BY {error:.1e}"
-    print(f"{path.name}: {export.what}; {parameters:,} parameters; {spikes:,} spikes compared: {verdict}")
-    return verdict == "identical"
+    verdict = f"{compared.differing:,} DIFFER" if compared.differing else "identical"
+    verdict += "" if compared.error <= ROUNDING else f", OUTPUT OFF BY {compared.error:.1e}"
+    print(f"{path.name}: {export.what}; {parameters:,} parameters; {compared.spikes:,} spikes compared: {verdict}")
+    return verdict == "identical", compared
+
+
+def plot_raster(networks: dict[str, Comparison], picture: Path) -> None:
+    """Write a picture of spikes for one image: dots for the trained networks', rings for those of the files' graphs."""
+    import matplotlib.pyplot as plt  # here because importing it takes a second
+
+    figure, axes = plt.subplots(1, len(networks), figsize=(11, 5), layout="constrained", squeeze=False)
+    for axis, (name, compared) in zip(axes[0], networks.items(), strict=True):
+        trained, graph = shown(compared)
+        axis.plot(*trained, "k.", markersize=3)
+        axis.plot(*graph, "ro", markersize=5, markerfacecolor="none")
+        axis.set(title=name, xlabel="spike step", yticks=[])
+    axes[0, 0].set_ylabel(f"{NEURONS} neurons of each layer")
+    figure.savefig(picture, dpi=110)
+
+
+def shown(compared: Comparison) -> list[tuple[Tensor, Tensor]]:
+    """Spike steps `[P]` from 1 and rows `[P]` of the spikes of some neurons, spread over those of a layer that fire."""
+    layers = []
+    for spikes in zip(compared.trained, compared.graph, strict=True):
+        both = torch.stack([each[:, 0].flatten(1) for each in spikes])  # of the first image, [2,S,neurons]
+        firing = both[:, :, both.any(0).any(0)]
+        chosen = torch.linspace(0, firing.shape[2] - 1, min(NEURONS, firing.shape[2])).long()
+        layers.append(F.pad(firing[:, :, chosen], (0, NEURONS + 2 - len(chosen))))
+    return [(step + 1, row) for step, row in (each.nonzero(as_tuple=True) for each in torch.cat(layers, 2))]
 
 
 @torch.no_grad()
@@ -156,8 +199,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the files go [RUN/nir]")
     parser.add_argument("--data_path", type=Path, metavar="DIR", help="where the data set is [as in the run]")
+    parser.add_argument("--raster", type=Path, metavar="PICTURE", help="a picture of some of the spikes [none]")
     args = parser.parse_args(arguments)
-    folder, alike = args.output or args.run / "nir", True
+    folder, verdicts, compared = args.output or args.run / "nir", [], {}
     try:
         if nir_exchange is None:
             raise UserError("two packages are missing: pip install nir nirtorch")
@@ -166,11 +210,14 @@ def main(arguments: list[str] | None = None) -> None:
                 print(network)
                 continue
             folder.mkdir(parents=True, exist_ok=True)
-            alike &= write(network, folder)
+            alike, compared[network.name] = write(network, folder)
+            verdicts.append(alike)
+        if args.raster and compared:
+            plot_raster(compared, args.raster)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(0 if alike else 1)
+    sys.exit(0 if all(verdicts) else 1)
 
 
 if __name__ == "__main__":

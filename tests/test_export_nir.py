@@ -68,8 +68,8 @@ def test_decoder_on_the_grid_of_codes_draws_the_same_pixels(options, tmp_path):
     assert [each.name for each in exports] == list(AUTOENCODER)
     for each in exports:
         graph = read_back(each, tmp_path / "network.nir")
-        spikes, differing, error = export_nir.compare(each, graph)
-        assert spikes > 50 and differing == 0 and error < 1e-12
+        compared = export_nir.compare(each, graph)
+        assert compared.spikes > 50 and compared.differing == 0 and compared.error < 1e-12
     set_plain(model, False)
     pixels = each.outside(graph(each.inputs)[0])
     assert torch.allclose(pixels, model.decoder(each.inputs), atol=1e-12) and pixels.std() > 0.01
@@ -80,10 +80,11 @@ def test_denoiser_with_its_head(tmp_path):
     model = trained(SDID(codebook_size=8, spike_steps=4, width=4))
     exported = export_nir.of_denoiser(model, torch.randint(8, (3, 4, 5)))
     graph = read_back(exported, tmp_path / "network.nir")
-    spikes, differing, error = export_nir.compare(exported, graph)
-    assert spikes > 50 and differing == 0 and error < 1e-12
+    compared = export_nir.compare(exported, graph)
+    assert compared.spikes > 50 and compared.differing == 0 and compared.error < 1e-12
     graph.get_submodule("add_1").bias[0] += 1e-3  # no spike depends on it
-    assert export_nir.compare(exported, graph)[1:] == (0, pytest.approx(1e-3))
+    compared = export_nir.compare(exported, graph)
+    assert compared.differing == 0 and compared.error == pytest.approx(1e-3)
 
 
 def test_another_weight_is_noticed(run, capsys, monkeypatch):
@@ -99,6 +100,19 @@ def test_another_weight_is_noticed(run, capsys, monkeypatch):
     status, (encoder, *others), _ = export(capsys, run)
     assert status == 1 and " DIFFER" in encoder
     assert all(line.endswith("identical") for line in others)
+
+
+def test_raster_of_what_differs(run, capsys):
+    """Rows are neurons that fire; a spike that only one of the two has is shown for this one alone."""
+    trained = [torch.zeros(3, 2, 1, 1, 4), torch.zeros(3, 2, 40, 1, 1)]
+    trained[0][1, 0, 0, 0, 2] = trained[1][:, 0] = trained[0][0, 1] = 1  # the last is of the second image
+    graph = [layer.clone() for layer in trained]
+    graph[0][2, 0, 0, 0, 2] = 1
+    (steps, rows), (steps_graph, rows_graph) = export_nir.shown(export_nir.Comparison(trained, graph, 0.0))
+    assert len(steps) == 1 + 3 * export_nir.NEURONS and set(rows.tolist()) == {0, *range(14, 26)}
+    spikes = {*zip(steps.tolist(), rows.tolist(), strict=True)}
+    assert {*zip(steps_graph.tolist(), rows_graph.tolist(), strict=True)} == spikes | {(3, 0)} and (2, 0) in spikes
+    assert export(capsys, run, "--raster", run / "raster.png")[0] == 0 and (run / "raster.png").stat().st_size > 1000
 
 
 def change_options(run, **options):
@@ -117,11 +131,11 @@ def test_residual_denoiser(options, tmp_path):
         nn.init.normal_(model.prototypes.embed.weight)
     exported = export_nir.of_denoiser(model, torch.randint(8, (5, *options["grid"])))
     graph = read_back(exported, tmp_path / "network.nir")
-    spikes, differing, error = export_nir.compare(exported, graph)
-    assert spikes > 50 and differing == 0 and error < 1e-12
+    compared = export_nir.compare(exported, graph)
+    assert compared.spikes > 50 and compared.differing == 0 and compared.error < 1e-12
     if model.prototypes:
         model.prototypes.embed.weight.mul_(2)
-        assert export_nir.compare(exported, graph)[1] > 0  # what is told has influence
+        assert export_nir.compare(exported, graph).differing > 0  # what is told has influence
 
 
 def test_run_with_a_residual_denoiser(run, capsys):
@@ -148,7 +162,7 @@ def test_spike_generator_without_neurons_is_not_exported(spike_generator, tmp_pa
         export_nir.of_autoencoder(autoencoder(spike_generator=spike_generator), torch.rand(2, 1, 8, 8).double())
     )
     assert exports[1] == f"spike_generator: not exported, {spike_generator!r} has no neurons"
-    assert export_nir.compare(exports[2], read_back(exports[2], tmp_path / "network.nir"))[1] == 0
+    assert export_nir.compare(exports[2], read_back(exports[2], tmp_path / "network.nir")).differing == 0
 
 
 def test_a_run_of_one_stage(run, capsys):
