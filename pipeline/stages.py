@@ -191,6 +191,8 @@ class Pipeline:
             how += f", {generator.sample_steps or 'all'} timesteps"
             how += ", spread order" if generator.reveal_order == "spread" else ""
             save_png(self.run.samples / "trajectory.png", generator.trajectory())
+        if self.run.path != self.networks.trained.path:
+            how += f", by {self.networks.autoencoder_path}"
         images = generator.draw(range(count))
         write_samples(self.run.samples, images, self.options.png)
         return images, how
