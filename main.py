@@ -21,11 +21,11 @@ from pipeline.presets import PRESETS
 from pipeline.run_folder import IDENTITY, NETWORKS, UNCHANGEABLE, RunFolder, as_written
 from pipeline.stages import Pipeline
 
-HERE_AND_NOW = ("resume", "checkpoint", "result_path", "stage", "max_minutes", "device", "compile")
-"""Options of one call of the program, which a run's config.json does not pass on to the next.
+HERE_AND_NOW = ("resume", "checkpoint", "result_path", "start_from", "stage", "max_minutes", "device", "compile")
+"""Options of one call of the program, which a run's config.json does not pass on to the next."""
 
-But `--resume` goes on with the stage that the run was begun with.
-"""
+RESUMED = ("start_from", "stage")
+"""Of these, what it passes on to `--resume`."""
 
 MODEL_OPTIONS = (
     *("codebook_size", "embedding_dim", "downsampling", "revive_codes", "clipped_error"),
@@ -58,7 +58,7 @@ def resolve(arguments: list[str] | None) -> tuple[argparse.Namespace, RunFolder]
     saved = {} if makes == run.model else run.read_config()
     if options.resume and not saved:
         raise UserError(f"{run.path} is not the folder of a run: it has no config.json")
-    passed_on = set(vars(options)).difference(HERE_AND_NOW) | ({"stage"} if options.resume else set())
+    passed_on = set(vars(options)).difference(HERE_AND_NOW).union(RESUMED if options.resume else ())
     kept = {key: value for key, value in saved.items() if key in passed_on}
     parser.set_defaults(**kept)  # argparse converts strings as if they had been typed
     options = parser.parse_args(arguments)
@@ -72,13 +72,15 @@ def resolve(arguments: list[str] | None) -> tuple[argparse.Namespace, RunFolder]
     ]
     if changed:
         raise UserError(f"{run.path} was made with other options: leave out {', '.join(changed)}")
+    if options.temperature == "auto" and options.final_temperature != parser.get_default("final_temperature"):
+        raise UserError("--temperature auto chooses one for all timesteps: leave out --final_temperature")
     options.image_shape = saved.get("image_shape")
     for key in ("fid_weights", "paper_fid_weights", "fad_weights"):
         path = getattr(options, key)
         if path and not path.exists():
             raise UserError(f"--{key} {path} is not there: mend the path, or leave the option out")
     if options.checkpoint and options.result_path:
-        evaluated, run = run.path.resolve(), RunFolder(new_folder(options))
+        evaluated, run = run.path.resolve(), RunFolder(options.result_path)
         if (run.model.exists() or run.config.exists()) and run.path.resolve() != evaluated:
             raise UserError(f"{run.path} is the folder of another run: choose another --result_path")
     return options, run
@@ -102,15 +104,12 @@ def find_folder(options: argparse.Namespace) -> Path:
         raise UserError("--start_from begins a new run: leave out --resume and --checkpoint")
     if options.checkpoint and options.stage in ("vqsvae", "sdid"):
         raise UserError("--checkpoint evaluates a trained model: to train on, use --resume with its run folder")
+    if options.resume and options.result_path:
+        raise UserError("--resume goes on in the folder of the run: leave out --result_path")
     if options.resume:
         return options.resume.parent if options.resume.suffix == ".pth" else options.resume
     if options.checkpoint:
         return options.checkpoint.parent
-    return new_folder(options)
-
-
-def new_folder(options: argparse.Namespace) -> Path:
-    """The folder named after data set and model."""
     return (options.result_path or Path("result")) / options.dataset_name / options.model
 
 

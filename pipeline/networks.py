@@ -58,6 +58,8 @@ class Networks:
         """Give a new denoiser the weights in `--start_from`, if that is given; False if that run has only stage 1."""
         if not self.start:
             return True
+        if not from_writer(self.start.config.is_file):
+            raise UserError(f"{self.start.path}, which stage 2 is to begin with, is gone: put it back")
         if from_writer(lambda: self.start.model.is_file() and not self.start.denoiser.is_file()):
             return False
         self._take_over(denoiser, self.start.denoiser)

@@ -80,11 +80,11 @@ def build_parser(description: str) -> Parser:
         metavar="FILE",
     )
     start = (
-        "begin with the networks, or the one, of this run folder; with --stage sdid its autoencoder stays [untrained]"
+        "begin with this run's networks; one that it lacks, with none; --stage sdid keeps its autoencoder [untrained]"
     )
     add("--start_from", start, type=Path, metavar="RUN")
     add("--resume", "go on with this run folder, or its last.pth", type=Path, metavar="RUN")
-    where = "where run folders are made, or with --checkpoint what comes of it goes instead of beside it [result]"
+    where = "where run folders are made; with --checkpoint, the folder for its results [result; beside the checkpoint]"
     add("--result_path", where, type=Path, metavar="DIR")
     add("--max_minutes", "stop each stage after M minutes, saved and resumable [no limit]", type=positive, metavar="M")
     add("--save_every", "save every M minutes of training, besides after each epoch", 10.0, type=positive, metavar="M")
@@ -98,7 +98,12 @@ def build_parser(description: str) -> Parser:
     add("--data_path", "where data sets are, or are downloaded to", Path("data"), type=Path, metavar="DIR")
     add("--train_images", "use the first N training images [all]", type=whole, metavar="N")
     add("--held_out", "keep N of them, evenly spread, out of training [0]", 0, type=number(int, 0), metavar="N")
-    add("--image_size", "side of ImageFolder's pictures, a multiple of 4 [32]", type=number(int, 8, 4096), metavar="N")
+    add(
+        "--image_size",
+        "side of ImageFolder's pictures, a multiple of 4 from 8 [32]",
+        type=number(int, 8, 4096),
+        metavar="N",
+    )
     add("--channels", "of ImageFolder's pictures: 1 grey, 3 colour [as they are]", type=int, choices=(1, 3))
 
     add = group("model")
@@ -157,7 +162,7 @@ def build_parser(description: str) -> Parser:
         type=temperature,
         metavar="X",
     )
-    final = "what the temperature changes to, evenly while tokens are revealed [as --temperature]"
+    final = "what it changes to, evenly while tokens are revealed; not with auto [as --temperature]"
     add("--final_temperature", final, type=number(float, 1e-9), metavar="X")
     add("--sample_steps", "timesteps of sampling, up to T, the number of an image's codes [T]", type=whole, metavar="N")
     add("--reveal_order", "spread: few tokens at first, and far apart from each other", "random", choices=REVEAL_ORDERS)

@@ -3,12 +3,14 @@
 import colorsys
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from errors import UserError
 from pipeline.run_folder import write_whole
 
 GREY = 128
@@ -42,6 +44,16 @@ def encode_png(picture: Tensor) -> bytes:
 def save_png(path: Path, picture: Tensor) -> None:
     """Write a picture, uint8 `[C,H,W]`."""
     write_whole(path, encode_png(picture))
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    """Write a matplotlib figure, in the format that the name ends in. Raises UserError if there is no such format."""
+    buffer = io.BytesIO()
+    try:
+        figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png", dpi=110)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
+    write_whole(path, buffer.getvalue())
 
 
 def code_colours(codebook_size: int) -> Tensor:

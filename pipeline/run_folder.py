@@ -222,6 +222,11 @@ class RunFolder:
         run = {key: config[key] for key in UNCHANGEABLE if key in config}
         save_weights(self.last, {"version": LAST_VERSION, "run": run, **state})
 
+    @by_writer
+    def remove_last(self) -> None:
+        """Remove last.pth: what is trained from now on is something else."""
+        self.last.unlink(missing_ok=True)
+
     def read_last(self) -> dict[str, Any]:
         """What last.pth holds; empty if the run was stopped before it had saved any training.
 

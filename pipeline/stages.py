@@ -106,7 +106,7 @@ class Pipeline:
 
     def train_autoencoder(self) -> bool:
         """Stage 1; False if the time was over before its last epoch."""
-        if self.last.get("stage") == "sdid":
+        if self._has_stage_1():
             return True
         o, data = self.options, self.data
         torch.manual_seed(derive_seed(o.seed, 1))
@@ -120,6 +120,11 @@ class Pipeline:
         else:
             trainer = fsvae_trainer(model, data.train, data.test, **settings)
         return self._train(trainer)
+
+    def _has_stage_1(self) -> bool:
+        """Whether a run that goes on has its autoencoder: it is at stage 2, or that was all it had to train."""
+        alone = self.options.resume and not self.last and from_writer(self.run.model.is_file)
+        return bool(alone) or self.last.get("stage") == "sdid"
 
     def train_sdid(self) -> bool:
         """Stage 2, on the codes of the training images; False if the time was over before its last epoch."""
@@ -168,7 +173,7 @@ class Pipeline:
         wanted = METRICS if o.metrics is None else o.metrics
         draws = not set(wanted) <= set(STAGE_1_METRICS) or not self.has_denoiser or self.networks.has_trained_denoiser()
         generator = self.load_generator(draws)
-        evaluation = Evaluation(o, self.data, self.machine)
+        evaluation = self._evaluation()
         figures = []
         if draws:
             images, how = self.draw(generator, o.num_samples or evaluation.images_needed or GRID_IMAGES)
@@ -176,7 +181,16 @@ class Pipeline:
         figures += reconstruction_figures(generator, evaluation, wanted)
         if "energy" in wanted:
             figures += energy_figures(generator, self.data.test, o.seed)
+        if self.run.path != self.networks.trained.path:
+            figures = [figure | {"checkpoint": str(o.checkpoint)} for figure in figures]
         write_figures(self.run, figures)  # by one process: the others need not wait
+
+    def _evaluation(self) -> Evaluation:
+        """Raises UserError where a figure that is asked for by name cannot be had."""
+        o = self.options
+        if "codebook" in (o.metrics or ()) and not self.has_denoiser:
+            raise UserError(f"--metrics codebook: {o.model} has no codes")
+        return Evaluation(o, self.data, self.machine)
 
     def draw(self, generator: Generator, count: int) -> tuple[Tensor, str]:
         """Draw `count` images and write them; they are returned, uint8 `[N,C,H,W]`, with a word on how they were drawn.
@@ -191,8 +205,6 @@ class Pipeline:
             how += f", {generator.sample_steps or 'all'} timesteps"
             how += ", spread order" if generator.reveal_order == "spread" else ""
             save_png(self.run.samples / "trajectory.png", generator.trajectory())
-        if self.run.path != self.networks.trained.path:
-            how += f", by {self.networks.autoencoder_path}"
         images = generator.draw(range(count))
         write_samples(self.run.samples, images, self.options.png)
         return images, how
@@ -232,14 +244,14 @@ class Pipeline:
 
     def _begin_training(self) -> None:
         """Find what is wrong with data, options and folder before hours are spent; record the options."""
-        o, path = self.options, self.networks.autoencoder_path
+        o, networks = self.options, self.networks
         if self.data.variance == 0:
             raise UserError("all training images are of one and the same colour: nothing can be learned from them")
         self.run.read_log()
         if o.stage == "sdid" and not self.has_denoiser:
             raise UserError(f"--stage sdid: {o.model} draws from its own prior and has no second stage")
         if o.stage == "sdid" and (codes := self.load_autoencoder().codebook_size) != o.codebook_size:
-            raise UserError(f"{path} has {codes} codes: say so with --codebook_size {codes}")
+            raise UserError(f"{networks.autoencoder_path} has {codes} codes: say so with --codebook_size {codes}")
         if o.stage != "vqsvae" and self.has_denoiser:
             self._check_denoiser()
         if o.stage == "all":
@@ -247,8 +259,11 @@ class Pipeline:
         o.image_shape = self.data.shape
         options = {key: value for key, value in vars(o).items() if key not in ("resume", "checkpoint")}
         self.run.write_config({key: as_written(value) for key, value in options.items()})
-        if path != self.run.model:
-            save_weights(self.run.model, from_writer(partial(load_weights, path)))
+        if not o.resume:
+            self.run.remove_last()
+        if networks.autoencoder_path != self.run.model:
+            save_weights(self.run.model, from_writer(partial(load_weights, networks.autoencoder_path)))
+            networks.autoencoder_path = self.run.model
 
     def _check_denoiser(self) -> None:
         """Raise UserError if stage 2 could not begin as it is asked to; say so if it begins untrained after all."""
@@ -260,7 +275,7 @@ class Pipeline:
         """Raise UserError if the evaluation after the training could not do what is asked for."""
         o = self.options
         if o.metrics is not None:
-            Evaluation(o, self.data, self.machine)
+            self._evaluation()
         if o.temperature == "auto" and self.has_denoiser:
             check_held_out(self.data)
 

@@ -124,7 +124,7 @@ class Trainer:
         sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["sums"].items()}
         self.progress = Progress(state["epoch"], state["step"], state["seconds"], sums)
         if self.progress.epoch >= self.schedule.epochs:  # no save follows; a kill may have come between two files
-            save_weights(self.checkpoint, self.kept.state_dict())
+            self._save_kept()
 
     def save(self) -> None:
         """Write last.pth, then the weights. UserError, and nothing is written, if loss or weights are not finite."""
@@ -135,10 +135,14 @@ class Trainer:
         sums = {name: value.item() for name, value in progress.sums.items()}
         where = {"epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds, "sums": sums}
         self.run.write_last({"stage": self.name, **where, **states})
-        if self.average and progress.step:  # at the end of an epoch it has been done for the preview
+        self._save_kept()
+        distributed.wait_for_all()  # the first process to end is taken for a failure, and ends the others
+
+    def _save_kept(self) -> None:
+        """Write the weights that are kept."""
+        if self.average and self.progress.step:  # at the end of an epoch it has been done for the preview
             self._calibrate_average()
         save_weights(self.checkpoint, self.kept.state_dict())
-        distributed.wait_for_all()  # the first process to end is taken for a failure, and ends the others
 
     def train(self) -> bool:
         """Train to the last epoch; False if the time was over before.

@@ -33,6 +33,7 @@ from main import resolve
 from models import SDID, VQSVAE, ResidualSDID
 from models.spiking import SpikingStack, membrane_weights, set_plain, weighted_sum
 from pipeline.machine import choose_machine
+from pipeline.pictures import save_figure
 from pipeline.stages import Pipeline
 from scripts.nir_graphs import ResidualGraph, SDIDGraph, spiking_layers
 
@@ -178,7 +179,7 @@ def plot_raster(networks: dict[str, Comparison], picture: Path) -> None:
         axis.plot(*graph, "ro", markersize=5, markerfacecolor="none")
         axis.set(title=name, xlabel="spike step", yticks=[])
     axes[0, 0].set_ylabel(f"{NEURONS} neurons of each layer")
-    figure.savefig(picture, dpi=110)
+    save_figure(picture, figure)
 
 
 def shown(compared: Comparison) -> list[tuple[Tensor, Tensor]]:

@@ -19,7 +19,7 @@ from main import HERE_AND_NOW
 from pipeline.run_folder import RunFolder, load_weights, save_weights, write_json
 
 OF_THIS_MACHINE = (
-    *(*HERE_AND_NOW, "data_path", "start_from", "save_every", "png"),
+    *(*HERE_AND_NOW, "data_path", "save_every", "png"),
     *("num_samples", "metrics", "fid_weights", "paper_fid_weights", "fad_weights"),
 )
 """Options in config.json that say how a run was made or scored somewhere, not what it is."""

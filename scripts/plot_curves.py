@@ -14,6 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 from errors import UserError
+from pipeline.pictures import save_figure
 from pipeline.run_folder import RunFolder
 
 
@@ -46,7 +47,7 @@ def plot(runs: dict[Path, RunFolder], picture: Path) -> None:
     axes[0].yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].yaxis.set_minor_formatter("{x:g}")
-    figure.savefig(picture, dpi=110)
+    save_figure(picture, figure)
 
 
 def main(arguments: list[str] | None = None) -> None:

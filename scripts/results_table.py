@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
+from errors import UserError
 from pipeline.figures import describe
+from pipeline.pictures import save_figure
 
 COLUMNS = {
     "paper_fid": "FID, paper protocol",
@@ -163,7 +165,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axis.invert_yaxis()
         axis.margins(x=0.15)
         axis.set_title(f"{dataset}: {COLUMNS[column]} (lower is better)", fontsize="medium")
-    figure.savefig(path, dpi=110)
+    save_figure(path, figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -182,7 +184,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     rows += published_rows({row.dataset for row in rows})
     if args.plot:
-        plot(rows, args.plot)
+        try:
+            plot(rows, args.plot)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
     if args.output:
         args.output.write_text(table(rows))
     else:

@@ -158,8 +158,16 @@ def test_options_that_contradict_the_run(mistake, run):
     assert before == [path.read_bytes() for path in files(run)]
 
 
+def test_figures_that_a_model_has_not(mistake, grey, tmp_path):
+    options = ("--model", "snn-vae", "--metrics", "mse,codebook", "--result_path", tmp_path)
+    assert "--metrics codebook: snn-vae has no codes" in mistake(*grey, *options) and not files(tmp_path)
+
+
 def test_options_that_exclude_each_other(mistake, run):
     assert "--checkpoint" in mistake("--resume", run, "--checkpoint", run / "model.pth")
+    assert "leave out --result_path" in mistake("--resume", run, "--result_path", run.parent)
+    auto = ("--temperature", "auto", "--final_temperature", 0.7)
+    assert "leave out --final_temperature" in mistake("--checkpoint", run, *auto)
     for stage in ("vqsvae", "sdid"):
         assert "--resume" in mistake("--checkpoint", run / "model.pth", "--stage", stage)
 
@@ -213,13 +221,15 @@ def test_checkpoint_of_another_kind_of_image(mistake, grey, tmp_path):
 def test_results_elsewhere(cli, mistake, run, tmp_path):
     """What an evaluation writes goes to a run folder of its own where one is named; the run's is left as it is."""
     before = {path: path.read_bytes() for path in files(run)}
-    new = tmp_path / "new" / "ImageFolder" / "snn-vq-vae"
-    outcome = cli("--checkpoint", run, "--seed", 7, "--result_path", tmp_path / "new")
+    new = tmp_path / "new"
+    outcome = cli("--checkpoint", run, "--seed", 7, "--result_path", new)
     assert (outcome.status, outcome.err) == (0, "") and f"the run is in {new}:" in outcome.out
     assert {path: path.read_bytes() for path in files(run)} == before
     assert all((new / name).exists() for name in ("metrics.json", "samples/images.npz", "samples/grid.png"))
-    assert cli("--checkpoint", run, "--stage", "sample", "--result_path", tmp_path / "new").status == 0
-    shutil.copytree(run, tmp_path / "other" / "ImageFolder" / "snn-vq-vae")
+    figures = json.loads((new / "metrics.json").read_text())
+    assert figures and all(figure["checkpoint"] == str(run / "model.pth") for figure in figures)
+    assert cli("--checkpoint", run, "--stage", "sample", "--result_path", new).status == 0
+    shutil.copytree(run, tmp_path / "other")
     assert "folder of another run" in mistake("--checkpoint", run, "--result_path", tmp_path / "other")
 
 

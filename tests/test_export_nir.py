@@ -113,6 +113,8 @@ def test_raster_of_what_differs(run, capsys):
     spikes = {*zip(steps.tolist(), rows.tolist(), strict=True)}
     assert {*zip(steps_graph.tolist(), rows_graph.tolist(), strict=True)} == spikes | {(3, 0)} and (2, 0) in spikes
     assert export(capsys, run, "--raster", run / "raster.png")[0] == 0 and (run / "raster.png").stat().st_size > 1000
+    status, _, (error,) = export(capsys, run, "--raster", run / "raster.foo")
+    assert status == 2 and "raster.foo cannot be written" in error
 
 
 def change_options(run, **options):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_pipeline import assert_same_run, read_metrics
+from test_pipeline import assert_same_run, read_log, read_metrics
 from torch import nn
 
 from models.spiking import LIF, fire
@@ -128,22 +128,28 @@ def test_denoiser_trained_on(improved, cli, grey, tmp_path):
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_denoiser_trained_on_is_resumed(saved, improved, cli, grey, tmp_path, monkeypatch):
-    """With the stage that it was begun with, and without the run that it was begun from, once something is saved."""
+    """It trains stage 2, as it was told, whatever the call is; and once something is saved, without the other run."""
     start, result = shutil.copytree(improved, tmp_path / "start"), tmp_path / "result"
-    begin = (*grey, "--start_from", start, "--stage", "sdid", "--max_minutes", 1e-4, "--result_path", result)
+    begin = (*grey, "--start_from", start, "--stage", "sdid", "--diffusion_epochs", 1, "--precision", "float32")
     if saved:
-        begun = cli(*begin)
+        begun = cli(*begin, "--max_minutes", 1e-4, "--result_path", result)
         assert begun.status == 0 and "saved; go on with" in begun.out
-        shutil.rmtree(start)
+        shutil.move(start, tmp_path / "moved")
     else:
         with monkeypatch.context() as patch:
             patch.setattr(Interruption, "__enter__", interrupt)
-            assert cli(*begin).status == 130
+            assert cli(*begin, "--result_path", result).status == 130
     run = result / "ImageFolder" / "snn-vq-vae"
-    outcome = cli("--resume", run, "--diffusion_epochs", 1)
-    assert (outcome.status, outcome.err) == (0, "")
-    epochs = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in epochs] == ["sdid"] and not (run / "metrics.json").exists()
+    outcome = cli("--resume", run, *(() if saved else ("--stage", "all", "--num_samples", 2, "--metrics", "mse")))
+    assert (outcome.status, outcome.err) == (0, "") and (run / "metrics.json").exists() == (not saved)
+    if saved:
+        shutil.move(tmp_path / "moved", start)
+    assert cli(*begin, "--result_path", tmp_path / "whole").status == 0
+    whole = tmp_path / "whole" / "ImageFolder" / "snn-vq-vae"
+    assert read_log(whole) == read_log(run) and [line["stage"] for line in read_log(run)] == ["sdid"]
+    for name in ("model.pth", "diff_result/diff_model.pth"):
+        one, other = load_weights(whole / name), load_weights(run / name)
+        assert all(torch.equal(one[key], other[key]) for key in one), name
 
 
 def interrupt(*_):
@@ -158,8 +164,10 @@ def test_new_denoiser_on_trained_codes(improved, cli, grey, tmp_path):
     outcome = cli(*new, "--start_from", start, "--stage", "sdid", "--result_path", tmp_path / "new")
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out.count(f"{start} has no denoiser: the new one begins untrained\n") == 1
-    stage_1 = ("--start_from", improved, "--stage", "vqsvae", "--result_path", tmp_path / "stage_1")
-    assert cli(*new, *stage_1).status == 0
+    result = ("--result_path", tmp_path / "stage_1")
+    assert cli(*new, "--start_from", improved, "--stage", "vqsvae", *result).status == 0
+    outcome = cli(*new, "--stage", "sdid", *result)
+    assert (outcome.status, outcome.err) == (0, "") and "untrained" not in outcome.out
 
 
 def test_start_that_is_gone(improved, cli, grey, tmp_path):
@@ -167,9 +175,12 @@ def test_start_that_is_gone(improved, cli, grey, tmp_path):
     start = shutil.copytree(improved, tmp_path / "start")
     assert cli(*grey, "--start_from", start, "--max_minutes", 1e-4, "--result_path", tmp_path).status == 0
     shutil.rmtree(start)
-    outcome = cli("--resume", tmp_path / "ImageFolder" / "snn-vq-vae")
-    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
-    assert f"{start / 'diff_result' / 'diff_model.pth'} is not there" in outcome.err
+    run = tmp_path / "ImageFolder" / "snn-vq-vae"
+    before = (run / "last.pth").read_bytes()
+    outcome = cli("--resume", run)
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert f"{start}, which stage 2 is to begin with, is gone" in outcome.err
+    assert (run / "last.pth").read_bytes() == before
 
 
 def test_both_networks_trained_on(improved, cli, grey, tmp_path):
@@ -250,6 +261,21 @@ def test_kept_statistics_are_those_of_the_averaged_weights(tmp_path):
     torch.testing.assert_close(kept[2].running_var, out.var(0), rtol=0.1, atol=0)
     assert kept[2].momentum == 0.1 and not torch.allclose(model[2].running_mean, kept[2].running_mean, rtol=1e-3)
     assert torch.equal(load_weights(tmp_path / "kept.pth")["2.running_mean"], kept[2].running_mean)
+
+
+def test_stopped_and_ended_at_once(tmp_path):
+    """Told to train no further, a run that stopped within an epoch keeps weights with statistics of their own."""
+    first = trained_layer(tmp_path, epochs=1, ema_decay=0.9)
+    first.progress.step = 7
+    first.save()
+    kept = load_weights(tmp_path / "kept.pth")
+    (tmp_path / "kept.pth").unlink()
+    first.average.module[2].reset_running_stats()
+    last = RunFolder(tmp_path).read_last()
+    last["average"]["module.2.running_mean"].zero_()  # as they are written before statistics are taken
+    first.restore(last)
+    again = load_weights(tmp_path / "kept.pth")
+    assert kept["2.running_mean"].abs().sum() > 0 and all(torch.equal(kept[key], again[key]) for key in kept)
 
 
 def test_stopped_while_statistics_are_taken(improved, cli, grey, tmp_path, monkeypatch):

@@ -58,6 +58,10 @@ def assert_whole(run):
     RunFolder(run).read_log()
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def patch_step(patch, step, fault):
     """Have `fault(trainer, losses)` happen within the training step of this number; it returns the losses."""
     steps, take = iter(range(1, 10**6)), training.Trainer._step
@@ -210,6 +214,21 @@ def test_a_file_system_without_locks(monkeypatch, tmp_path):
     RunFolder(tmp_path).lock()
 
 
+def test_stage_2_begun_anew_and_stopped_early(cli, small, run, tmp_path, monkeypatch):
+    """What an earlier training has saved is not gone on with, and its autoencoder stays."""
+    target = shutil.copytree(run, place(tmp_path / "result"))
+    shutil.rmtree(target / "diff_result")
+    before = (target / "model.pth").read_bytes()
+    with monkeypatch.context() as patch:
+        patch_step(patch, 3, interrupt)
+        outcome = cli(*small, "--stage", "sdid", "--lr", 0.02, "--result_path", tmp_path / "result")
+    assert outcome.status == 130
+    assert cli("--resume", target, "--stage", "all").status == 0
+    assert (target / "model.pth").read_bytes() == before
+    losses = [line["loss"] for line in read_log(target) if line["stage"] == "sdid"]
+    assert len(losses) == 2 and losses != [line["loss"] for line in read_log(run) if line["stage"] == "sdid"]
+
+
 # ---- signals ----
 
 
@@ -327,14 +346,11 @@ class Disk:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc on this system")
 def test_power_loss(cli, small, finished, tmp_path, monkeypatch):
-    def fail(*_):
-        raise KeyboardInterrupt
-
     disk = Disk()
     monkeypatch.setattr(run_folder.os, "fsync", disk.fsync)
     for step in (STEPS + 5, STEPS, STEPS // 2, 1):
         with monkeypatch.context() as patch:
-            patch_step(patch, step, fail)
+            patch_step(patch, step, interrupt)
             assert cli(*go_on(small, tmp_path, *SAVE_EACH_STEP)).status == 130
         disk.lose_power(place(tmp_path))
         assert_whole(place(tmp_path))
