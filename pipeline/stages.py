@@ -71,8 +71,8 @@ class Pipeline:
         """Height and width of an image's codes. Raises UserError if --sample_steps are more than the timesteps."""
         o = self.options
         height, width = (side // o.downsampling for side in (o.image_shape or self.data.shape)[1:])
-        if o.sample_steps is not None and o.sample_steps > height * width:
-            most = height * width
+        most = height * width
+        if o.sample_steps is not None and o.sample_steps > most:
             raise UserError(
                 f"images of this size have {most} timesteps: say --sample_steps {most} instead of {o.sample_steps}"
             )
@@ -272,7 +272,10 @@ class Pipeline:
             print(f"{self.options.start_from} has no denoiser: the new one begins untrained")
 
     def _check_evaluation(self) -> None:
-        """Raise UserError if the evaluation after the training could not do what is asked for."""
+        """Raise UserError if the evaluation after the training could not do what is asked for.
+
+        Its networks are let go of, so that the training has the memory.
+        """
         o = self.options
         if o.metrics is not None:
             self._evaluation()

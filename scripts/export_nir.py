@@ -75,6 +75,11 @@ class Comparison(NamedTuple):
         """Spikes that only one of the two has."""
         return sum(int((t != g).sum()) for t, g in zip(self.trained, self.graph, strict=True))
 
+    @property
+    def alike(self) -> bool:
+        """Whether the graph does what the trained network does."""
+        return not self.differing and self.error <= ROUNDING
+
 
 def of_autoencoder(model: VQSVAE, images: Tensor) -> Iterator[Export | str]:
     """Encoder, spike generator and decoder of a model in plain mode; `images [N,C,H,W]` in [0,1]."""
@@ -156,8 +161,8 @@ def compare(export: Export, graph: nn.Module) -> Comparison:
     return Comparison(theirs, ours, float((output - wanted).abs().max()))
 
 
-def write(export: Export, folder: Path) -> tuple[bool, Comparison]:
-    """Write the file, read it back, print what it holds; whether it does what the trained network does."""
+def write(export: Export, folder: Path) -> Comparison:
+    """Write the file, read it back, print what it holds and how it compares."""
     path = folder / f"{export.name}.nir"
     nir_exchange.export_to_nir(export.graph, export.inputs[0], path)
     compared = compare(export, nir_exchange.import_from_nir(path, dtype=torch.float64, step_mode="m"))
@@ -165,7 +170,7 @@ def write(export: Export, folder: Path) -> tuple[bool, Comparison]:
     verdict = f"{compared.differing:,} DIFFER" if compared.differing else "identical"
     verdict += "" if compared.error <= ROUNDING else f", OUTPUT OFF BY {compared.error:.1e}"
     print(f"{path.name}: {export.what}; {parameters:,} parameters; {compared.spikes:,} spikes compared: {verdict}")
-    return verdict == "identical", compared
+    return compared
 
 
 def plot_raster(networks: dict[str, Comparison], picture: Path) -> None:
@@ -202,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data_path", type=Path, metavar="DIR", help="where the data set is [as in the run]")
     parser.add_argument("--raster", type=Path, metavar="PICTURE", help="a picture of some of the spikes [none]")
     args = parser.parse_args(arguments)
-    folder, verdicts, compared = args.output or args.run / "nir", [], {}
+    folder, compared = args.output or args.run / "nir", {}
     try:
         if nir_exchange is None:
             raise UserError("two packages are missing: pip install nir nirtorch")
@@ -211,14 +216,13 @@ def main(arguments: list[str] | None = None) -> None:
                 print(network)
                 continue
             folder.mkdir(parents=True, exist_ok=True)
-            alike, compared[network.name] = write(network, folder)
-            verdicts.append(alike)
+            compared[network.name] = write(network, folder)
         if args.raster and compared:
             plot_raster(compared, args.raster)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(0 if all(verdicts) else 1)
+    sys.exit(0 if all(each.alike for each in compared.values()) else 1)
 
 
 if __name__ == "__main__":

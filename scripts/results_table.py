@@ -169,7 +169,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table, or write it; exit status 2 where no run is found."""
+    """Print the table, or write it; a mistake of the user is one line on stderr and exit status 2."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders with runs somewhere below")
@@ -177,18 +177,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="picture file")
     args = parser.parse_args(arguments)
     rows = [read_run(path) for folder in args.folders for path in sorted(folder.rglob("metrics.json"))]
-    if not rows:
-        print(
-            f"error: no metrics.json below {', '.join(map(str, args.folders))}: evaluate a run first", file=sys.stderr
-        )
-        sys.exit(2)
-    rows += published_rows({row.dataset for row in rows})
-    if args.plot:
-        try:
+    try:
+        if not rows:
+            raise UserError(f"no metrics.json below {', '.join(map(str, args.folders))}: evaluate a run first")
+        rows += published_rows({row.dataset for row in rows})
+        if args.plot:
             plot(rows, args.plot)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     if args.output:
         args.output.write_text(table(rows))
     else:

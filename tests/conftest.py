@@ -39,6 +39,11 @@ def call_main(*arguments):
     return Outcome(status, out.getvalue(), err.getvalue())
 
 
+def interrupt(*_):
+    """In the place of some function: Ctrl-C while it runs."""
+    raise KeyboardInterrupt
+
+
 def write_pictures(folder, count, size, colour, seed):
     """Bright bars on black, a different one in each picture."""
     folder.mkdir(parents=True)

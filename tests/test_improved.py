@@ -7,16 +7,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import interrupt
 from PIL import Image
 from test_pipeline import assert_same_run, read_log, read_metrics
 from torch import nn
 
 from models.spiking import LIF, fire
+from pipeline.interruption import Interruption
 from pipeline.machine import Machine
 from pipeline.masks import MASKS, hidden_pixels
 from pipeline.presets import PRESETS
 from pipeline.run_folder import NETWORKS, RunFolder, load_weights
-from pipeline.training import LR_SCHEDULES, Interruption, Schedule, Trainer, _moving_average
+from pipeline.training import LR_SCHEDULES, Schedule, Trainer, _moving_average
 from scripts import pack
 
 SMALL = (
@@ -150,10 +152,6 @@ def test_denoiser_trained_on_is_resumed(saved, improved, cli, grey, tmp_path, mo
     for name in ("model.pth", "diff_result/diff_model.pth"):
         one, other = load_weights(whole / name), load_weights(run / name)
         assert all(torch.equal(one[key], other[key]) for key in one), name
-
-
-def interrupt(*_):
-    raise KeyboardInterrupt
 
 
 def test_new_denoiser_on_trained_codes(improved, cli, grey, tmp_path):

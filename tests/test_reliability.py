@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import interrupt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -56,10 +57,6 @@ def assert_whole(run):
         elif path.name in ("config.json", "metrics.json"):
             json.loads(path.read_text())
     RunFolder(run).read_log()
-
-
-def interrupt(*_):
-    raise KeyboardInterrupt
 
 
 def patch_step(patch, step, fault):
