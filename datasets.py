@@ -58,6 +58,13 @@ class ImageData:
         return tuple(self.train.shape[1:])
 
     @property
+    def fingerprint(self) -> dict:
+        """TEMPORARY."""
+        import hashlib
+        sides = {"train": self.train, "held_out": self.held_out, "test": self.test}
+        return {k: {"count": len(v), "sha256": hashlib.sha256(v.contiguous().numpy().data).hexdigest()[:16]} for k, v in sides.items()}
+
+    @property
     def variance(self) -> float:
         """Population variance over all pixels of the training images on the scale [0,1].
 

@@ -1,6 +1,5 @@
 """Figures of generated images: which can be had, and how they are computed; each comes with its protocol."""
 
-from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +42,7 @@ from pipeline.distributed import from_writer, is_writer
 from pipeline.feature_networks import classifier, fad_network, reference_features
 from pipeline.figures import record
 from pipeline.machine import Machine
+from pipeline.options import EvaluationOptions
 
 FID_IMAGES = 10_000  # generated for FID, as is usual
 Figures = dict[str, float]
@@ -90,24 +90,24 @@ class Seen:
         return reference_features(look.network, look.features, self.real_images, name)
 
 
-def _inception(options: Namespace, data: ImageData, machine: Machine) -> FeatureNetwork:
+def _inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork:
     network, weights = load_inception(options.fid_weights, machine.device), options.fid_weights or "as published"
     return FeatureNetwork(network, inception_features, f"pytorch-fid's Inception, weights {weights}")
 
 
-def _paper_inception(options: Namespace, data: ImageData, machine: Machine) -> FeatureNetwork:
+def _paper_inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork:
     network = load_paper_inception(options.paper_fid_weights, machine.device)
     protocol = "the release's: ImageNet Inception, normalised twice, SVD root"
     return FeatureNetwork(network, paper_inception_features, protocol, fixed=(PAPER_IMAGES, PAPER_IMAGES))
 
 
-def _fad(options: Namespace, data: ImageData, machine: Machine) -> FeatureNetwork:
+def _fad(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork:
     network, origin, statistics = fad_network(data, options.fad_weights, machine)
     fixed = FAD_IMAGES, len(data.test)
     return FeatureNetwork(network, fad_features, f"autoencoder at 32x32, {origin}", fixed, statistics)
 
 
-def _classifier(options: Namespace, data: ImageData, machine: Machine) -> FeatureNetwork:
+def _classifier(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork:
     network, origin = classifier(data, machine)
     return FeatureNetwork(network, classifier_features, origin)
 
@@ -117,12 +117,21 @@ NETWORKS = {"inception": _inception, "paper": _paper_inception, "fad": _fad, "cl
 
 
 class Metric(NamedTuple):
-    """Figures of generated images: the network, and the fewest generated and real images they are computed of."""
+    """How a metric of generated images is computed.
+
+    Attributes:
+        network: whose features it is computed from.
+        generated: the smallest number of generated images.
+        real: the smallest number of real images.
+        figures: the values by name.
+        always_test: whether its protocol has the test split for reference, whatever `--reference` says.
+    """
 
     network: str
     generated: int
     real: int
     figures: Callable[[Seen], Figures]
+    always_test: bool = False
 
 
 def _kid(seen: Seen) -> Figures:
@@ -156,44 +165,37 @@ GENERATED_METRICS = {
     "is": Metric("inception", FID_IMAGES, 0, _inception_score),
     "prdc": Metric("inception", FID_IMAGES, FEWEST_IMAGES, _prdc),
     "paper_fid": Metric(
-        "paper", PAPER_IMAGES, PAPER_IMAGES, lambda seen: {"paper_fid": paper_fid(seen.generated, seen.real)}
+        "paper",
+        PAPER_IMAGES,
+        PAPER_IMAGES,
+        lambda seen: {"paper_fid": paper_fid(seen.generated, seen.real)},
+        always_test=True,
     ),
-    "fad": Metric("fad", FAD_IMAGES, 0, lambda seen: {"fad": fad(seen.generated, seen.look.reference)}),
+    "fad": Metric("fad", FAD_IMAGES, 0, lambda seen: {"fad": fad(seen.generated, seen.look.reference)}, True),
     "classifier": Metric("classifier", FAD_IMAGES, FEATURES + 1, _classifier_figures),
 }
-METRICS = (*GENERATED_METRICS, "mse", "ssim", "codebook", "energy")
-
-
-def names_of(metrics: Collection[str]) -> Callable[[str], list[str]]:
-    """An argparse type: names among `metrics`, separated by commas."""
-
-    def parse(text: str) -> list[str]:
-        names = [name.strip() for name in text.split(",") if name.strip()]
-        strange = [name for name in names if name not in metrics]
-        if strange or not names:
-            wrong = f"unknown metric {strange[0]!r}" if strange else "no metric named"
-            raise ArgumentTypeError(f"{wrong}: choose from {', '.join(metrics)}")
-        return names
-
-    return parse
 
 
 class Evaluation:
     """The figures of generated images that can be computed here, found out before any image is drawn.
 
     Args:
-        options: `metrics` (None: all that can be had; what cannot is said in a line), `num_samples` (None: as many as
-            are needed), `reference` ("test" or "train"), `seed`, and the weights `fid_weights`, `paper_fid_weights`,
-            `fad_weights`.
-        data: the real images, and what networks are trained on.
-        machine: where networks run.
+        options: which metrics, the reference split, and the feature networks' weights. Where no metrics are named, all
+            that are available are computed, and a line says which are not.
+        data: the real images, and what feature networks are trained on.
+        machine: where the feature networks run.
+        seed: of KID's subsets.
+        num_samples: number of generated images; None: as many as the metrics need.
 
     Of several processes, one has the networks and computes the figures. Raises UserError where a metric was asked for
     by name and cannot be computed.
     """
 
-    def __init__(self, options: Namespace, data: ImageData, machine: Machine):
+    def __init__(
+        self, options: EvaluationOptions, data: ImageData, machine: Machine, seed: int, num_samples: int | None = None
+    ):
         self.options, self.data, self.machine = options, data, machine
+        self.seed, self.num_samples = seed, num_samples
         self.networks: dict[str, FeatureNetwork | UserError] = {}
         wanted = [name for name in GENERATED_METRICS if options.metrics is None or name in options.metrics]
         obstacles = from_writer(lambda: {name: self._obstacle(GENERATED_METRICS[name]) for name in wanted})
@@ -212,9 +214,10 @@ class Evaluation:
     def _obstacle(self, metric: Metric) -> str | None:
         """Why a metric cannot be computed, if so."""
         try:
-            if self.options.num_samples is not None:
-                check_enough("this", metric.generated, generated=range(self.options.num_samples))
-            check_enough("this", metric.real, real=getattr(self.data, self.options.reference))
+            if self.num_samples is not None:
+                check_enough("this", metric.generated, generated=range(self.num_samples))
+            split = "test" if metric.always_test else self.options.reference
+            check_enough("this", metric.real, real=getattr(self.data, split))
             self._load(metric.network)
         except UserError as error:
             return str(error)
@@ -242,8 +245,8 @@ class Evaluation:
         """
         computed = self.metrics if is_writer() else {}
         chosen = [metric for name, metric in computed.items() if metrics is None or name in metrics]
-        o, networks = self.options, {metric.network for metric in chosen}
-        seen = {name: Seen(self._load(name), images, self.data, o.reference, o.seed, whole) for name in networks}
+        split, networks = self.options.reference, {metric.network for metric in chosen}
+        seen = {name: Seen(self._load(name), images, self.data, split, self.seed, whole) for name in networks}
         return [
             record(
                 figure,
@@ -252,7 +255,7 @@ class Evaluation:
                 split=seen[metric.network].split,
                 real=len(seen[metric.network].real_images),
                 generated=len(seen[metric.network].images),
-                seed=o.seed,
+                seed=self.seed,
                 drawn=drawn,
             )
             for metric in chosen

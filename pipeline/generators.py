@@ -14,6 +14,7 @@ from metrics.energy import Operations, count, firing_rates
 from models import FSVAE
 from models.spiking import set_plain
 from models.vq_autoencoder import VQAutoencoder
+from pipeline.cache import digest
 from pipeline.machine import Machine
 from pipeline.pictures import to_float, to_uint8, trajectory_picture
 from pipeline.sampling import decode_codes, draw_codes, encode_images, in_batches
@@ -31,6 +32,10 @@ class Cost:
 
 class Generator(Protocol):
     """The two kinds of model below. Images are uint8 `[N,C,H,W]`; sample i is the same whatever it is drawn with."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that a sample depends on besides its number, as JSON can hold it."""
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images through the autoencoder."""
@@ -71,6 +76,13 @@ class CodeDiffusion:
     def diffusion(self) -> AbsorbingDiffusion:
         """Of as many timesteps as an image has codes."""
         return AbsorbingDiffusion(self.autoencoder.codebook_size, math.prod(self.grid))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See Generator."""
+        keys = ("seed", "temperature", "final_temperature", "sample_steps", "reveal_order")
+        networks = (self.autoencoder, self.denoiser)
+        return {key: getattr(self, key) for key in keys} | _computed_with(self.machine, *networks)
 
     def conditions(self, codes: Tensor) -> list[Tensor]:
         """What the denoiser is told of images with these `codes [N,h,w]`: nothing, or prototypes' numbers `[N]`."""
@@ -146,6 +158,11 @@ class PriorSampling:
     seed: int
     batch_size: int = 64
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See Generator."""
+        return {"seed": self.seed} | _computed_with(self.machine, self.autoencoder)
+
     def reconstruct(self, images: Tensor) -> Tensor:
         """See Generator; latents are drawn from the posterior."""
         model = self.autoencoder
@@ -183,6 +200,12 @@ class PriorSampling:
             "sample": (model, lambda: model.decode(model.sample(picks))),
         }
         return _cost(parts, len(images))
+
+
+def _computed_with(machine: Machine, *networks: nn.Module) -> dict[str, Any]:
+    """Digest of the weights, device and precision."""
+    weights = digest(*(network.state_dict() for network in networks))
+    return {"weights": weights, "device": machine.device.type, "precision": "bf16" if machine.bf16 else "float32"}
 
 
 def _cost(parts: dict[str, tuple[nn.Module, Callable[[], Any]]], images: int) -> Cost:

@@ -10,7 +10,6 @@ from torch import nn
 from errors import UserError
 from pipeline import distributed
 
-PRECISIONS = ("auto", "float32", "bf16")
 Network = TypeVar("Network", bound=nn.Module)
 
 

@@ -14,13 +14,11 @@ from pipeline.generators import CodeDiffusion, Generator
 from pipeline.pictures import to_float
 
 ENERGY_IMAGES = 16
-STAGE_1_METRICS = ("mse", "ssim", "codebook")
-"""Of an autoencoder alone: no denoiser is needed."""
 
 
 def reconstruction_figures(generator: Generator, evaluation: Evaluation, wanted: Collection[str]) -> list[dict]:
     """Figures of the autoencoder on the whole test split: MSE, SSIM, codebook, and FAD, the floor of any generator."""
-    test, seed = evaluation.data.test, evaluation.options.seed
+    test, seed = evaluation.data.test, evaluation.seed
     figures = []
     about = {"split": "test", "real": len(test), "seed": seed}
     mean = "reconstructions as 8-bit images in [0,1], mean over all"

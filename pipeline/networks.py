@@ -1,6 +1,5 @@
 """The networks of a run: new ones that a training begins with, and trained ones read from their files."""
 
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from models import AUTOENCODERS, DENOISERS, build_denoiser, build_model
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.distributed import from_writer
 from pipeline.machine import Machine, Network
+from pipeline.options import Options
 from pipeline.run_folder import RunFolder, load_weights
 
 
@@ -24,26 +24,28 @@ class Networks:
     options or files do not fit each other, UserError is raised.
     """
 
-    def __init__(self, options: Namespace, run: RunFolder, machine: Machine):
+    def __init__(self, options: Options, run: RunFolder, machine: Machine):
         self.options, self.machine = options, machine
-        self.trained = RunFolder(options.checkpoint.parent) if options.checkpoint else run
-        self.start = RunFolder(options.start_from) if options.start_from else None
-        self.autoencoder_path = options.checkpoint or run.model
-        if self.start and options.stage == "sdid" and not from_writer(run.model.is_file):
+        checkpoint, start = options.run.checkpoint, options.run.start_from
+        self.trained = RunFolder(checkpoint.parent) if checkpoint else run
+        self.start = RunFolder(start) if start else None
+        self.autoencoder_path = checkpoint or run.model
+        if self.start and options.run.stage == "sdid" and not from_writer(run.model.is_file):
             self.autoencoder_path = self.start.model
 
     def new_autoencoder(self, channels: int, image_size: int) -> nn.Module:
         """What stage 1 begins with, still on the CPU."""
-        o = self.options
+        o = self.options.autoencoder
         shape = {"channels": channels, "image_size": image_size, "hidden": o.hidden_channels}
         keys = ("codebook_size", "embedding_dim", "clipped_error", "revive_codes")
         return build_model(o.model, **shape, **self._of_the_options(*keys), **self._not_in_weights())
 
     def new_denoiser(self, grid: tuple[int, int], images: int) -> nn.Module:
         """What stage 2 begins with, still on the CPU, for a `grid` (h, w) of codes and so many training images."""
-        o = self.options
+        o = self.options.denoiser
         shape = {"width": o.denoiser_channels, "blocks": o.denoiser_blocks, "prototypes": self._prototypes(images)}
-        how = {"codebook_size": o.codebook_size, "spike_steps": self._denoiser_spike_steps, "grid": grid}
+        codes = self.options.autoencoder.codebook_size
+        how = {"codebook_size": codes, "spike_steps": self._denoiser_spike_steps, "grid": grid}
         try:
             return build_denoiser(o.denoiser, **shape, **how)
         except ValueError as error:
@@ -70,7 +72,7 @@ class Networks:
         prototypes = denoiser.prototypes
 
         def fitted() -> dict[str, Tensor]:
-            prototypes.fit(codes, autoencoder.vq_layer, self.options.seed)
+            prototypes.fit(codes, autoencoder.vq_layer, self.options.run.seed)
             return {name: value.cpu() for name, value in prototypes.state_dict().items()}
 
         if prototypes:
@@ -78,21 +80,23 @@ class Networks:
 
     def load_autoencoder(self, channels: int) -> nn.Module:
         """The trained autoencoder, shaped after its weights, for images of so many channels."""
-        o, path = self.options, self.autoencoder_path
-        kind = f"the autoencoder {o.model}, which a run keeps in model.pth"
-        build = partial(build_model, o.model, **self._not_in_weights())
-        autoencoder = self._load(path, kind, build, AUTOENCODERS[o.model].options_of)
+        path, model = self.autoencoder_path, self.options.autoencoder.model
+        kind = f"the autoencoder {model}, which a run keeps in model.pth"
+        build = partial(build_model, model, **self._not_in_weights())
+        autoencoder = self._load(path, kind, build, AUTOENCODERS[model].options_of)
         if autoencoder.channels != channels:
-            raise UserError(f"{path} is for images of {autoencoder.channels} channels, {o.dataset_name} has {channels}")
+            data = self.options.data.dataset_name
+            raise UserError(f"{path} is for images of {autoencoder.channels} channels, {data} has {channels}")
         return autoencoder
 
     def load_denoiser(self, autoencoder: nn.Module) -> nn.Module:
         """The trained denoiser of this autoencoder's codes."""
-        path, kind = self.trained.denoiser, DENOISERS[self.options.denoiser]
+        name = self.options.denoiser.denoiser
+        path, kind = self.trained.denoiser, DENOISERS[name]
         if not self.has_trained_denoiser():
             raise UserError(f"{path} is not there: a denoiser belongs beside the autoencoder; --stage sdid trains it")
         build = partial(kind, spike_steps=self._denoiser_spike_steps)
-        denoiser = self._load(path, f"a denoiser of the kind {self.options.denoiser}", build, kind.options_of)
+        denoiser = self._load(path, f"a denoiser of the kind {name}", build, kind.options_of)
         codes, wanted = autoencoder.codebook_size, denoiser.codebook_size
         if codes != wanted:
             raise UserError(f"{path} is for {wanted} codes, {self.autoencoder_path} has {codes}: take both of one run")
@@ -104,10 +108,10 @@ class Networks:
 
     @property
     def _denoiser_spike_steps(self) -> int:
-        return self.options.denoiser_spike_steps or self.options.spike_steps
+        return self.options.denoiser.denoiser_spike_steps or self.options.autoencoder.spike_steps
 
     def _of_the_options(self, *keys: str) -> dict[str, Any]:
-        return {key: getattr(self.options, key) for key in keys}
+        return {key: getattr(self.options.autoencoder, key) for key in keys}
 
     def _not_in_weights(self) -> dict[str, Any]:
         """Options of an autoencoder that its weights do not tell."""
@@ -115,14 +119,10 @@ class Networks:
 
     def _prototypes(self, images: int) -> int:
         """How many the denoiser has."""
-        o = self.options
-        if not o.images_per_prototype:
-            return 0
-        if o.denoiser != "residual":
-            raise UserError(f"--denoiser {o.denoiser} has no prototypes: say --images_per_prototype 0")
-        if o.images_per_prototype > images:
+        share = self.options.denoiser.images_per_prototype
+        if share > images:
             raise UserError(f"there are {images} training images: say --images_per_prototype {images} at most, or 0")
-        return images // o.images_per_prototype
+        return images // share if share else 0
 
     def _take_over(self, network: nn.Module, path: Path) -> None:
         """Give a network the weights of another run's."""

@@ -1,30 +1,455 @@
-"""The options of the command line: names, types, defaults and help."""
+"""Every option of the command line, declared once: name, type, default, bounds, help, and its role in a saved run.
+
+Each section is a frozen dataclass, and every part of the program is handed only its own. The parser, the help text,
+config.json, the presets and the checks on a run that is resumed or evaluated all follow from these declarations.
+"""
 
 import argparse
-from collections.abc import Callable
+from argparse import SUPPRESS, BooleanOptionalAction
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
+from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from datasets import DATASETS
 from diffusion.absorbing import LOSSES, REVEAL_ORDERS
 from errors import UserError
 from models import AUTOENCODERS, DENOISERS
 from models.quantizer import READOUTS, SPIKE_GENERATORS
-from pipeline.evaluation import METRICS, names_of
-from pipeline.machine import PRECISIONS
-from pipeline.masks import MASKS
 from pipeline.presets import PRESETS
-from pipeline.stages import STAGES
-from pipeline.training import LR_SCHEDULES
 
-SWITCH = argparse.BooleanOptionalAction  # what a preset switches on, --no-... switches off
+SPIKING_CODES = ("snn-vq-vae",)
+CODES = (*SPIKING_CODES, "vq-vae")  # the models with codes, hence with a second stage
+TITLES = {"autoencoder": "autoencoder (stage 1)", "denoiser": "denoiser (stage 2)"}
+STAGES = ("all", "vqsvae", "sdid", "sample", "inpaint", "evaluate")
+PRECISIONS = ("auto", "float32", "bf16")
+MASKS = ("left", "right", "top", "bottom", "center")
+LR_SCHEDULES = ("constant", "cosine")
+SAMPLE_METRICS = ("fid", "kid", "is", "prdc", "paper_fid", "fad", "classifier")  # of generated images
+AUTOENCODER_METRICS = ("mse", "ssim", "codebook")  # no denoiser is needed
+METRICS = (*SAMPLE_METRICS, *AUTOENCODER_METRICS, "energy")
+
+
+class Role(IntEnum):
+    """How firmly a saved run holds on to an option's value; each level includes what is said of those after it."""
+
+    IDENTITY = 0  # part of the trained model: whoever uses the run must share it
+    NETWORKS = 1  # taken over by a new run that starts from this one
+    TRAINING = 2  # cannot change when the training is resumed
+    SETTING = 3  # later calls on the run have it as their default
+    RESUMED = 4  # of one call, and of the calls that resume it
+    CALL = 5  # of one call only
+
+
+class Declaration(NamedTuple):
+    """What is declared of an option besides its name, type and default."""
+
+    help: str
+    role: Role
+    choices: Collection[str] = ()
+    low: float | None = None
+    high: float = float("inf")
+    metavar: str | None = None
+    absent: str | None = None  # the word that stands for None on the command line and in the help
+    shown: str | None = None  # the default in the help, where it is neither the value nor `absent`
+    parse: Callable[[str], Any] | None = None
+    of: Collection[str] = ()  # the models or denoisers that have the option; empty: it belongs to all
+
+
+def option(default: Any, help: str, role: Role = Role.SETTING, **how: Any) -> Any:
+    """A dataclass field that declares an option; for `how` see Declaration."""
+    return field(default=default, metadata={"option": Declaration(help, role, **how)})
+
+
+def expanded(text: str) -> Path:
+    """A path; `~` is the user's home."""
+    return Path(text).expanduser()
+
+
+def autoencoder_weights(text: str) -> Path:
+    """A file of weights, or the one in a run folder."""
+    path = expanded(text)
+    return path / "model.pth" if path.is_dir() else path
+
+
+def temperature_or_auto(text: str) -> float | str:
+    """A positive number, or "auto"."""
+    return text if text == "auto" else number(float, 1e-9)(text)
+
+
+def parse_metrics(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """A reader of names among `known`, separated by commas."""
+
+    def read(text: str) -> tuple[str, ...]:
+        wanted = tuple(name.strip() for name in text.split(",") if name.strip())
+        strange = [name for name in wanted if name not in known]
+        if strange or not wanted:
+            wrong = f"unknown metric {strange[0]!r}" if strange else "no metric named"
+            raise argparse.ArgumentTypeError(f"{wrong}: choose from {', '.join(known)}")
+        return wanted
+
+    return read
+
+
+COUNT = {"low": 1, "high": 10**9, "metavar": "N"}
+WIDTH = {"low": 1, "high": 4096, "metavar": "N"}
+RATE = {"low": 1e-9, "high": 1, "metavar": "X"}
+STEPS = {"low": 1, "high": 1024, "metavar": "S"}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What to do, where the run folder is, and what to compute with."""
+
+    preset: str = option("faithful", "set of defaults for other options", Role.IDENTITY, choices=PRESETS)
+    stage: str = option("all", "part of the pipeline to run", Role.RESUMED, choices=STAGES)
+    checkpoint: Path | None = option(
+        None,
+        "evaluate these weights: a model.pth, or the run folder it is in; of this program or of the original release",
+        Role.CALL,
+        metavar="FILE",
+        parse=autoencoder_weights,
+    )
+    resume: Path | None = option(None, "go on with this run folder, or its last.pth", Role.CALL, metavar="RUN")
+    start_from: Path | None = option(
+        None,
+        "initialise from another run's weights; parts it does not have are trained from scratch; with --stage sdid its "
+        "autoencoder is kept as it is",
+        Role.RESUMED,
+        metavar="RUN",
+        shown="none",
+    )
+    result_path: Path | None = option(
+        None,
+        "where run folders are made; with --checkpoint, the folder for its results",
+        Role.CALL,
+        metavar="DIR",
+        shown="result; beside the checkpoint",
+    )
+    max_minutes: float | None = option(
+        None,
+        "stop each stage after this many minutes, saved and ready to resume",
+        Role.CALL,
+        low=1e-9,
+        metavar="M",
+        absent="none",
+    )
+    save_every: float = option(
+        10.0, "save every M minutes, besides after each epoch", Role.RESUMED, low=1e-9, metavar="M"
+    )
+    seed: int = option(42, "random seed", Role.TRAINING, low=0, high=2**32 - 1, metavar="N")
+    device: str = option("auto", "cpu, cuda or cuda:N; auto: CUDA if there is one", Role.CALL)
+    compile: bool = option(False, "train through torch.compile", Role.CALL)
+    precision: str = option(
+        "auto", "of the networks; auto: bf16 where the processor has fast instructions for it", choices=PRECISIONS
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The images."""
+
+    dataset_name: str = option("Digits", "data set; Digits needs no download", Role.IDENTITY, choices=DATASETS)
+    data_path: Path = option(Path("data"), "where data sets are, or are downloaded to", metavar="DIR")
+    train_images: int | None = option(None, "use the first N training images", Role.NETWORKS, absent="all", **COUNT)
+    held_out: int = option(0, "keep N of them, evenly spread, out of training", Role.NETWORKS, low=0, metavar="N")
+    image_size: int | None = option(
+        None,
+        "side of ImageFolder's images in pixels, a multiple of 4",
+        Role.IDENTITY,
+        low=8,
+        high=4096,
+        metavar="N",
+        absent="32",
+    )
+    channels: int | None = option(
+        None,
+        "channels of ImageFolder's images: 1 grey, 3 colour",
+        Role.IDENTITY,
+        choices=(1, 3),
+        shown="as they are",
+    )
+
+
+@dataclass(frozen=True)
+class AutoencoderOptions:
+    """Stage 1's network."""
+
+    model: str = option("snn-vq-vae", "autoencoder", Role.IDENTITY, choices=AUTOENCODERS)
+    spike_steps: int = option(16, "spike steps S of every layer", Role.IDENTITY, **STEPS)
+    codebook_size: int = option(128, "number of codes K", Role.IDENTITY, low=2, high=32767, metavar="K", of=CODES)
+    embedding_dim: int = option(16, "width of a code's embedding", Role.IDENTITY, low=1, high=4096, metavar="D")
+    hidden_channels: int = option(
+        32, "channels of the first layer; the second has twice as many", Role.IDENTITY, **WIDTH
+    )
+    downsampling: int = option(
+        4,
+        "side of an image divided by the side of its grid of codes: 2 or 4",
+        Role.IDENTITY,
+        choices=(2, 4),
+        of=SPIKING_CODES,
+    )
+    revive_codes: bool = option(
+        False,
+        "dead-code restart: move codes that a batch does not use to encoded vectors",
+        Role.NETWORKS,
+        of=SPIKING_CODES,
+    )
+    clipped_error: bool = option(
+        False,
+        "reconstruction loss ignores values that clipping to [0, 1] would correct",
+        Role.NETWORKS,
+        of=SPIKING_CODES,
+    )
+    readout: str = option(
+        "both",
+        "ablation: what the quantiser reads from the spikes",
+        Role.NETWORKS,
+        choices=READOUTS,
+        of=SPIKING_CODES,
+    )
+    spike_generator: str = option(
+        "adaptive",
+        "ablation: how embeddings become spikes",
+        Role.IDENTITY,
+        choices=SPIKE_GENERATORS,
+        of=SPIKING_CODES,
+    )
+
+
+@dataclass(frozen=True)
+class DenoiserOptions:
+    """Stage 2's network."""
+
+    denoiser: str = option(
+        "sdid", "the paper's network, or the residual one", Role.IDENTITY, choices=DENOISERS, of=CODES
+    )
+    denoiser_channels: int = option(
+        64,
+        "channels: sdid's first block (its widest has 8 times as many), or all of residual's blocks",
+        Role.NETWORKS,
+        of=CODES,
+        **WIDTH,
+    )
+    denoiser_spike_steps: int | None = option(
+        None, "spike steps of the denoiser; same: as --spike_steps", Role.IDENTITY, absent="same", of=CODES, **STEPS
+    )
+    denoiser_blocks: int = option(
+        4, "blocks of the residual denoiser", Role.NETWORKS, low=1, high=1000, metavar="N", of=("residual",)
+    )
+    images_per_prototype: int = option(
+        0,
+        "condition the residual denoiser on the nearest of a set of average images, one for every N training images; "
+        "0: none",
+        Role.NETWORKS,
+        low=0,
+        high=10**9,
+        metavar="N",
+        of=("residual",),
+    )
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How both stages are trained."""
+
+    epochs: int = option(100, "epochs of stage 1, the autoencoder", **COUNT)
+    diffusion_epochs: int = option(200, "epochs of stage 2, the denoiser", of=CODES, **COUNT)
+    batch_size: int = option(32, "batch size of both stages; several processes share it", Role.TRAINING, **COUNT)
+    lr: float = option(1e-3, "learning rate", Role.TRAINING, **RATE)
+    diffusion_lr: float | None = option(
+        None, "learning rate of stage 2; same: as --lr", Role.TRAINING, absent="same", of=CODES, **RATE
+    )
+    lr_schedule: str = option("constant", "learning-rate schedule of each stage", Role.TRAINING, choices=LR_SCHEDULES)
+    ema_decay: float = option(
+        0.0,
+        "decay of the exponential moving average (EMA) of the weights, which is then what is kept; 0: no average",
+        Role.TRAINING,
+        low=0,
+        high=0.999999,
+        metavar="X",
+    )
+    fixed_norm: float = option(
+        0.0,
+        "freeze the batch-norm statistics for this last fraction of stage 2",
+        Role.TRAINING,
+        low=0,
+        high=1,
+        metavar="X",
+        of=CODES,
+    )
+    loss: str = option("reweighted_elbo", "loss of stage 2", Role.TRAINING, choices=LOSSES, of=CODES)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How images are drawn."""
+
+    temperature: float | str = option(
+        0.65,
+        "divides the logits: 1 samples the learned distribution; auto chooses one on held-out images",
+        metavar="X",
+        parse=temperature_or_auto,
+        of=CODES,
+    )
+    final_temperature: float | None = option(
+        None,
+        "temperature at t = 0, approached linearly from --temperature at t = T; not with auto; same: no change",
+        low=1e-9,
+        metavar="X",
+        absent="same",
+        of=CODES,
+    )
+    sample_steps: int | None = option(
+        None, "denoising timesteps, at most T, the number of codes of an image", absent="T", of=CODES, **COUNT
+    )
+    reveal_order: str = option(
+        "random",
+        "order in which tokens are revealed; spread: few at first, far apart from each other",
+        choices=REVEAL_ORDERS,
+        of=CODES,
+    )
+    num_samples: int | None = option(
+        None,
+        "images to draw; auto: as many as the metrics need",
+        Role.RESUMED,
+        low=1,
+        high=10**6,
+        metavar="N",
+        absent="auto",
+    )
+    eval_batch_size: int = option(64, "batch size of encoding and sampling", **COUNT)
+    mask: str = option(
+        "right",
+        f"what --stage inpaint hides: {', '.join(MASKS)}, or an image file that is white there",
+        Role.RESUMED,
+        metavar="M",
+        of=CODES,
+    )
+    png: bool = option(False, "also write each sample as a PNG file", Role.RESUMED)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Which metrics, and where their networks come from."""
+
+    metrics: tuple[str, ...] | None = option(
+        None,
+        f"metrics to compute, out of {', '.join(METRICS)}; all: all that are available",
+        Role.RESUMED,
+        metavar="A,B",
+        absent="all",
+        parse=parse_metrics(METRICS),
+    )
+    reference: str = option(
+        "test", "real images for FID, KID, IS, PRDC and classifier metrics", choices=("test", "train")
+    )
+    fid_weights: Path | None = option(None, "pytorch-fid's Inception weights", metavar="FILE", absent="download")
+    paper_fid_weights: Path | None = option(None, "torchvision's Inception weights", metavar="FILE", absent="download")
+    fad_weights: Path | None = option(
+        None,
+        "folder of the published FAD autoencoders; own: ours, trained once for each data set",
+        metavar="DIR",
+        absent="own",
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """All options of a call, in sections, and where each value came from, by the option's name."""
+
+    run: RunOptions
+    data: DataOptions
+    autoencoder: AutoencoderOptions
+    denoiser: DenoiserOptions
+    training: TrainingOptions
+    sampling: SamplingOptions
+    evaluation: EvaluationOptions
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> "Options":
+        """The sections, from values by option name; a missing one has its default."""
+        sections = {
+            name: section(**{key: values[key] for key in names(section) if key in values})
+            for name, section in SECTIONS.items()
+        }
+        return cls(**sections, origins=origins or {})
+
+    def values(self) -> dict[str, Any]:
+        """All values by option name."""
+        return {key: getattr(getattr(self, name), key) for name, section in SECTIONS.items() for key in names(section)}
+
+
+SECTIONS: dict[str, type] = {
+    "run": RunOptions,
+    "data": DataOptions,
+    "autoencoder": AutoencoderOptions,
+    "denoiser": DenoiserOptions,
+    "training": TrainingOptions,
+    "sampling": SamplingOptions,
+    "evaluation": EvaluationOptions,
+}
+
+
+def names(section: type) -> list[str]:
+    """Names of a section's options."""
+    return [each.name for each in fields(section)]
+
+
+DECLARATIONS: dict[str, Declaration] = {
+    each.name: each.metadata["option"] for section in SECTIONS.values() for each in fields(section)
+}
+DEFAULTS: dict[str, Any] = {each.name: each.default for section in SECTIONS.values() for each in fields(section)}
+_KINDS: dict[str, Any] = {name: kind for section in SECTIONS.values() for name, kind in get_type_hints(section).items()}
+
+
+def with_role(last: Role) -> list[str]:
+    """Names of the options whose role is `last` or a firmer one."""
+    return [name for name, declared in DECLARATIONS.items() if declared.role <= last]
+
+
+def as_written(value: Any) -> Any:
+    """An option's value as config.json holds it; a path is absolute there, whatever folder a later call is made in."""
+    return str(value.absolute()) if isinstance(value, Path) else value
+
+
+def as_read(name: str, value: Any) -> Any:
+    """An option's value from config.json. Raises UserError where it is not one that the option can have."""
+    value = tuple(value) if isinstance(value, list) else value
+    try:
+        value = reader(name)(value) if isinstance(value, str) else value
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise UserError(f"--{name} in config.json: {error}") from error
+    choices = DECLARATIONS[name].choices
+    if choices and value is not None and value not in choices:
+        raise UserError(f"--{name} in config.json is {value}, not one of {', '.join(map(str, choices))}")
+    return value
+
+
+def reader(name: str) -> Callable[[str], Any]:
+    """What turns an option's text into its value; it raises ArgumentTypeError or ValueError."""
+    declared, kind = DECLARATIONS[name], _KINDS[name]
+    if isinstance(kind, UnionType) and not declared.parse:
+        kind = next(each for each in get_args(kind) if each is not type(None))
+    if declared.parse:
+        read = declared.parse
+    elif kind is Path:
+        read = expanded
+    elif kind in (int, float) and not declared.choices:
+        read = number(kind, declared.low, declared.high)
+    else:
+        read = kind
+    return lambda text: None if text == declared.absent else read(text)
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
-    """An argparse type: a number of this kind from `low` to `high`."""
+    """A reader of numbers of this kind from `low` to `high`."""
     bounds = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
 
-    def parse(text: str) -> Any:
+    def read(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
@@ -33,147 +458,31 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
             raise argparse.ArgumentTypeError(f"{text!r} is not {bounds}" + (", a whole number" if kind is int else ""))
         return value
 
-    return parse
-
-
-def temperature(text: str) -> float | str:
-    """An argparse type: a positive number, or "auto"."""
-    return text if text == "auto" else number(float, 1e-9)(text)
-
-
-def checkpoint(text: str) -> Path:
-    """An argparse type: a file of weights, or a run folder for the one in it."""
-    return Path(text) / "model.pth" if Path(text).is_dir() else Path(text)
+    return read
 
 
 class Parser(argparse.ArgumentParser):
-    """Says a mistake in one line, without the usage text."""
+    """Reports a mistake in one line, without the usage text."""
 
     def error(self, message: str) -> None:
-        """Raise UserError, which the program says."""
+        """Raise UserError."""
         raise UserError(f"{message} (--help lists the options)")
 
 
 def build_parser(description: str) -> Parser:
-    """All options, in groups."""
+    """The parser of all options; what it returns holds only those that were typed."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, formatter_class=layout, allow_abbrev=False)
-    whole, positive = number(int, 1, 10**9), number(float, 1e-9)
-    width = number(int, 1, 4096)
-
-    def group(title: str) -> Callable[..., None]:
-        section = parser.add_argument_group(title)
-
-        def add(name: str, help: str, default: Any = None, **how: Any) -> None:
-            shown = ",".join(default) if isinstance(default, list) else default
-            section.add_argument(name, help=help + (f" [{shown}]" if default else ""), default=default, **how)
-
-        return add
-
-    add = group("run")
-    add("--preset", "defaults of other options: the paper's, or those of better pictures", "faithful", choices=PRESETS)
-    add("--stage", "which part of the pipeline to run", "all", choices=STAGES)
-    add(
-        "--checkpoint",
-        "evaluate this model.pth, or the one in this folder, of a run or of the original release",
-        type=checkpoint,
-        metavar="FILE",
-    )
-    start = (
-        "begin with this run's networks; one that it lacks, with none; --stage sdid keeps its autoencoder [untrained]"
-    )
-    add("--start_from", start, type=Path, metavar="RUN")
-    add("--resume", "go on with this run folder, or its last.pth", type=Path, metavar="RUN")
-    where = "where run folders are made; with --checkpoint, the folder for its results [result; beside the checkpoint]"
-    add("--result_path", where, type=Path, metavar="DIR")
-    add("--max_minutes", "stop each stage after M minutes, saved and resumable [no limit]", type=positive, metavar="M")
-    add("--save_every", "save every M minutes of training, besides after each epoch", 10.0, type=positive, metavar="M")
-    add("--seed", "of everything that is random", 42, type=number(int, 0, 2**32 - 1), metavar="N")
-    add("--device", "auto (CUDA where there is one), cpu, cuda or cuda:N", "auto")
-    add("--compile", "train through torch.compile [off]", False, action="store_true")
-    add("--precision", "auto is bf16 where the processor has it", "auto", choices=PRECISIONS)
-
-    add = group("data")
-    add("--dataset_name", "the data set; Digits needs no download", "Digits", choices=DATASETS)
-    add("--data_path", "where data sets are, or are downloaded to", Path("data"), type=Path, metavar="DIR")
-    add("--train_images", "use the first N training images [all]", type=whole, metavar="N")
-    add("--held_out", "keep N of them, evenly spread, out of training [0]", 0, type=number(int, 0), metavar="N")
-    add(
-        "--image_size",
-        "side of ImageFolder's pictures, a multiple of 4 from 8 [32]",
-        type=number(int, 8, 4096),
-        metavar="N",
-    )
-    add("--channels", "of ImageFolder's pictures: 1 grey, 3 colour [as they are]", type=int, choices=(1, 3))
-
-    add = group("model")
-    add("--model", "the autoencoder", "snn-vq-vae", choices=AUTOENCODERS)
-    add("--spike_steps", "spike steps S of every layer", 16, type=number(int, 1, 1024), metavar="S")
-    add("--codebook_size", "number of codes K", 128, type=number(int, 2, 32767), metavar="K")
-    add("--embedding_dim", "width of a code's embedding", 16, type=width, metavar="D")
-    add(
-        "--hidden_channels",
-        "channels of the autoencoder's first layer; its second has twice as many",
-        32,
-        type=width,
-        metavar="N",
-    )
-    add("--downsampling", "side of an image over side of its grid of codes", 4, type=int, choices=(2, 4))
-    add("--revive_codes", "move codes that a batch does not use to where it has data [off]", False, action=SWITCH)
-    add("--denoiser", "the paper's or the residual network", "sdid", choices=DENOISERS)
-    add(
-        "--denoiser_channels",
-        "of the denoiser: sdid's first block, its widest has 8 times as many; all of residual's blocks",
-        64,
-        type=width,
-        metavar="N",
-    )
-    add(
-        "--denoiser_spike_steps",
-        "spike steps of the denoiser [as --spike_steps]",
-        type=number(int, 1, 1024),
-        metavar="S",
-    )
-    add("--denoiser_blocks", "of the residual denoiser", 4, type=number(int, 1, 1000), metavar="N")
-    told = "condition the residual denoiser on the nearest of some average pictures, one for N training images [none]"
-    add("--images_per_prototype", told, 0, type=number(int, 0, 10**9), metavar="N")
-    add("--readout", "an ablation: what the quantiser sees of the spikes", "both", choices=READOUTS)
-    add("--spike_generator", "an ablation: how codes become spikes", "adaptive", choices=SPIKE_GENERATORS)
-
-    add = group("training")
-    add("--epochs", "of stage 1, the autoencoder", 100, type=whole, metavar="N")
-    add("--diffusion_epochs", "of stage 2, the denoiser", 200, type=whole, metavar="N")
-    add("--batch_size", "of both stages; several processes share it", 32, type=whole, metavar="N")
-    add("--lr", "learning rate", 1e-3, type=number(float, 1e-9, 1), metavar="X")
-    add("--diffusion_lr", "learning rate of stage 2 [as --lr]", type=number(float, 1e-9, 1), metavar="X")
-    add("--lr_schedule", "over all epochs of a stage", "constant", choices=LR_SCHEDULES)
-    average = "decay of the moving average of weights that is kept and evaluated; 0: the last weights are [0]"
-    add("--ema_decay", average, 0.0, type=number(float, 0, 0.999999), metavar="X")
-    fixed = "share of stage 2's steps, the last ones, in which batch norm's statistics are held fixed [0]"
-    add("--fixed_norm", fixed, 0.0, type=number(float, 0, 1), metavar="X")
-    add("--clipped_error", "no loss for output beyond black and white [off]", False, action=SWITCH)
-    add("--loss", "of stage 2", "reweighted_elbo", choices=LOSSES)
-
-    add = group("sampling and evaluation")
-    add(
-        "--temperature",
-        "divides the logits; 1 samples the distribution as learned, auto chooses, on held-out images, one throughout",
-        0.65,
-        type=temperature,
-        metavar="X",
-    )
-    final = "what it changes to, evenly while tokens are revealed; not with auto [as --temperature]"
-    add("--final_temperature", final, type=number(float, 1e-9), metavar="X")
-    add("--sample_steps", "timesteps of sampling, up to T, the number of an image's codes [T]", type=whole, metavar="N")
-    add("--reveal_order", "spread: few tokens at first, and far apart from each other", "random", choices=REVEAL_ORDERS)
-    many = number(int, 1, 10**6)
-    add("--num_samples", "images to draw [as many as the figures need]", type=many, metavar="N")
-    add("--eval_batch_size", "images at once in encoding and sampling", 64, type=whole, metavar="N")
-    add("--mask", f"what --stage inpaint fills in: {', '.join(MASKS)}, or a picture's white", "right", metavar="M")
-    add("--png", "write each sample as a PNG file, too [off]", False, action="store_true")
-    add("--metrics", f"of {', '.join(METRICS)} [all that can be had]", type=names_of(METRICS), metavar="A,B")
-    add("--reference", "the real images of FID, KID, IS, PRDC and classifier", "test", choices=("test", "train"))
-    add("--fid_weights", "pytorch-fid's Inception weights [downloaded]", type=Path, metavar="FILE")
-    add("--paper_fid_weights", "torchvision's Inception weights [downloaded]", type=Path, metavar="FILE")
-    add("--fad_weights", "the published FAD autoencoders [own, trained once]", type=Path, metavar="DIR")
+    parser = Parser(description=description, formatter_class=layout, allow_abbrev=False, argument_default=SUPPRESS)
+    for name, section in SECTIONS.items():
+        group = parser.add_argument_group(TITLES.get(name, name))
+        for key in names(section):
+            declared, default = DECLARATIONS[key], DEFAULTS[key]
+            if _KINDS[key] is bool:
+                how: dict[str, Any] = {"action": BooleanOptionalAction if declared.of else "store_true"}
+            else:
+                how = {"type": reader(key), "metavar": declared.metavar, "choices": declared.choices or None}
+            shown = declared.shown or declared.absent or {False: "off"}.get(default, default)
+            group.add_argument(
+                f"--{key}", help=f"{declared.help} [{shown}]" if shown is not None else declared.help, **how
+            )
     return parser

@@ -31,35 +31,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from errors import UserError
 from pipeline.distributed import by_writer
+from pipeline.options import Role, with_role
 
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy")
 
+FIXED = (*with_role(Role.TRAINING), "start_from", "data")
+"""What config.json and last.pth must agree on."""
+
 LAST_VERSION = 2
 """Of what last.pth holds: counts up when a program could misread the file of another."""
-
-IDENTITY = (
-    *("preset", "dataset_name", "image_size", "channels", "model"),
-    *("codebook_size", "embedding_dim", "spike_steps", "hidden_channels", "downsampling", "spike_generator"),
-    *("denoiser", "denoiser_spike_steps"),
-)
-"""Options that whoever uses a run's autoencoder must share with it."""
-
-NETWORKS = (
-    *(*IDENTITY, "readout", "train_images", "held_out"),
-    *("revive_codes", "clipped_error", "denoiser_channels", "denoiser_blocks", "images_per_prototype"),
-)
-"""Options that a training which begins with a run's networks takes over from it."""
-
-UNCHANGEABLE = (
-    *(*NETWORKS, "start_from", "batch_size", "lr", "diffusion_lr", "lr_schedule", "ema_decay"),
-    *("fixed_norm", "loss", "seed"),
-)
-"""Options that a resumed training must share with its beginning."""
-
-
-def as_written(value: Any) -> Any:
-    """An option's value as config.json holds it."""
-    return str(value) if isinstance(value, Path) else value
 
 
 @contextmanager
@@ -193,7 +173,7 @@ class RunFolder:
         self._lock = lock
 
     def write_config(self, options: dict[str, Any]) -> None:
-        """Record the resolved options together with what the figures may depend on besides them."""
+        """Record the options and the data of a training, together with what else its results may depend on."""
         self.lock()
         versions = {name: version(name) for name in PACKAGES}
         config = {**options, "versions": versions, "git_commit": _git_commit()}
@@ -219,7 +199,7 @@ class RunFolder:
     def write_last(self, state: dict[str, Any]) -> None:
         """Write last.pth: `state`, and what tells it from the file of another run or program."""
         config = self.read_config()
-        run = {key: config[key] for key in UNCHANGEABLE if key in config}
+        run = {key: config[key] for key in FIXED if key in config}
         save_weights(self.last, {"version": LAST_VERSION, "run": run, **state})
 
     @by_writer

@@ -1,9 +1,11 @@
 """Running trained networks over many images: encode, draw codes, decode; and the files of `samples/`."""
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,13 +88,36 @@ def draw_codes(
 
 
 @distributed.by_writer
-def write_samples(folder: Path, images: Tensor, single_files: bool) -> None:
-    """`grid.png` and `images.npz` (uint8 `[N,H,W,C]`, key "images") of `images`, uint8 `[N,C,H,W]`; PNGs if wanted."""
+def write_samples(folder: Path, images: Tensor, settings: dict[str, Any]) -> None:
+    """Write `images`, uint8 `[N,C,H,W]`, as `grid.png` and `images.npz`; the PNG files of earlier ones are removed.
+
+    The archive has the keys "images", uint8 `[N,H,W,C]`, and "settings", the JSON text of what they were drawn with.
+    """
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, images=images.permute(0, 2, 3, 1).numpy())  # [N,C,H,W] -> [N,H,W,C]
+    pixels = images.permute(0, 2, 3, 1).numpy()  # [N,C,H,W] -> [N,H,W,C]
+    np.savez_compressed(buffer, images=pixels, settings=np.array(json.dumps(settings, sort_keys=True)))
     write_whole(folder / "images.npz", buffer.getvalue())
-    shutil.rmtree(folder / "png", ignore_errors=True)  # those of an earlier call are of other images
+    shutil.rmtree(folder / "png", ignore_errors=True)
     save_png(folder / "grid.png", grid(images[:GRID_IMAGES], 8))
-    if single_files:
-        for i, image in enumerate(images):
-            write_whole(folder / "png" / f"{i:05d}.png", encode_png(image))
+
+
+def read_samples(folder: Path, settings: dict[str, Any], count: int) -> Tensor | None:
+    """The first `count` images, uint8 `[N,C,H,W]`, that `write_samples` left; None unless drawn with these settings."""
+    path = folder / "images.npz"
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as archive:
+            if "settings" not in archive or str(archive["settings"]) != json.dumps(settings, sort_keys=True):
+                return None
+            images = torch.from_numpy(archive["images"][:count])
+    except Exception:  # whatever a damaged archive raises: the images are drawn again
+        return None
+    return images.permute(0, 3, 1, 2).contiguous() if len(images) == count else None
+
+
+@distributed.by_writer
+def write_single_files(folder: Path, images: Tensor) -> None:
+    """Write each of `images`, uint8 `[N,C,H,W]`, as a PNG file, numbered from 0."""
+    for i, image in enumerate(images):
+        write_whole(folder / f"{i:05d}.png", encode_png(image))

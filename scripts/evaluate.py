@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 from datasets import DATASETS, PICTURE_ENDINGS, ImageData, load_dataset
 from errors import UserError
-from pipeline.evaluation import GENERATED_METRICS, Evaluation, names_of
+from pipeline.evaluation import Evaluation
 from pipeline.figures import print_figures
 from pipeline.machine import choose_machine
+from pipeline.options import SAMPLE_METRICS, EvaluationOptions, expanded, names, parse_metrics
 from pipeline.run_folder import write_json
 
 
@@ -45,18 +46,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     add = parser.add_argument
-    add("generated", type=Path, help="generated pictures, or a run folder")
-    add("real", type=Path, nargs="?", help="real pictures; absent for a run or with --dataset_name")
+    add("generated", type=expanded, help="generated pictures, or a run folder")
+    add("real", type=expanded, nargs="?", help="real pictures; absent for a run or with --dataset_name")
     add("--dataset_name", choices=DATASETS, help="the real pictures are this data set")
-    add("--data_path", type=Path, help="where the data set is [that of the run, else data]")
-    add("--metrics", type=names_of(GENERATED_METRICS), help=f"of {','.join(GENERATED_METRICS)} [all that can be had]")
+    add("--data_path", type=expanded, help="where the data set is [that of the run, else data]")
+    add("--metrics", type=parse_metrics(SAMPLE_METRICS), help=f"of {','.join(SAMPLE_METRICS)} [all available]")
     add("--reference", choices=("test", "train"), default="test", help="split of the real side [test]")
-    add("--fid_weights", type=Path, help="pytorch-fid's Inception weights [downloaded]")
-    add("--paper_fid_weights", type=Path, help="torchvision's Inception weights [downloaded]")
-    add("--fad_weights", type=Path, help="folder of the published FAD autoencoders [own, trained once]")
+    add("--fid_weights", type=expanded, help="pytorch-fid's Inception weights [downloaded]")
+    add("--paper_fid_weights", type=expanded, help="torchvision's Inception weights [downloaded]")
+    add("--fad_weights", type=expanded, help="folder of the published FAD autoencoders [own, trained once]")
     add("--seed", type=int, default=42, help="of KID's subsets, and of networks that are trained [42]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--output", type=Path, help="also write the figures to this JSON file")
+    add("--output", type=expanded, help="also write the figures to this JSON file")
     return parser.parse_args(arguments)
 
 
@@ -77,8 +78,9 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
         raise UserError(
             f"the pictures in {generated} are {ours} pixels, those of {data.name} {theirs}: make them alike"
         )
-    args.num_samples = len(images)
-    return Evaluation(args, data, machine).figures(to_channels(images, data.test.shape[1]), str(generated))
+    options = EvaluationOptions(**{key: getattr(args, key) for key in names(EvaluationOptions)})
+    evaluation = Evaluation(options, data, machine, args.seed, len(images))
+    return evaluation.figures(to_channels(images, data.test.shape[1]), str(generated))
 
 
 def as_data(path: Path) -> ImageData:

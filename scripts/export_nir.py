@@ -29,9 +29,9 @@ except ImportError:  # of nir or nirtorch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 from errors import UserError
-from main import resolve
 from models import SDID, VQSVAE, ResidualSDID
 from models.spiking import SpikingStack, membrane_weights, set_plain, weighted_sum
+from pipeline.configuration import resolve
 from pipeline.machine import choose_machine
 from pipeline.pictures import save_figure
 from pipeline.stages import Pipeline
@@ -119,16 +119,16 @@ def of_denoiser(model: SDID | ResidualSDID, codes: Tensor) -> Export:
 def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]:
     """The networks of a run, or for one that is not exported a line that says why. Raises UserError."""
     place = [] if data_path is None else ["--data_path", str(data_path)]
-    options, run = resolve(["--checkpoint", str(run_folder), "--device", "cpu", *place])
-    pipeline = Pipeline(options, run, choose_machine("cpu", "float32"))
+    call = resolve(["--checkpoint", str(run_folder), "--device", "cpu", *place])
+    pipeline = Pipeline(call, choose_machine("cpu", "float32"))
     autoencoder = pipeline.load_autoencoder().double().eval()
     set_plain(autoencoder, True)
     images = pipeline.data.test[:IMAGES].double() / 255
     if isinstance(autoencoder, VQSVAE):
         yield from of_autoencoder(autoencoder, images)
     else:
-        yield f"autoencoder: not exported, this is {options.model} and only that of snn-vq-vae is"
-    if not (pipeline.has_denoiser and run.denoiser.is_file()):
+        yield f"autoencoder: not exported, this is {call.options.autoencoder.model} and only that of snn-vq-vae is"
+    if not (pipeline.has_denoiser and call.run.denoiser.is_file()):
         yield "denoiser: not exported, the run has none"
         return
     denoiser = pipeline.networks.load_denoiser(autoencoder).double().eval()

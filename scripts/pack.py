@@ -15,14 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 import torch
 
 from errors import UserError
-from main import HERE_AND_NOW
+from pipeline.options import DEFAULTS, Role, with_role
 from pipeline.run_folder import RunFolder, load_weights, save_weights, write_json
-
-OF_THIS_MACHINE = (
-    *(*HERE_AND_NOW, "data_path", "save_every", "png"),
-    *("num_samples", "metrics", "fid_weights", "paper_fid_weights", "fad_weights"),
-)
-"""Options in config.json that say how a run was made or scored somewhere, not what it is."""
 
 
 def pack(run: RunFolder, copy: RunFolder) -> None:
@@ -32,7 +26,8 @@ def pack(run: RunFolder, copy: RunFolder) -> None:
         raise UserError(f"{run.path} is not the folder of a run: it has no config.json")
     for source, target in ((run.model, copy.model), (run.denoiser, copy.denoiser)):
         save_weights(target, {name: halved(value) for name, value in load_weights(source).items()})
-    write_json(copy.config, {key: value for key, value in config.items() if key not in OF_THIS_MACHINE})
+    kept = {key for key in with_role(Role.SETTING) if not key.endswith(("_path", "_weights"))}
+    write_json(copy.config, {key: value for key, value in config.items() if key in kept or key not in DEFAULTS})
     for source, target in ((run.metrics, copy.metrics), (run.log_file, copy.log_file)):
         if source.exists():
             shutil.copy(source, target)

@@ -1,0 +1,153 @@
+"""How the options of a call come about: defaults, preset, the run at hand, command line, each overriding the last."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from errors import UserError
+from pipeline.options import DECLARATIONS, DEFAULTS, Options, Role, as_read, as_written, build_parser, with_role
+from pipeline.presets import PRESETS
+from pipeline.run_folder import RunFolder
+
+TYPED = "command line"
+"""Origin of what was typed in this call."""
+
+
+class Call(NamedTuple):
+    """What a command line asks for: options, run folder, and what the run's config.json records of its data, if any."""
+
+    options: Options
+    run: RunFolder
+    recorded: dict[str, Any]
+
+
+def resolve(arguments: list[str] | None, description: str = "") -> Call:
+    """The options and the run folder of a command line; raises UserError where they do not fit each other."""
+    typed = vars(build_parser(description).parse_args(arguments))
+    _check_combination(typed)
+    started = _started_from(typed.get("start_from"))
+    run = RunFolder(_folder(DEFAULTS | started | typed))
+    made = _made(typed, run)
+    if made and made.exists():
+        ways = f"go on with --resume {run.path}, evaluate with --checkpoint {run.model}"
+        raise UserError(f"{made} is there already: {ways}, or choose another --result_path")
+    saved = {} if made == run.model else run.read_config()
+    if "resume" in typed and not saved:
+        raise UserError(f"{run.path} is not the folder of a run: it has no config.json")
+    lasting = with_role(Role.RESUMED if "resume" in typed else Role.SETTING)
+    kept = {key: as_read(key, saved[key]) for key in lasting if key in saved}
+    preset = (DEFAULTS | kept | typed)["preset"]
+    options = _merge(
+        {
+            "default": DEFAULTS,
+            f"--preset {preset}": PRESETS[preset],
+            f"--start_from {typed.get('start_from')}": started,
+            f"{run.path}": kept,
+            TYPED: typed,
+        }
+    )
+    _check_fixed(options, run, saved)
+    _check_owners(options)
+    _check_values(options)
+    return Call(options, _results_folder(options, run), {key: saved.get(key) for key in ("image_shape", "data")})
+
+
+def _merge(layers: Mapping[str, Mapping[str, Any]]) -> Options:
+    """Options from values by origin; a later origin overrides the ones before it."""
+    values, origins = {}, {}
+    for origin, layer in layers.items():
+        values |= layer
+        origins |= dict.fromkeys(layer, origin)
+    return Options.of(values, origins)
+
+
+def _check_combination(typed: Mapping[str, Any]) -> None:
+    """Refuse options that contradict each other."""
+    if "resume" in typed and "checkpoint" in typed:
+        raise UserError("--resume trains on and --checkpoint evaluates: give one of them")
+    if "start_from" in typed and ("resume" in typed or "checkpoint" in typed):
+        raise UserError("--start_from begins a new run: leave out --resume and --checkpoint")
+    if "checkpoint" in typed and typed.get("stage") in ("vqsvae", "sdid"):
+        raise UserError("--checkpoint evaluates a trained model: to train on, use --resume with its run folder")
+    if "resume" in typed and "result_path" in typed:
+        raise UserError("--resume goes on in the folder of the run: leave out --result_path")
+
+
+def _started_from(start: Path | None) -> dict[str, Any]:
+    """The options that a new run takes over from the one it starts from."""
+    if start is None:
+        return {}
+    config = RunFolder(start).read_config()
+    if not config:
+        raise UserError(f"--start_from {start} is not the folder of a run: it has no config.json")
+    return {key: as_read(key, config.get(key, DEFAULTS[key])) for key in with_role(Role.NETWORKS)}
+
+
+def _folder(values: Mapping[str, Any]) -> Path:
+    """The run folder: the one resumed, that of the checkpoint, or the one named after data set and model."""
+    if resume := values["resume"]:
+        return resume.parent if resume.suffix == ".pth" else resume
+    if checkpoint := values["checkpoint"]:
+        return checkpoint.parent
+    return (values["result_path"] or Path("result")) / values["dataset_name"] / values["model"]
+
+
+def _made(typed: Mapping[str, Any], run: RunFolder) -> Path | None:
+    """The first file of weights that a new training will write; None where none begins."""
+    stage = typed.get("stage", "all")
+    if "resume" in typed or "checkpoint" in typed or stage not in ("all", "vqsvae", "sdid"):
+        return None
+    return run.denoiser if stage == "sdid" and "start_from" not in typed else run.model
+
+
+def _check_fixed(options: Options, run: RunFolder, saved: Mapping[str, Any]) -> None:
+    """Refuse other values for what the run at hand has fixed."""
+    fixed = with_role(Role.TRAINING if options.run.resume else Role.IDENTITY)
+    if options.run.resume and run.denoiser.exists():
+        fixed.append("epochs")  # stage 1 is over
+    values = options.values()
+    changed = [
+        f"--{key} ({saved[key]} in the run)"
+        for key in fixed
+        if key in saved and as_written(values[key]) != as_written(as_read(key, saved[key]))
+    ]
+    if changed:
+        raise UserError(f"{run.path} was made with other options: leave out {', '.join(changed)}")
+
+
+def _check_owners(options: Options) -> None:
+    """Refuse options that the chosen networks do not have, instead of ignoring them."""
+    chosen = {options.autoencoder.model}
+    if chosen & set(DECLARATIONS["denoiser"].of):
+        chosen.add(options.denoiser.denoiser)
+    idle: dict[str, list[str]] = {}
+    for key, value in options.values().items():
+        owners = DECLARATIONS[key].of
+        if owners and not chosen & set(owners) and value != DEFAULTS[key]:
+            idle.setdefault(options.origins[key], []).append(f"--{key}")
+    networks = " with ".join(sorted(chosen, key=[options.autoencoder.model].count, reverse=True))
+    if TYPED in idle:
+        raise UserError(f"{networks} has no {', '.join(sorted(idle[TYPED]))}: leave out")
+    preset = f"--preset {options.run.preset}"
+    if preset in idle:
+        raise UserError(f"{preset} sets {', '.join(idle[preset])}, which {networks} does not have: choose another")
+
+
+def _check_values(options: Options) -> None:
+    """Refuse values that can be known to be wrong before anything is loaded."""
+    if options.sampling.temperature == "auto" and options.origins["final_temperature"] == TYPED:
+        raise UserError("--temperature auto chooses one for all timesteps: leave out --final_temperature")
+    for key in ("fid_weights", "paper_fid_weights", "fad_weights"):
+        path = getattr(options.evaluation, key)
+        if path and not path.exists():
+            raise UserError(f"--{key} {path} does not exist: correct the path, or leave the option out")
+
+
+def _results_folder(options: Options, run: RunFolder) -> RunFolder:
+    """Where results go: the run folder, or the folder that an evaluation names for them."""
+    if not (options.run.checkpoint and options.run.result_path):
+        return run
+    results = RunFolder(options.run.result_path)
+    if (results.model.exists() or results.config.exists()) and results.path.resolve() != run.path.resolve():
+        raise UserError(f"{results.path} is the folder of another run: choose another --result_path")
+    return results
