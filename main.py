@@ -20,6 +20,7 @@ from pipeline.options import build_parser
 from pipeline.presets import PRESETS
 from pipeline.run_folder import IDENTITY, NETWORKS, UNCHANGEABLE, RunFolder, as_written
 from pipeline.stages import Pipeline
+from pipeline.terminal import print_anywhere
 
 HERE_AND_NOW = ("resume", "checkpoint", "result_path", "start_from", "stage", "max_minutes", "device", "compile")
 """Options of one call of the program, which a run's config.json does not pass on to the next."""
@@ -120,22 +121,32 @@ def stop(message: str, status: int = 2) -> None:
     sys.exit(status)
 
 
+def how_to_go_on(options: argparse.Namespace | None, run: RunFolder | None) -> str:
+    """What to do after an end before its time, in words: resume a training that has saved, else begin again."""
+    trains = run and options.stage in ("all", "vqsvae", "sdid") and not options.checkpoint
+    if trains and (run.last.is_file() or not distributed.is_writer()):  # others may not see the folder
+        return run.how_to_go_on
+    return "nothing was saved, run the same command again"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the stages; a mistake of the user is one line on stderr and exit status 2."""
+    print_anywhere()
+    options = run = None
     with distributed.joined():
         try:
-            with distributed.in_contact():
+            with distributed.in_contact(lambda: how_to_go_on(options, run)):
                 options, run = distributed.from_writer(lambda: resolve(arguments))
                 keep_freed_memory()
                 machine = choose_machine(options.device, options.precision, options.compile)
-            with run, distributed.in_contact():
+            with run, distributed.in_contact(lambda: how_to_go_on(options, run)):
                 Pipeline(options, run, machine).execute()
         except UserError as error:
             stop(f"error: {error}")
         except Interrupted as interrupted:
             stop(str(interrupted), interrupted.status)
         except KeyboardInterrupt:
-            stop("interrupted: --resume with the run folder goes on from its last save", 130)
+            stop(f"interrupted: {how_to_go_on(options, run)}", 130)
         except OSError as error:
             stop(f"error: {error}")
         except RuntimeError as error:

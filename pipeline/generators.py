@@ -72,6 +72,20 @@ class CodeDiffusion:
         """Of as many timesteps as an image has codes."""
         return AbsorbingDiffusion(self.autoencoder.codebook_size, math.prod(self.grid))
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What samples depend on besides the weights and the temperature."""
+        spike_steps = [self.autoencoder.spike_steps, self.denoiser.spike_steps]
+        return {
+            "seed": self.seed,
+            "grid": list(self.grid),
+            "sample_steps": self.sample_steps,
+            "reveal_order": self.reveal_order,
+            "spike_steps": spike_steps,
+            "spike_generator": getattr(self.autoencoder.vq_layer, "spike_generator", None),
+            "precision": self.machine.precision,
+        }
+
     def conditions(self, codes: Tensor) -> list[Tensor]:
         """What the denoiser is told of images with these `codes [N,h,w]`: nothing, or prototypes' numbers `[N]`."""
         prototypes = self.denoiser.prototypes

@@ -14,13 +14,14 @@ from models.vq_autoencoder import VQAutoencoder
 from pipeline.distributed import from_writer
 from pipeline.evaluation import METRICS, Evaluation
 from pipeline.figures import write_figures
+from pipeline.files import load_weights, save_weights
 from pipeline.generators import CodeDiffusion, Generator, PriorSampling
 from pipeline.machine import Machine
 from pipeline.masks import hidden_pixels
 from pipeline.model_figures import STAGE_1_METRICS, energy_figures, reconstruction_figures
 from pipeline.networks import Networks
 from pipeline.pictures import GREY, grid, save_png
-from pipeline.run_folder import RunFolder, as_written, load_weights, save_weights
+from pipeline.run_folder import RunFolder, as_written
 from pipeline.sampling import GRID_IMAGES, encode_images, write_samples
 from pipeline.temperature import check_held_out, choose_temperature
 from pipeline.trainers import fsvae_trainer, sdid_trainer, vqsvae_trainer
@@ -170,6 +171,7 @@ class Pipeline:
         Where only figures of stage 1 are wanted, and only stage 1 was trained, no image is drawn.
         """
         o = self.options
+        self.run.read_figures()  # damage is said now, not after the samples are drawn
         wanted = METRICS if o.metrics is None else o.metrics
         draws = not set(wanted) <= set(STAGE_1_METRICS) or not self.has_denoiser or self.networks.has_trained_denoiser()
         generator = self.load_generator(draws)
@@ -182,8 +184,8 @@ class Pipeline:
         if "energy" in wanted:
             figures += energy_figures(generator, self.data.test, o.seed)
         if self.run.path != self.networks.trained.path:
-            figures = [figure | {"checkpoint": str(o.checkpoint)} for figure in figures]
-        write_figures(self.run, figures)  # by one process: the others need not wait
+            figures = [figure | {"checkpoint": str(o.checkpoint.absolute())} for figure in figures]
+        write_figures(self.run, figures, self.machine, self.networks.digest())  # by one process
 
     def _evaluation(self) -> Evaluation:
         """Raises UserError where a figure that is asked for by name cannot be had."""
@@ -213,7 +215,7 @@ class Pipeline:
         o = self.options
         if o.temperature != "auto":
             return generator, ""
-        temperature = choose_temperature(generator, self.data, o.fad_weights, self.run)
+        temperature = choose_temperature(generator, self.data, o.fad_weights, self.run, self.networks.digest())
         return replace(generator, temperature=temperature), " chosen on held-out training images"
 
     def load_generator(self, draws: bool = True) -> Generator:
@@ -248,6 +250,7 @@ class Pipeline:
         if self.data.variance == 0:
             raise UserError("all training images are of one and the same colour: nothing can be learned from them")
         self.run.read_log()
+        self.run.read_figures()
         if o.stage == "sdid" and not self.has_denoiser:
             raise UserError(f"--stage sdid: {o.model} draws from its own prior and has no second stage")
         if o.stage == "sdid" and (codes := self.load_autoencoder().codebook_size) != o.codebook_size:

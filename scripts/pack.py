@@ -16,7 +16,9 @@ import torch
 
 from errors import UserError
 from main import HERE_AND_NOW
-from pipeline.run_folder import RunFolder, load_weights, save_weights, write_json
+from pipeline.files import load_weights, save_weights, write_json
+from pipeline.run_folder import RunFolder
+from pipeline.terminal import print_anywhere
 
 OF_THIS_MACHINE = (
     *(*HERE_AND_NOW, "data_path", "save_every", "png"),
@@ -45,6 +47,7 @@ def halved(value: torch.Tensor) -> torch.Tensor:
 
 def main(arguments: list[str] | None = None) -> None:
     """Pack; a mistake of the user is one line on stderr and exit status 2."""
+    print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("copy", type=Path, help="where the copy goes")
