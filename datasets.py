@@ -61,8 +61,12 @@ class ImageData:
     def fingerprint(self) -> dict:
         """TEMPORARY."""
         import hashlib
+
         sides = {"train": self.train, "held_out": self.held_out, "test": self.test}
-        return {k: {"count": len(v), "sha256": hashlib.sha256(v.contiguous().numpy().data).hexdigest()[:16]} for k, v in sides.items()}
+        return {
+            k: {"count": len(v), "sha256": hashlib.sha256(v.contiguous().numpy().data).hexdigest()[:16]}
+            for k, v in sides.items()
+        }
 
     @property
     def variance(self) -> float:

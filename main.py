@@ -10,10 +10,11 @@ import sys
 
 from errors import UserError
 from pipeline import distributed
-from pipeline.configuration import resolve
+from pipeline.configuration import Call, resolve
 from pipeline.interruption import Interrupted
 from pipeline.machine import choose_machine, keep_freed_memory
 from pipeline.stages import Pipeline
+from pipeline.terminal import print_anywhere
 
 
 def stop(message: str, status: int = 2) -> None:
@@ -23,23 +24,33 @@ def stop(message: str, status: int = 2) -> None:
     sys.exit(status)
 
 
+def how_to_go_on(call: Call | None) -> str:
+    """What to do after an end before its time, in words: resume a training that has saved, else begin again."""
+    trains = call and call.options.run.stage in ("all", "vqsvae", "sdid") and not call.options.run.checkpoint
+    if trains and (call.run.last.is_file() or not distributed.is_writer()):  # others may not see the folder
+        return call.run.how_to_go_on
+    return "nothing was saved, run the same command again"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the stages; a mistake of the user is one line on stderr and exit status 2."""
+    print_anywhere()
+    call = None
     with distributed.joined():
         try:
-            with distributed.in_contact():
+            with distributed.in_contact(lambda: how_to_go_on(call)):
                 call = distributed.from_writer(lambda: resolve(arguments, __doc__.replace("`", "")))
                 keep_freed_memory()
                 o = call.options.run
                 machine = choose_machine(o.device, o.precision, o.compile)
-            with call.run, distributed.in_contact():
+            with call.run, distributed.in_contact(lambda: how_to_go_on(call)):
                 Pipeline(call, machine).execute()
         except UserError as error:
             stop(f"error: {error}")
         except Interrupted as interrupted:
             stop(str(interrupted), interrupted.status)
         except KeyboardInterrupt:
-            stop("interrupted: --resume with the run folder goes on from its last save", 130)
+            stop(f"interrupted: {how_to_go_on(call)}", 130)
         except OSError as error:
             stop(f"error: {error}")
         except RuntimeError as error:

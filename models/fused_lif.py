@@ -37,7 +37,7 @@ def cache_folder() -> Path:
 def _processor() -> str:
     """What `-march=native` depends on: a cache folder may be shared by different machines."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         return platform.processor()
@@ -48,7 +48,7 @@ def _compile() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler found")
-    key = "\n".join((compiler, *FLAGS, platform.machine(), _processor(), SOURCE.read_text()))
+    key = "\n".join((compiler, *FLAGS, platform.machine(), _processor(), SOURCE.read_text(encoding="utf-8")))
     cache = cache_folder()
     library = cache / f"fused_lif-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():
@@ -56,7 +56,11 @@ def _compile() -> Path:
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             fresh = Path(folder) / library.name
             subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)], check=True, capture_output=True, text=True
+                [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)],
+                check=True,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
             )
             fresh.replace(library)
     return library

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from errors import UserError
 from models.fused_lif import cache_folder
-from pipeline.run_folder import write_whole
+from pipeline.files import write_whole
 
 Arrays = dict[str, np.ndarray]
 
@@ -22,7 +23,7 @@ def digest(*parts: Tensor | Mapping[str, Tensor] | str) -> str:
         for name, value in part.items() if isinstance(part, Mapping) else [("", part)]:
             if isinstance(value, Tensor):
                 sha.update(f"{name} {value.dtype} {list(value.shape)};".encode())
-                sha.update(value.detach().cpu().contiguous().numpy().data)
+                sha.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
             else:
                 sha.update(f"{value};".encode())
     return sha.hexdigest()[:16]

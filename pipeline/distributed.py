@@ -53,7 +53,7 @@ def joined() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=TIMEOUT)
     if number:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end of the process)
     try:
         yield
     except BaseException:
@@ -73,8 +73,11 @@ def is_first_to_end() -> bool:
 
 
 @contextmanager
-def in_contact() -> Iterator[None]:
-    """Context in which UserError is raised if another process has died, or has not answered in time."""
+def in_contact(how_to_go_on: Callable[[], str]) -> Iterator[None]:
+    """Context in which UserError is raised if another process has died, or has not answered in time.
+
+    `how_to_go_on` is asked then what the user can do, in words.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -82,7 +85,7 @@ def in_contact() -> Iterator[None]:
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's: there must be time to say it
         lost = "another process of the run has died or does not answer"
-        raise UserError(f"{lost}: --resume with the run folder goes on from the last save") from error
+        raise UserError(f"{lost}: {how_to_go_on()}") from error
 
 
 def by_writer(function: Callable[Arguments, None]) -> Callable[Arguments, None]:

@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from pipeline.run_folder import RunFolder, write_json
+from pipeline.distributed import by_writer
+from pipeline.files import write_json
+from pipeline.machine import Machine, describe_machine
+from pipeline.run_folder import RunFolder, versions
 
 
 def record(name: str, value: float, protocol: str, *, split: str, real: int, generated: int = 0, **more: Any) -> dict:
@@ -11,10 +14,29 @@ def record(name: str, value: float, protocol: str, *, split: str, real: int, gen
     return {"name": name, "value": value, "protocol": protocol, "split": split, **counts, **more}
 
 
-def write_figures(run: RunFolder, figures: list[dict]) -> None:
-    """Write metrics.json and print the table."""
-    write_json(run.metrics, figures)
+def context(machine: Machine) -> dict[str, Any]:
+    """What the value of a figure depends on besides its protocol, the images and the weights."""
+    return {"precision": machine.precision, **describe_machine(machine.device), "versions": versions()}
+
+
+@by_writer
+def write_figures(run: RunFolder, figures: list[dict], machine: Machine, weights: str) -> None:
+    """Merge figures of networks with the digest `weights` into metrics.json, and print the table of them.
+
+    A figure that is there by the same name, protocol and split is replaced, others stay if they are of the same
+    weights. Those of other weights, or of weights they do not know, are dropped, and a line says which.
+    """
+    figures = [{**figure, **context(machine), "weights": weights} for figure in figures]
+    computed = {_identity(figure) for figure in figures}
+    others = [figure for figure in run.read_figures() if _identity(figure) not in computed]
+    write_json(run.metrics, [*(figure for figure in others if figure.get("weights") == weights), *figures])
+    if dropped := dict.fromkeys(figure["name"] for figure in others if figure.get("weights") != weights):
+        print(f"{run.metrics}: dropped figures of other weights: {', '.join(dropped)}")
     print_figures(figures)
+
+
+def _identity(figure: dict) -> tuple[str, str, str]:
+    return figure["name"], figure["protocol"], figure["split"]
 
 
 def print_figures(figures: list[dict]) -> None:

@@ -14,7 +14,6 @@ from metrics.energy import Operations, count, firing_rates
 from models import FSVAE
 from models.spiking import set_plain
 from models.vq_autoencoder import VQAutoencoder
-from pipeline.cache import digest
 from pipeline.machine import Machine
 from pipeline.pictures import to_float, to_uint8, trajectory_picture
 from pipeline.sampling import decode_codes, draw_codes, encode_images, in_batches
@@ -35,7 +34,7 @@ class Generator(Protocol):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that a sample depends on besides its number, as JSON can hold it."""
+        """What samples depend on besides the weights and the temperature, as JSON can hold it."""
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images through the autoencoder."""
@@ -80,9 +79,16 @@ class CodeDiffusion:
     @property
     def settings(self) -> dict[str, Any]:
         """See Generator."""
-        keys = ("seed", "temperature", "final_temperature", "sample_steps", "reveal_order")
-        networks = (self.autoencoder, self.denoiser)
-        return {key: getattr(self, key) for key in keys} | _computed_with(self.machine, *networks)
+        spike_steps = [self.autoencoder.spike_steps, self.denoiser.spike_steps]
+        return {
+            "seed": self.seed,
+            "grid": list(self.grid),
+            "sample_steps": self.sample_steps,
+            "reveal_order": self.reveal_order,
+            "spike_steps": spike_steps,
+            "spike_generator": getattr(self.autoencoder.vq_layer, "spike_generator", None),
+            "precision": self.machine.precision,
+        }
 
     def conditions(self, codes: Tensor) -> list[Tensor]:
         """What the denoiser is told of images with these `codes [N,h,w]`: nothing, or prototypes' numbers `[N]`."""
@@ -161,7 +167,7 @@ class PriorSampling:
     @property
     def settings(self) -> dict[str, Any]:
         """See Generator."""
-        return {"seed": self.seed} | _computed_with(self.machine, self.autoencoder)
+        return {"seed": self.seed, "spike_steps": self.autoencoder.spike_steps, "precision": self.machine.precision}
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """See Generator; latents are drawn from the posterior."""
@@ -200,12 +206,6 @@ class PriorSampling:
             "sample": (model, lambda: model.decode(model.sample(picks))),
         }
         return _cost(parts, len(images))
-
-
-def _computed_with(machine: Machine, *networks: nn.Module) -> dict[str, Any]:
-    """Digest of the weights, device and precision."""
-    weights = digest(*(network.state_dict() for network in networks))
-    return {"weights": weights, "device": machine.device.type, "precision": "bf16" if machine.bf16 else "float32"}
 
 
 def _cost(parts: dict[str, tuple[nn.Module, Callable[[], Any]]], images: int) -> Cost:

@@ -1,14 +1,23 @@
-"""The device and the precision a run computes with."""
+"""The device and the precision a run computes with, and what else of the machine its numbers depend on."""
 
 import ctypes
+import os
+import platform
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from errors import UserError
 from pipeline import distributed
+
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+"""Of x86 processors, the best first: which of them a processor has decides the order of its sums."""
+CPU_LISTING = Path("/proc/cpuinfo")  # of Linux
+RESTRICTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+"""Environment variables that have oneDNN compute otherwise than the processor could."""
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -27,6 +36,11 @@ class Machine:
         if self.compile:
             network.compile()
         return network
+
+    @property
+    def precision(self) -> str:
+        """What convolutions compute in: "bf16" or "float32"."""
+        return "bf16" if self.bf16 else "float32"
 
     def autocast(self) -> torch.autocast:
         """Context in which convolutions compute in bfloat16 if that was chosen."""
@@ -79,3 +93,23 @@ def choose_machine(device: str, precision: str, compile: bool = False) -> Machin
     found = find_device(device)
     (lacking,) = distributed.most(not has_fast_bf16(found))  # on any of several machines
     return Machine(found, precision == "bf16" or (precision == "auto" and not lacking), compile)
+
+
+def processor() -> str:
+    """Name of the processor, the best of its instruction sets for matrices, and restrictions on their use."""
+    info, flags = {}, []
+    if CPU_LISTING.is_file():
+        lines = CPU_LISTING.read_text(encoding="utf-8").splitlines()
+        info = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        flags = info.get("flags", "").split()
+    name = info.get("model name") or platform.processor() or platform.machine()
+    best = next((each for each in INSTRUCTIONS if each in flags), torch.backends.cpu.get_cpu_capability())
+    return ", ".join([name, best, *(f"{key}={os.environ[key]}" for key in RESTRICTIONS if key in os.environ)])
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What numbers computed on `device` depend on, precision and packages aside, in words."""
+    facts = {"processor": processor(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts

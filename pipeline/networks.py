@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from errors import UserError
 from models import AUTOENCODERS, DENOISERS, build_denoiser, build_model
 from models.vq_autoencoder import VQAutoencoder
+from pipeline.cache import digest
 from pipeline.distributed import from_writer
+from pipeline.files import load_weights
 from pipeline.machine import Machine, Network
 from pipeline.options import Options
-from pipeline.run_folder import RunFolder, load_weights
+from pipeline.run_folder import RunFolder
 
 
 class Networks:
@@ -105,6 +107,11 @@ class Networks:
     def has_trained_denoiser(self) -> bool:
         """Whether there is a denoiser beside the trained autoencoder."""
         return from_writer(self.trained.denoiser.is_file)
+
+    def digest(self) -> str:
+        """Stands for the trained weights of this folder, those of both networks where both are there."""
+        paths = (self.autoencoder_path, self.trained.denoiser)
+        return digest(*(load_weights(path) for path in paths if path.is_file()))
 
     @property
     def _denoiser_spike_steps(self) -> int:

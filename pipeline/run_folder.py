@@ -4,7 +4,7 @@ config.json                    resolved options, image shape, versions, git comm
 model.pth                      autoencoder, plain state dict
 diff_result/diff_model.pth     denoiser, plain state dict
 last.pth                       what --resume needs: stage, epoch, step, weights, optimizer, and what run it is of
-log.jsonl, TensorBoard files   training curves
+log.jsonl, tensorboard/        training curves
 samples/                       pictures and images.npz
 metrics.json                   figures, each with its protocol
 .lock                          held by the process that works here
@@ -12,28 +12,29 @@ metrics.json                   figures, each with its protocol
 Of several processes at one run, one writes; in the others all that writes does nothing.
 """
 
-import fcntl
-import io
 import json
-import os
 import subprocess
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from errors import UserError
 from pipeline.distributed import by_writer
+from pipeline.files import load_checkpoint, save_weights, write_json, write_whole, writing
 from pipeline.options import Role, with_role
 
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy")
+
+LOG_KEYS = {"stage", "epoch", "images", "images_per_second"}
+FIGURE_KEYS = {"name", "value", "protocol", "split", "num_generated", "num_real"}
+"""What each line of log.jsonl and each record of metrics.json has, whatever version of this program wrote it."""
 
 FIXED = (*with_role(Role.TRAINING), "start_from", "data")
 """What config.json and last.pth must agree on."""
@@ -42,96 +43,35 @@ LAST_VERSION = 2
 """Of what last.pth holds: counts up when a program could misread the file of another."""
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Context in which a failure to write is the user's to mend."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): make room there or choose another place") from error
-
-
-@by_writer
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there, so that a reader never meets half of it. Raises UserError.
-
-    When this returns the file is on the disk: a power loss afterwards leaves it, one before leaves the file of before.
-    """
-    fresh = path.with_name(path.name + ".part")
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with fresh.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(path)
-        except OSError:
-            fresh.unlink(missing_ok=True)  # the disk may be full
-            raise
-        _sync_folder(path.parent)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file for people and programs, whole."""
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the disk keep the names of the files there."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # some network file systems cannot
-        os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def save_weights(path: Path, content: Any) -> None:
-    """Write a state dict, or a dict that holds some, whole."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_whole(path, buffer.getvalue())
-
-
-def load_weights(path: Path) -> dict[str, Any]:
-    """Read what `save_weights` wrote, onto the CPU and without running code from the file.
-
-    Raises UserError if the file is missing or unreadable, or if a checksum in it shows that a bit has changed.
-    """
-    if not path.is_file():
-        wrong = "is a folder" if path.is_dir() else "is not there"
-        raise UserError(f"{path} {wrong}: train first, or name a file of weights that a run has written")
-    try:
-        _check_sums(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign or damaged bytes fail in any way while they are unpickled
-        cause = f"{path} is no checkpoint that can be read ({type(error).__name__})"
-        raise UserError(f"{cause}: it is damaged, cut short or another file; put back a copy, or train anew") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
-    return content
-
-
-def _check_sums(path: Path) -> None:
-    """Raise BadZipFile where a checksum does not fit: torch.load reads the archive without looking at them."""
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\3\4":
-            return  # the format of PyTorch before 1.6, which has none
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    if damaged:
-        raise zipfile.BadZipFile(damaged)
+def versions() -> dict[str, str]:
+    """The installed versions of PACKAGES."""
+    return {name: version(name) for name in PACKAGES}
 
 
 def _git_commit() -> str | None:
+    command = ["git", "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8")
     except OSError:
         return None
     return done.stdout.strip() or None
 
 
+def _read_records(path: Path, parse: Callable[[str], Iterable], needed: set[str]) -> list[dict[str, Any]]:
+    """The JSON objects in a file, which have the keys `needed`. Raises UserError."""
+    if not path.is_file():
+        return []
+    try:
+        records = [dict(**record) for record in parse(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): mend or remove it") from error
+    if missing := {key for record in records for key in needed - record.keys()}:
+        raise UserError(f"{path} has a record without {', '.join(sorted(missing))}: mend or remove it")
+    return records
+
+
 class RunFolder:
-    """Paths, configuration and log of one run; as a context it closes what it has opened."""
+    """Paths of one run, and its files read and written; as a context it closes what it has opened, the lock last."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -142,17 +82,18 @@ class RunFolder:
         self.samples = path / "samples"
         self.metrics = path / "metrics.json"
         self.log_file = path / "log.jsonl"
-        self._writer: SummaryWriter | None = None
-        self._lock: BinaryIO | None = None
+        self._curves: dict[str, SummaryWriter] = {}
+        self._lock: FileLock | None = None
 
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _writing(self.path):
-            for opened in (self._lock, self._writer):
-                if opened:
-                    opened.close()
+        with writing(self.path), ExitStack() as closing:  # closes the last first, whatever fails
+            if self._lock:
+                closing.callback(self._lock.release)
+            for curves in self._curves.values():
+                closing.callback(curves.close)
 
     @by_writer
     def lock(self) -> None:
@@ -160,23 +101,22 @@ class RunFolder:
         if self._lock:
             return
         path = self.path / ".lock"
-        with _writing(path):
+        with writing(path):
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = path.open("ab")
+            path.touch()
+        lock = FileLock(path, timeout=0)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
+            lock.acquire()
+        except Timeout as error:
             raise UserError(f"another process is at work in {self.path}: wait for its end, or use a copy") from error
-        except OSError:
+        except (OSError, NotImplementedError):
             pass  # a file system without locks
         self._lock = lock
 
     def write_config(self, options: dict[str, Any]) -> None:
         """Record the options and the data of a training, together with what else its results may depend on."""
         self.lock()
-        versions = {name: version(name) for name in PACKAGES}
-        config = {**options, "versions": versions, "git_commit": _git_commit()}
+        config = {**options, "versions": versions(), "git_commit": _git_commit()}
         write_json(self.config, config)
 
     def read_config(self) -> dict[str, Any]:
@@ -184,9 +124,16 @@ class RunFolder:
         if not self.config.is_file():
             return {}
         try:
-            return dict(json.loads(self.config.read_text()))
+            return dict(**json.loads(self.config.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{self.config} cannot be read ({error}): put back the file that the run wrote") from error
+
+    @property
+    def trained(self) -> "RunFolder":
+        """The folder of the training: another one where this holds only what `--checkpoint` wrote to --result_path."""
+        checkpoints = (figure.get("checkpoint") for figure in self.read_figures())
+        elsewhere = None if self.config.exists() else next(filter(None, checkpoints), None)
+        return RunFolder(Path(elsewhere).parent) if elsewhere else self
 
     @by_writer
     def check_writable(self) -> None:
@@ -216,14 +163,18 @@ class RunFolder:
         trains = self.denoiser if config.get("stage") == "sdid" else self.model
         if not (self.last.exists() or trains.exists()):
             return {}
-        state = load_weights(self.last)
+        state = load_checkpoint(self.last)
         if "stage" not in state:
             raise UserError(f"{self.last} is not what a training saved: put back the file that the run wrote")
         if state.get("version") != LAST_VERSION:
             versions = f"version {state.get('version', 1)}, this program reads version {LAST_VERSION}"
             raise UserError(f"{self.last} has {versions}: go on with git commit {config.get('git_commit')}")
         there = {key: config.get(key) for key in state["run"]}
-        other = [f"--{key} {value}, not {there[key]}" for key, value in state["run"].items() if there[key] != value]
+        other = [
+            "other training data" if key == "data" else f"--{key} {value}, not {there[key]}"
+            for key, value in state["run"].items()
+            if there[key] != value
+        ]
         if other:
             raise UserError(f"{self.last} is of a run with {', '.join(other)}: put back the file that the run wrote")
         return state
@@ -244,34 +195,37 @@ class RunFolder:
     def log(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
         """Append one epoch's figures to log.jsonl and to TensorBoard.
 
-        A line of this or a later epoch, left by a run that was killed before it had saved, is replaced.
+        What a run that was killed before it had saved has left of this or a later epoch is replaced in both.
         """
         now = datetime.now(timezone.utc).isoformat("T", "seconds")
         line = {"stage": stage, "epoch": epoch, **figures, "time": now}
         before = [old for old in self.read_log() if old.get("stage") != stage or old["epoch"] < epoch]
         write_whole(self.log_file, "".join(json.dumps(each) + "\n" for each in (*before, line)).encode())
-        with _writing(self.path):
+        with writing(self.path):
+            curves = self._open_curves(stage, epoch)
             for name, value in figures.items():
-                self.tensorboard.add_scalar(f"{stage}/{name}", value, epoch)
-            self.tensorboard.flush()
+                curves.add_scalar(f"{stage}/{name}", value, epoch)
+            curves.flush()
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl. Raises UserError if it is damaged."""
-        try:
-            lines = self.log_file.read_text().splitlines() if self.log_file.exists() else []
-            return [dict(json.loads(line)) for line in lines]
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{self.log_file} cannot be read ({error}): mend or remove it") from error
+        """The lines of log.jsonl; none if it is not there. Raises UserError if it is damaged."""
+        return _read_records(self.log_file, lambda text: map(json.loads, text.splitlines()), LOG_KEYS)
 
     @by_writer
-    def log_picture(self, name: str, picture: Tensor, epoch: int) -> None:
-        """Show a picture, uint8 `[3,H,W]`, in TensorBoard."""
-        with _writing(self.path):
-            self.tensorboard.add_image(name, picture, epoch)
+    def log_picture(self, stage: str, name: str, picture: Tensor, epoch: int) -> None:
+        """Show a picture of an epoch, uint8 `[3,H,W]`, in TensorBoard."""
+        with writing(self.path):
+            self._open_curves(stage, epoch).add_image(name, picture, epoch)
 
-    @property
-    def tensorboard(self) -> SummaryWriter:
-        """The writer of this run's curves, opened at first use."""
-        if self._writer is None:
-            self._writer = SummaryWriter(str(self.path))
-        return self._writer
+    def _open_curves(self, stage: str, epoch: int) -> SummaryWriter:
+        """The TensorBoard writer of a stage; as it opens, TensorBoard forgets this and later epochs of earlier calls.
+
+        Each stage has a folder of its own because it forgets them of everything in a folder.
+        """
+        if stage not in self._curves:
+            self._curves[stage] = SummaryWriter(str(self.path / "tensorboard" / stage), purge_step=epoch)
+        return self._curves[stage]
+
+    def read_figures(self) -> list[dict[str, Any]]:
+        """The records of metrics.json; none if it is not there. Raises UserError if it is damaged."""
+        return _read_records(self.metrics, json.loads, FIGURE_KEYS)

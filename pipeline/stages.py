@@ -16,6 +16,7 @@ from pipeline.configuration import Call
 from pipeline.distributed import from_writer
 from pipeline.evaluation import Evaluation
 from pipeline.figures import write_figures
+from pipeline.files import load_weights, save_weights
 from pipeline.generators import CodeDiffusion, Generator, PriorSampling
 from pipeline.machine import Machine
 from pipeline.masks import hidden_pixels
@@ -23,7 +24,6 @@ from pipeline.model_figures import energy_figures, reconstruction_figures
 from pipeline.networks import Networks
 from pipeline.options import METRICS, SAMPLE_METRICS, as_written
 from pipeline.pictures import GREY, grid, save_png
-from pipeline.run_folder import load_weights, save_weights
 from pipeline.sampling import GRID_IMAGES, encode_images, read_samples, write_samples, write_single_files
 from pipeline.temperature import check_held_out, choose_temperature
 from pipeline.trainers import fsvae_trainer, sdid_trainer, vqsvae_trainer
@@ -184,6 +184,7 @@ class Pipeline:
         need no denoiser.
         """
         o = self.options
+        self.run.read_figures()  # damage is said now, not after the samples are drawn
         wanted = METRICS if o.evaluation.metrics is None else o.evaluation.metrics
         of_samples = bool(set(wanted) & set(SAMPLE_METRICS)) or o.run.stage == "all"
         generator = self.load_generator(of_samples or "energy" in wanted)
@@ -199,8 +200,8 @@ class Pipeline:
             print(f"warning: {changed}", file=sys.stderr)
             figures = [figure | {"data": changed} for figure in figures]
         if self.run.path != self.networks.trained.path:
-            figures = [figure | {"checkpoint": str(o.run.checkpoint)} for figure in figures]
-        write_figures(self.run, figures)  # by one process: the others need not wait
+            figures = [figure | {"checkpoint": as_written(o.run.checkpoint)} for figure in figures]
+        write_figures(self.run, figures, self.machine, self.networks.digest())  # by one process
 
     def _evaluation(self) -> Evaluation:
         """Raises UserError where a metric that is asked for by name cannot be computed."""
@@ -222,7 +223,7 @@ class Pipeline:
             how += f" changing to {generator.final_temperature:g}" if generator.final_temperature else ""
             how += f", {generator.sample_steps or 'all'} timesteps"
             how += ", spread order" if generator.reveal_order == "spread" else ""
-        settings = generator.settings
+        settings = generator.settings | {"drawn": how, "weights": self.networks.digest()}
         images = from_writer(partial(read_samples, folder, settings, count)) if reuse else None
         if images is not None:
             print(f"the {count} images are those in {folder / 'images.npz'}, which were drawn with the same settings")
@@ -238,7 +239,8 @@ class Pipeline:
     def _with_temperature(self, generator: CodeDiffusion) -> tuple[CodeDiffusion, str]:
         if self.options.sampling.temperature != "auto":
             return generator, ""
-        temperature = choose_temperature(generator, self.data, self.options.evaluation.fad_weights, self.run)
+        fad_weights = self.options.evaluation.fad_weights
+        temperature = choose_temperature(generator, self.data, fad_weights, self.run, self.networks.digest())
         return replace(generator, temperature=temperature), " chosen on held-out training images"
 
     def load_generator(self, draws: bool = True) -> Generator:
@@ -274,6 +276,7 @@ class Pipeline:
         if self.data.variance == 0:
             raise UserError("all training images are of one and the same colour: nothing can be learned from them")
         self.run.read_log()
+        self.run.read_figures()
         stage, size = o.run.stage, o.autoencoder.codebook_size
         if stage == "sdid" and not self.has_denoiser:
             raise UserError(f"--stage sdid: {o.autoencoder.model} draws from its own prior and has no second stage")

@@ -1,16 +1,20 @@
 """The choice of a sampling temperature on training images that no training has seen, never on the test split."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from datasets import ImageData
 from errors import UserError
 from metrics.fad import FEATURES, fad_features
 from metrics.frechet import feature_statistics, frechet_distance
+from pipeline.cache import digest
 from pipeline.distributed import from_writer, is_writer
 from pipeline.feature_networks import fad_network, reference_features
+from pipeline.files import write_json
 from pipeline.generators import CodeDiffusion
-from pipeline.run_folder import RunFolder, write_json
+from pipeline.run_folder import RunFolder
 
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 IMAGES = 500  # drawn at each, from the same noise, so that they differ by the temperature alone
@@ -23,14 +27,24 @@ def check_held_out(data: ImageData) -> None:
         raise UserError(f"--temperature auto needs {fewest}: train with --held_out 1000, or choose a temperature")
 
 
-def choose_temperature(generator: CodeDiffusion, data: ImageData, fad_weights: Path | None, run: RunFolder) -> float:
+def choose_temperature(
+    generator: CodeDiffusion, data: ImageData, fad_weights: Path | None, run: RunFolder, weights: str
+) -> float:
     """Of TEMPERATURES the one whose samples are nearest to the held-out images, by the Fréchet autoencoder distance.
 
-    Writes all distances to temperature.json. Raises UserError where too few images are held out.
+    Writes all distances to temperature.json, with what they depend on: a later call for which that is the same draws no
+    images. `weights` is the digest of the generator's. Raises UserError where too few images are held out.
     """
     check_held_out(data)
+    path, depends_on = run.path / "temperature.json", {}
     if is_writer():
         network, origin, _ = fad_network(data, fad_weights, generator.machine)
+        depends_on = {"weights": weights, **generator.settings, "temperatures": list(TEMPERATURES), "images": IMAGES}
+        depends_on |= {"held_out": digest(data.held_out), "fad_network": digest(network.state_dict())}
+    chosen = from_writer(lambda: _chosen_before(path, depends_on))
+    if chosen is not None:
+        return chosen
+    if is_writer():
         held_out = reference_features(network, fad_features, data.held_out, f"{data.name}-held_out")
         reference = feature_statistics(held_out)
     distances = {}
@@ -43,6 +57,21 @@ def choose_temperature(generator: CodeDiffusion, data: ImageData, fad_weights: P
     if is_writer():
         count = len(data.held_out)
         protocol = f"Fréchet autoencoder distance ({origin}) of {IMAGES} samples to {count} held-out images"
-        content = {"temperature": best, "distances": distances, "protocol": protocol}
-        write_json(run.path / "temperature.json", content)
+        content = {"temperature": best, "distances": distances, "protocol": protocol, "depends_on": depends_on}
+        write_json(path, content)
     return best
+
+
+def _chosen_before(path: Path, depends_on: dict[str, Any]) -> float | None:
+    """The temperature in the file, if it was chosen for the same networks, settings and images."""
+    try:
+        content = dict(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        print(f"{path} cannot be read ({error}): the temperature is chosen anew")
+        return None
+    if content.get("depends_on") != depends_on or content.get("temperature") not in TEMPERATURES:
+        return None
+    print(f"temperature {content['temperature']:g}, as chosen before in {path}")
+    return content["temperature"]

@@ -37,7 +37,7 @@ def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: 
     def preview(model: VQAutoencoder, epoch: int) -> Figures:
         codes = encode_images(model, test[:USAGE_IMAGES], machine)
         rows = torch.cat((shown, decode_codes(model, codes[: len(shown)], machine)))
-        show(run, "reconstructions", grid(rows, len(shown)), epoch)
+        show(run, "vqsvae", "reconstructions", grid(rows, len(shown)), epoch)
         share = usage(codes, model.codebook_size)
         if share < max(FEWEST_CODES, 1.5 / model.codebook_size) and distributed.is_writer():
             cause = f"warning: epoch {epoch}: the codebook collapses, {share:.1%} of its codes are used"
@@ -61,8 +61,8 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> 
     def preview(model: FSVAE, epoch: int) -> Figures:
         generator_of = PriorSampling(model, options["machine"], schedule.seed)
         rows = torch.cat((shown, generator_of.reconstruct(shown)))
-        show(run, "reconstructions", grid(rows, len(shown)), epoch)
-        show(run, "samples", grid(generator_of.draw(range(PREVIEW_IMAGES)), PREVIEW_IMAGES // 2), epoch)
+        show(run, "vae", "reconstructions", grid(rows, len(shown)), epoch)
+        show(run, "vae", "samples", grid(generator_of.draw(range(PREVIEW_IMAGES)), PREVIEW_IMAGES // 2), epoch)
         return {}
 
     trainer = Trainer((1, "vae"), model, train, losses, preview, checkpoint=run.model, **options)
@@ -82,7 +82,7 @@ def sdid_trainer(denoiser: nn.Module, generator: CodeDiffusion, codes: Tensor, l
 
     def preview(denoiser: nn.Module, epoch: int) -> Figures:
         images = replace(generator, denoiser=denoiser).draw(range(PREVIEW_IMAGES))
-        show(run, "samples", grid(images, PREVIEW_IMAGES // 2), epoch)
+        show(run, "sdid", "samples", grid(images, PREVIEW_IMAGES // 2), epoch)
         return {}
 
     return Trainer((2, "sdid"), denoiser, codes, losses, preview, checkpoint=run.denoiser, **options)
@@ -94,7 +94,7 @@ def _dropped_out(prototypes: Tensor, noise: torch.Generator) -> Tensor:
     return torch.where(dropped, NO_PROTOTYPE, prototypes)
 
 
-def show(run: RunFolder, name: str, picture: Tensor, epoch: int) -> None:
+def show(run: RunFolder, stage: str, name: str, picture: Tensor, epoch: int) -> None:
     """Keep a preview, uint8 `[3,H,W]`, as a file and in TensorBoard."""
     save_png(run.samples / f"{name}_epoch_{epoch:03d}.png", picture)
-    run.log_picture(name, picture, epoch)
+    run.log_picture(stage, name, picture, epoch)

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from errors import UserError
 from pipeline import distributed
+from pipeline.files import save_weights
 from pipeline.interruption import Interruption
 from pipeline.machine import Machine
-from pipeline.run_folder import RunFolder, save_weights
+from pipeline.run_folder import RunFolder
 
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}  # of the loss; a GPU would have to be waited for
 WARM_UP = 0.02  # share of the steps

@@ -13,14 +13,12 @@ its peak memory is its own.
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -32,8 +30,10 @@ from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
 from models import SDID, VQSVAE
 from models.spiking import set_plain
-from pipeline.machine import PRECISIONS, Machine, choose_machine, keep_freed_memory
+from pipeline.machine import PRECISIONS, Machine, choose_machine, describe_machine, find_device, keep_freed_memory
+from pipeline.run_folder import versions
 from pipeline.sampling import draw_codes, encode_images
+from pipeline.terminal import print_anywhere
 
 CODES, SIDE, GRID = 128, 28, 7
 PLAIN_BATCH = {"stage1_train": 32, "stage2_train": 32, "encode": 32, "sample": 16}
@@ -111,7 +111,7 @@ def measure(args: argparse.Namespace, plain: bool) -> dict:
     peak = {"peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
     if machine.device.type == "cuda":
         peak["peak_device_memory_mib"] = round(torch.cuda.max_memory_allocated(machine.device) / 2**20)
-    return {**figures, **peak, "batch": batch, "precision": "bf16" if machine.bf16 else "float32"}
+    return {**figures, **peak, "batch": batch, "precision": machine.precision}
 
 
 def scaling(args: argparse.Namespace) -> dict:
@@ -135,24 +135,10 @@ def scaling(args: argparse.Namespace) -> dict:
     return table
 
 
-def describe_machine() -> dict:
-    """What the figures depend on."""
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        processor = names[0] if names else processor
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {name: version(name) for name in ("torch", "spikingjelly")}
-    return {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, **versions}
-
-
 def in_own_process(arguments: list[str], mode: str) -> dict:
     """The figures of one mode, measured in a fresh process whose lines are passed on."""
     command = [sys.executable, __file__, *arguments, "--mode", mode, "--json", "-"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     *lines, last = done.stdout.splitlines()
     print("\n".join(lines), flush=True)
     return json.loads(last)[mode]
@@ -160,6 +146,7 @@ def in_own_process(arguments: list[str], mode: str) -> dict:
 
 def main() -> None:
     """Measure, print a table, write JSON."""
+    print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=("both", "plain", "fast"), default="both")
     parser.add_argument("--scaling", action="store_true", help="time N = 1,000, 10,000 and 60,000 images instead")
@@ -173,21 +160,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="of each task; a third of them for sampling")
     args = parser.parse_args()
     try:
+        machine = {**describe_machine(find_device(args.device)), "cores": os.cpu_count(), "versions": versions()}
         if args.scaling:
-            figures = {"machine": describe_machine(), "milliseconds_an_image": scaling(args)}
+            figures = {"machine": machine, "milliseconds_an_image": scaling(args)}
         elif args.mode == "both":
             modes = {mode: in_own_process(sys.argv[1:], mode) for mode in ("plain", "fast")}
             ratio = {name: round(modes["fast"][name] / modes["plain"][name], 2) for name in PLAIN_BATCH}
-            figures = {"machine": describe_machine(), **modes, "ratio": ratio}
+            figures = {"machine": machine, **modes, "ratio": ratio}
             print("ratio  " + ", ".join(f"{name} {value:.2f}" for name, value in ratio.items()))
         else:
-            figures = {"machine": describe_machine(), args.mode: measure(args, plain=args.mode == "plain")}
+            figures = {"machine": machine, args.mode: measure(args, plain=args.mode == "plain")}
     except UserError as error:
         sys.exit(f"error: {error}")
     if args.json == "-":
         print(json.dumps(figures))
     elif args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

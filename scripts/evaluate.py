@@ -8,7 +8,6 @@ Pictures are a folder of image files, or an .npz file (key "images", uint8 [N,H,
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -22,14 +21,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from datasets import DATASETS, PICTURE_ENDINGS, ImageData, load_dataset
 from errors import UserError
 from pipeline.evaluation import Evaluation
-from pipeline.figures import print_figures
+from pipeline.figures import context, print_figures
+from pipeline.files import write_json
 from pipeline.machine import choose_machine
 from pipeline.options import SAMPLE_METRICS, EvaluationOptions, expanded, names, parse_metrics
-from pipeline.run_folder import write_json
+from pipeline.run_folder import RunFolder
+from pipeline.terminal import print_anywhere
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the figures with their protocols; for a mistake of the user, one line on stderr and exit status 2."""
+    print_anywhere()
     args = parse(arguments)
     try:
         figures = evaluate(args)
@@ -80,7 +82,8 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
         )
     options = EvaluationOptions(**{key: getattr(args, key) for key in names(EvaluationOptions)})
     evaluation = Evaluation(options, data, machine, args.seed, len(images))
-    return evaluation.figures(to_channels(images, data.test.shape[1]), str(generated))
+    figures = evaluation.figures(to_channels(images, data.test.shape[1]), str(generated))
+    return [{**figure, **context(machine)} for figure in figures]
 
 
 def as_data(path: Path) -> ImageData:
@@ -91,16 +94,16 @@ def as_data(path: Path) -> ImageData:
 
 def load_data_of(run_folder: Path, data_path: Path | None) -> ImageData:
     """The data set of a run, prepared as for its training; from `data_path`, or from where the run had it."""
-    path = run_folder / "config.json"
+    run = RunFolder(run_folder).trained
+    config = run.read_config()
+    if not config:
+        reason = f"{run_folder} is not the folder of a run, it has no config.json"
+        raise UserError(f"{reason}: name one, or say what is real: REAL or --dataset_name")
     try:
-        config = json.loads(path.read_text())
         name, data_path = config["dataset_name"], data_path or config.get("data_path", "data")
         options = {key: config[key] for key in ("train_images", "held_out", "image_size", "channels")}
-    except OSError as error:
-        reason = f"{path}: {error.strerror}"
-        raise UserError(f"{reason}; one path is a run folder, else say what is real: REAL or --dataset_name") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is not the config of a run ({error})") from error
+    except KeyError as error:
+        raise UserError(f"{run.config} is not the config of a run: it has no {error}") from error
     return load_dataset(name, data_path, **options)
 
 

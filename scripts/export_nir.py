@@ -35,6 +35,7 @@ from pipeline.configuration import resolve
 from pipeline.machine import choose_machine
 from pipeline.pictures import save_figure
 from pipeline.stages import Pipeline
+from pipeline.terminal import print_anywhere
 from scripts.nir_graphs import ResidualGraph, SDIDGraph, spiking_layers
 
 IMAGES = 8  # that spikes are compared on
@@ -201,6 +202,7 @@ def shown(compared: Comparison) -> list[tuple[Tensor, Tensor]]:
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
     """Export; exit status 1 if a file does other than its network, 2 and one line for a mistake of the user."""
+    print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the files go [RUN/nir]")

@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 import torch
 
 from errors import UserError
+from pipeline.files import load_weights, save_weights, write_json
 from pipeline.options import DEFAULTS, Role, with_role
-from pipeline.run_folder import RunFolder, load_weights, save_weights, write_json
+from pipeline.run_folder import RunFolder
+from pipeline.terminal import print_anywhere
 
 
 def pack(run: RunFolder, copy: RunFolder) -> None:
@@ -40,6 +42,7 @@ def halved(value: torch.Tensor) -> torch.Tensor:
 
 def main(arguments: list[str] | None = None) -> None:
     """Pack; a mistake of the user is one line on stderr and exit status 2."""
+    print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("copy", type=Path, help="where the copy goes")

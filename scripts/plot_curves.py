@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from errors import UserError
 from pipeline.pictures import save_figure
 from pipeline.run_folder import RunFolder
+from pipeline.terminal import print_anywhere
 
 
 def curve(log: list[dict[str, Any]], stage: int) -> tuple[list[int], list[float]]:
@@ -52,6 +53,7 @@ def plot(runs: dict[Path, RunFolder], picture: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Plot; a mistake of the user is one line on stderr and exit status 2."""
+    print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--output", required=True, type=Path, metavar="PICTURE", help="picture file")

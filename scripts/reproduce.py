@@ -15,6 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 from datasets import DATASETS
+from pipeline.run_folder import RunFolder
+from pipeline.terminal import print_anywhere
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 
@@ -57,18 +59,19 @@ def command(args: argparse.Namespace, dataset: str, variant: str, passed_on: lis
     """The call of main.py that is still to be done for one run; None if it is finished."""
     options = VARIANTS[variant]
     place = args.result_path / args.budget / variant
-    run = place / dataset / options[1]
-    if (run / "metrics.json").exists():
+    run = RunFolder(place / dataset / options[1])
+    if run.metrics.exists():
         return None
     call = [sys.executable, "-u", str(MAIN)]
-    if (run / "config.json").exists():
-        return [*call, "--resume", str(run), *passed_on]
+    if run.config.exists():
+        return [*call, "--resume", str(run.path), *passed_on]
     new = ["--dataset_name", dataset, "--result_path", str(place), "--temperature", "auto"]
     return [*call, *new, *options, *BUDGETS[args.budget], *passed_on]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the matrix; exit status 1 if a run failed, after the others have had their turn."""
+    print_anywhere()
     args, passed_on = parse(arguments)
     failed = []
     for dataset in args.datasets:

@@ -7,7 +7,6 @@ has no figure of was not run.
 """
 
 import argparse
-import json
 import string
 import sys
 from collections import Counter
@@ -19,7 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 from errors import UserError
 from pipeline.figures import describe
+from pipeline.files import write_whole
 from pipeline.pictures import save_figure
+from pipeline.run_folder import RunFolder
+from pipeline.terminal import print_anywhere
 
 COLUMNS = {
     "paper_fid": "FID, paper protocol",
@@ -86,13 +88,16 @@ class Row(NamedTuple):
     figures: dict[str, Figure]
 
 
-def read_run(path: Path) -> Row:
-    """The row of a run, from its metrics.json; what there is to know of its training from the files beside."""
-    config, log = path.with_name("config.json"), path.with_name("log.jsonl")
-    options = json.loads(config.read_text())
-    figures = json.loads(path.read_text())
+def read_run(run: RunFolder) -> Row:
+    """The row of a run, from its figures and from what is known of its training.
+
+    Raises UserError where no config.json tells what was trained.
+    """
+    options, figures, epochs = run.trained.read_config(), run.read_figures(), run.trained.read_log()
+    if not {"dataset_name", "model"} <= options.keys():
+        missing = f"{run.trained.config} does not say which model the figures in {run.path} are of"
+        raise UserError(f"{missing}: put back the file that the run wrote, or leave the folder out")
     drawn = [figure["drawn"] for figure in figures if figure["name"] in COLUMNS and "drawn" in figure][:1]
-    epochs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     counts = " + ".join(map(str, Counter(line["stage"] for line in epochs).values()))
     hours = sum(line["images"] / line["images_per_second"] for line in epochs) / 3600
     ablation = [options[key] for key in ("readout", "spike_generator") if options.get(key) not in STANDARD]
@@ -170,26 +175,28 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table, or write it; a mistake of the user is one line on stderr and exit status 2."""
+    print_anywhere()
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders with runs somewhere below")
     parser.add_argument("--output", type=Path, help="Markdown file; printed if absent")
     parser.add_argument("--plot", type=Path, help="picture file")
     args = parser.parse_args(arguments)
-    rows = [read_run(path) for folder in args.folders for path in sorted(folder.rglob("metrics.json"))]
+    runs = [RunFolder(path.parent) for folder in args.folders for path in sorted(folder.rglob("metrics.json"))]
     try:
+        rows = [read_run(run) for run in runs]
         if not rows:
             raise UserError(f"no metrics.json below {', '.join(map(str, args.folders))}: evaluate a run first")
         rows += published_rows({row.dataset for row in rows})
         if args.plot:
             plot(rows, args.plot)
+        if args.output:
+            write_whole(args.output, table(rows).encode())
+        else:
+            print(table(rows))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if args.output:
-        args.output.write_text(table(rows))
-    else:
-        print(table(rows))
 
 
 if __name__ == "__main__":

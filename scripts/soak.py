@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main as program
+from pipeline.terminal import print_anywhere
 
 MEBIBYTE = 2**20
 LEAK = 2 * MEBIBYTE  # of memory in a round, beyond the first two, which fill caches; a run needs some 100
@@ -32,9 +33,9 @@ OPTIONS = (
 def state() -> dict[str, int]:
     """What this process holds: memory in bytes; open files, threads and child processes in number. Linux only."""
     own = Path("/proc/self")
-    children = (own / "task" / str(os.getpid()) / "children").read_text().split()
+    children = (own / "task" / str(os.getpid()) / "children").read_text(encoding="utf-8").split()
     return {
-        "memory": int((own / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+        "memory": int((own / "statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE"),
         "files": len(list((own / "fd").iterdir())),
         "threads": len(list((own / "task").iterdir())),
         "processes": len(children),
@@ -52,6 +53,7 @@ def one_round() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print what is held after each round; exit status 1 if it grows."""
+    print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="3 or more [3]")
     rounds = max(3, parser.parse_args(arguments).rounds)

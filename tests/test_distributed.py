@@ -17,7 +17,8 @@ from jobs import perform
 from test_improved import SMALL as IMPROVED
 
 from models import fused_lif
-from pipeline.run_folder import RunFolder, load_weights
+from pipeline.files import load_checkpoint, load_weights
+from pipeline.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -130,7 +131,7 @@ def test_averaged_weights_are_those_of_one_process(together):
 
 
 def test_time_that_is_over_in_one_process_stops_all_at_the_same_step(together):
-    last = load_weights(place(together.folder / "stopped shared") / "last.pth")
+    last = load_checkpoint(place(together.folder / "stopped shared") / "last.pth")
     assert len(together.shared["stopped"]) == STOPPED == 14 + last["step"]
     assert together.out.count("--max_minutes 30 are over") == 1
 
@@ -194,7 +195,7 @@ def test_the_end_of_one_is_the_end_of_all(fault, small, cli, tmp_path):
     _, err = process.communicate(timeout=60)
     expected = {"killed": "error: another process of the run has died", "terminated": "terminated: saved; go on with"}
     assert process.returncode and len(lines_of(err, expected[fault])) == 1, err
-    epochs = load_weights(run / "last.pth")["epoch"] + 1
+    epochs = load_checkpoint(run / "last.pth")["epoch"] + 1
     resumed = cli("--resume", run, "--epochs", epochs, "--stage", "vqsvae")
     assert (resumed.status, resumed.err) == (0, "")
     assert [line["epoch"] for line in RunFolder(run).read_log()] == list(range(1, epochs + 1))

@@ -113,6 +113,19 @@ def test_a_run_whose_data_set_is_elsewhere(run, grey):
     assert figures(run, "--data_path", grey[3]) == expected
 
 
+def test_samples_that_a_checkpoint_left_elsewhere(cli, run, grey, tmp_path):
+    expected = figures(run, "--reference", "train")
+    assert cli("--checkpoint", run, "--result_path", tmp_path / "elsewhere").status == 0
+    (figure,) = figures(tmp_path / "elsewhere", "--reference", "train")
+    assert figure["value"] == expected[0]["value"]
+
+
+def test_figures_say_what_they_were_computed_with(run):
+    (figure,) = figures(run, "--reference", "train")
+    assert figure["precision"] == "float32" and figure["threads"] == torch.get_num_threads()
+    assert figure["versions"]["torch"] and figure["processor"]
+
+
 def test_pictures_against_a_data_set(tmp_path):
     pictures = write_folder(tmp_path / "pictures", random_pictures(6, channels=1, size=28))
     (figure,) = figures(pictures, "--dataset_name", "Digits")

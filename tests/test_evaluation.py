@@ -148,26 +148,73 @@ class Stub:
     seed: int = 0
     temperature: float = 1.0
 
+    @property
+    def settings(self):
+        return {"seed": self.seed}
+
     def draw(self, samples):
         shift = abs(self.temperature - 0.8) * 300
         return (self.target[: len(samples)].float() + shift).clamp(0, 255).byte()
 
 
-def test_the_temperature_is_that_nearest_to_the_held_out_images(data, tmp_path, monkeypatch):
+@pytest.fixture
+def pooled_fad(monkeypatch):
+    """The stand-in instead of the FAD network."""
     monkeypatch.setattr(temperature, "fad_network", lambda *_: (Pooling(), "pooling", None))
     monkeypatch.setattr(temperature, "fad_features", pooled)
+
+
+def test_the_temperature_is_that_nearest_to_the_held_out_images(data, tmp_path, pooled_fad):
     changed = replace(data, test=data.test * 0)
-    chosen = temperature.choose_temperature(Stub(data.held_out), changed, None, RunFolder(tmp_path / "run"))
+    chosen = temperature.choose_temperature(Stub(data.held_out), changed, None, RunFolder(tmp_path / "run"), "weights")
     written = json.loads((tmp_path / "run" / "temperature.json").read_text())
     assert chosen == written["temperature"] == 0.8
     assert min(written["distances"], key=written["distances"].get) == "0.8"
     assert written["distances"]["1.0"] > written["distances"]["0.9"] > written["distances"]["0.8"]
 
 
+def test_a_temperature_is_chosen_once(data, tmp_path, pooled_fad, monkeypatch, capsys):
+    """And anew where weights, sampling, held-out images or the FAD network are others, or the file is damaged."""
+    drawn, draw = [], Stub.draw
+    monkeypatch.setattr(Stub, "draw", lambda self, samples: drawn.append(1) or draw(self, samples))
+    stub, run = Stub(data.held_out), RunFolder(tmp_path / "run")
+
+    def images_drawn(generator=stub, data=data, weights="weights"):
+        drawn.clear()
+        assert temperature.choose_temperature(generator, data, None, run, weights) == 0.8
+        return len(drawn)
+
+    assert images_drawn() == 6 and images_drawn() == 0
+    assert "temperature 0.8, as chosen before" in capsys.readouterr().out
+    assert images_drawn(weights="others") == 6 and images_drawn(weights="others") == 0
+    assert images_drawn(replace(stub, seed=1)) == 6
+    brighter = replace(data, held_out=data.held_out + 1)
+    assert images_drawn(Stub(brighter.held_out), brighter) == 6 and images_drawn(Stub(brighter.held_out), brighter) == 0
+    other = Pooling()
+    other.scale.data *= 2
+    monkeypatch.setattr(temperature, "fad_network", lambda *_: (other, "pooling", None))
+    assert images_drawn(Stub(brighter.held_out), brighter) == 6
+    (run.path / "temperature.json").write_text("{")
+    assert images_drawn(Stub(brighter.held_out), brighter) == 6
+    assert "temperature.json cannot be read" in capsys.readouterr().out
+
+
+def test_settings_are_all_that_samples_depend_on():
+    """Whatever of a generator changes its samples changes its settings, weights and temperature aside."""
+    generator = code_diffusion(VQSVAE(1, 5, 4, 3, 4))
+    changes = {"seed": 1, "grid": (2, 1), "sample_steps": 3, "reveal_order": "spread"}
+    changes["machine"] = Machine(torch.device("cpu"), bf16=True)
+    settings = [replace(generator, **{name: value}).settings for name, value in changes.items()]
+    settings += [code_diffusion(VQSVAE(1, 5, 4, 2, 4)).settings, generator.settings]
+    settings.append(code_diffusion(VQSVAE(1, 5, 4, 3, 4, spike_generator="repeat")).settings)
+    assert len({json.dumps(each) for each in settings}) == len(settings)
+    assert replace(generator, batch_size=9, temperature=2.0).settings == generator.settings
+
+
 def test_a_temperature_is_not_chosen_on_few_images_or_on_the_test_split(data, tmp_path):
     few = replace(data, held_out=data.held_out[:64])
     with pytest.raises(UserError, match="--held_out"):
-        temperature.choose_temperature(Stub(data.held_out), few, None, RunFolder(tmp_path))
+        temperature.choose_temperature(Stub(data.held_out), few, None, RunFolder(tmp_path), "weights")
 
 
 # ---- generators ----

@@ -13,11 +13,12 @@ from test_pipeline import assert_same_run, read_log, read_metrics
 from torch import nn
 
 from models.spiking import LIF, fire
+from pipeline.files import load_weights
 from pipeline.interruption import Interruption
 from pipeline.machine import Machine
 from pipeline.masks import MASKS, hidden_pixels
 from pipeline.presets import PRESETS
-from pipeline.run_folder import NETWORKS, RunFolder, load_weights
+from pipeline.run_folder import NETWORKS, RunFolder
 from pipeline.training import LR_SCHEDULES, Schedule, Trainer, _moving_average
 from scripts import pack
 

@@ -18,7 +18,7 @@ from datasets import load_dataset
 from errors import UserError
 from models import SDID, build_model
 from pipeline import run_folder, trainers, training
-from pipeline.run_folder import load_weights
+from pipeline.files import load_checkpoint, load_weights
 
 KINDS = ("", "_without_spikes")
 WEIGHTS = ("model.pth", "diff_result/diff_model.pth")
@@ -64,10 +64,10 @@ def test_a_run_leaves_everything(finished):
     for name in ("reconstructions", "samples"):
         pictures = [f"{name}_epoch_{epoch:03}.png" for epoch in (1, 2)]
         assert sorted(path.name for path in (run / "samples").glob(f"{name}_*")) == pictures
-    events = EventAccumulator(str(run)).Reload()
-    assert {"vqsvae/loss", "vqsvae/mse", "sdid/loss"} <= set(events.Tags()["scalars"])
-    assert set(events.Tags()["images"]) == {"reconstructions", "samples"}
-    assert [event.value for event in events.Scalars("sdid/loss")] == pytest.approx([line["loss"] for line in log[2:]])
+    first, second = (EventAccumulator(str(run / "tensorboard" / stage)).Reload() for stage in ("vqsvae", "sdid"))
+    assert {"vqsvae/loss", "vqsvae/mse"} <= set(first.Tags()["scalars"])
+    assert [events.Tags()["images"] for events in (first, second)] == [["reconstructions"], ["samples"]]
+    assert [event.value for event in second.Scalars("sdid/loss")] == pytest.approx([line["loss"] for line in log[2:]])
     config = json.loads((run / "config.json").read_text())
     assert config["image_shape"] == [1, 16, 16] and config["epochs"] == 2 and config["versions"].keys() >= {"torch"}
     assert not list(run.rglob("*.part")) and not (run / "samples" / "png").exists()
@@ -185,7 +185,7 @@ def test_stopped_by_the_clock_within_epochs(cli, small, finished, tmp_path, monk
     outcome = cli(*small, *limit, "--result_path", tmp_path)
     run, stops, steps = tmp_path / "ImageFolder" / "snn-vq-vae", 0, set()
     while "go on with: " in outcome.out:
-        state = load_weights(run / "last.pth")
+        state = load_checkpoint(run / "last.pth")
         steps.add((state["stage"], state["epoch"], state["step"]))
         command = shlex.split(outcome.out.split("go on with: ")[1])
         assert command[:3] == ["python", "-u", "main.py"] and "the run is in" not in outcome.out

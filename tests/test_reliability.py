@@ -1,6 +1,6 @@
 """Runs that are killed, stopped, damaged, starved of disk or fed nonsense: what they leave, and how they go on."""
 
-import fcntl
+import errno
 import io
 import itertools
 import json
@@ -10,6 +10,8 @@ import pickle
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,15 +22,18 @@ from conftest import interrupt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_pipeline import assert_same_run, read_log
 
 import main
 from datasets import load_dataset
 from errors import UserError
-from pipeline import cache, run_folder, trainers, training
+from pipeline import cache, files, run_folder, trainers, training
+from pipeline.files import load_checkpoint, load_weights, save_weights
 from pipeline.interruption import SIGNALS, Interrupted, Interruption
 from pipeline.options import build_parser
-from pipeline.run_folder import RunFolder, load_weights, save_weights
+from pipeline.run_folder import RunFolder
+from pipeline.stages import Pipeline
 from scripts import soak
 
 TESTS = Path(__file__).parent
@@ -51,7 +56,7 @@ def assert_whole(run):
     """Whatever a killed process leaves under its final name can be read."""
     for path in run.rglob("*"):
         if path.suffix == ".pth":
-            load_weights(path)
+            load_checkpoint(path)
         elif path.suffix == ".png":
             np.asarray(Image.open(path))
         elif path.name in ("config.json", "metrics.json"):
@@ -203,12 +208,56 @@ def test_two_processes_in_one_folder(cli, run, start):
     assert cli("--resume", run).status == 0
 
 
-def test_a_file_system_without_locks(monkeypatch, tmp_path):
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks(number, monkeypatch, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+
     def fail(*_):
-        raise OSError(95, "Operation not supported")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", fail)
-    RunFolder(tmp_path).lock()
+    for _ in range(2):
+        with RunFolder(tmp_path) as run:
+            run.lock()
+
+
+def test_the_lock_is_let_go_last(monkeypatch, tmp_path):
+    """After the curves are closed, and also where that fails."""
+    order, release = [], run_folder.FileLock.release
+
+    def close(*_):
+        order.append("curves")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_folder.SummaryWriter, "close", close)
+    monkeypatch.setattr(run_folder.FileLock, "release", lambda *a, **b: order.append("lock") or release(*a, **b))
+    with pytest.raises(UserError, match="No space left"), RunFolder(tmp_path) as run:
+        run.lock()
+        for stage in ("vqsvae", "sdid"):
+            run.log(stage, 1, {"loss": 1.0, "images": 1, "images_per_second": 1.0})
+    assert order == ["curves", "curves", "lock"]
+    with RunFolder(tmp_path) as run:
+        run.lock()
+
+
+def test_importing_needs_no_module_of_unix_alone():
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('fcntl', 'resource', 'pwd', 'grp', 'termios')))"
+    done = subprocess.run([sys.executable, "-c", f"{blocked}; import main"], cwd=TESTS.parent, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_that_cannot_be_synchronised(monkeypatch, tmp_path):
+    """As on Windows, where a folder cannot even be opened."""
+    real = os.open
+
+    def refuse(path, *more, **how):
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *more, **how)
+
+    monkeypatch.setattr(files.os, "open", refuse)
+    files.write_json(tmp_path / "new" / "file.json", [1])
+    assert json.loads((tmp_path / "new" / "file.json").read_text()) == [1]
 
 
 def test_stage_2_begun_anew_and_stopped_early(cli, small, run, tmp_path, monkeypatch):
@@ -251,7 +300,7 @@ def test_a_signal_saves_at_once(number, step, cli, small, finished, tmp_path, mo
         outcome = cli(*small, "--result_path", tmp_path)
     assert outcome.status == 128 + number
     assert outcome.err == f"{SIGNALS[number]}: saved; go on with: python -u main.py --resume {run}\n"
-    state = load_weights(run / "last.pth")
+    state = load_checkpoint(run / "last.pth")
     before = 2 * STEPS if state["stage"] == "sdid" else 0
     assert before + state["epoch"] * STEPS + state["step"] == step, "not a step is lost or done after the signal"
     assert cli("--resume", run).status == 0
@@ -266,8 +315,29 @@ def test_a_second_signal_acts_at_once(cli, small, tmp_path, monkeypatch):
 
     patch_step(monkeypatch, 7, raise_signals)
     outcome = cli(*small, "--result_path", tmp_path)
-    assert outcome.status == 130 and "from its last save" in outcome.err
+    assert outcome.status == 130
+    assert outcome.err == "interrupted: nothing was saved, run the same command again\n"
     assert not (place(tmp_path) / "last.pth").exists()
+    assert cli(*small, "--result_path", tmp_path, "--stage", "vqsvae").status == 0
+
+
+def test_ctrl_c_advises_what_works(cli, small, run, tmp_path, monkeypatch):
+    """To resume only where this call trains and has saved; an evaluation is run again."""
+    again = "interrupted: nothing was saved, run the same command again\n"
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.generators.CodeDiffusion.draw", interrupt)
+        for call in (("--checkpoint", run), (*small, "--stage", "evaluate", "--result_path", run.parents[1])):
+            shutil.copytree(run, place(run.parents[1]), dirs_exist_ok=True)
+            outcome = cli(*call)
+            assert (outcome.status, outcome.err) == (130, again)
+        (run / "last.pth").unlink()
+        assert cli("--checkpoint", run).err == again  # a packed run
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "evaluate", interrupt)
+        outcome = cli(*small, "--result_path", tmp_path / "new")
+    command = f"go on with: python -u main.py --resume {place(tmp_path / 'new')}"
+    assert (outcome.status, outcome.err) == (130, f"interrupted: {command}\n")
+    assert cli("--resume", place(tmp_path / "new")).status == 0
 
 
 def test_signals_are_handled_as_before_outside_training(cli, finished):
@@ -334,9 +404,9 @@ class Disk:
     def lose_power(self, run):
         shutil.rmtree(run)
         self.contents.clear()
-        for folder, files in self.folders.items():
+        for folder, kept in self.folders.items():
             folder.mkdir(parents=True, exist_ok=True)
-            for name, content in files.items():
+            for name, content in kept.items():
                 (folder / name).write_bytes(content)
                 self.contents[(folder / name).stat().st_ino] = content
 
@@ -344,7 +414,7 @@ class Disk:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc on this system")
 def test_power_loss(cli, small, finished, tmp_path, monkeypatch):
     disk = Disk()
-    monkeypatch.setattr(run_folder.os, "fsync", disk.fsync)
+    monkeypatch.setattr(files.os, "fsync", disk.fsync)
     for step in (STEPS + 5, STEPS, STEPS // 2, 1):
         with monkeypatch.context() as patch:
             patch_step(patch, step, interrupt)
@@ -383,7 +453,7 @@ def test_every_damaged_bit_of_a_checkpoint_is_noticed_or_harmless(tmp_path):
 
 @pytest.mark.parametrize("name", ["last.pth", "model.pth", "diff_result/diff_model.pth"])
 def test_a_damaged_checkpoint_is_not_used(name, cli, run):
-    weights = load_weights(run / name)
+    weights = load_checkpoint(run / name)
     vectors = [value for value in weights.get("model", weights).values() if value.dim() == 1 and value.std() > 0]
     flip(run / name, 8 * (run / name).read_bytes().index(vectors[0].numpy().tobytes()))
     before = [path.read_bytes() for path in sorted(run.glob("**/*.pth"))]
@@ -439,12 +509,73 @@ def test_code_in_a_cached_file_is_not_run(tmp_path, monkeypatch):
     ],
 )
 def test_a_checkpoint_of_another_run_names_the_difference(change, expected, cli, run):
-    state = load_weights(run / "last.pth")
+    state = load_checkpoint(run / "last.pth")
     save_weights(
         run / "last.pth", {**state, "run": {**state["run"], **change}, **(change if "version" in change else {})}
     )
     outcome = cli("--resume", run)
     assert outcome.status == 2 and expected in outcome.err and str(run / "last.pth") in outcome.err
+
+
+def wrapped(weights, way):
+    """A state dict as other programs save it."""
+    if way in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        return {way + name: value for name, value in weights.items()}
+    if way == "_orig_mod. within":
+        return {name.replace(".", "._orig_mod.", 1): value for name, value in weights.items()}
+    return {"epoch": 3, way: {f"module.{name}": value for name, value in weights.items()}, "args": {"lr": 0.1}}
+
+
+PREFIXED = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "_orig_mod. within")
+
+
+@pytest.mark.parametrize("way", [*PREFIXED, "state_dict", "model_state_dict", "model"])
+def test_weights_in_the_wrapping_of_other_programs(way, cli, run):
+    expected, before = load_weights(run / "model.pth"), json.loads((run / "metrics.json").read_text())
+    for name in ("model.pth", "diff_result/diff_model.pth"):
+        torch.save(wrapped(load_weights(run / name), way), run / name)
+    found = load_weights(run / "model.pth")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    if way in ("module.", "model"):
+        outcome = cli("--checkpoint", run)
+        assert (outcome.status, outcome.err) == (0, "")
+        assert json.loads((run / "metrics.json").read_text()) == before, "the weights are the same"
+
+
+@pytest.mark.parametrize("content", [{"a": 3}, {"state_dict": {"a": "text"}}, {3: torch.ones(1)}])
+def test_a_file_without_weights(content, cli, run):
+    torch.save(content, run / "model.pth")
+    outcome = cli("--checkpoint", run / "model.pth")
+    assert outcome.status == 2 and f"{run / 'model.pth'} does not hold the weights" in outcome.err
+
+
+def test_what_resume_reads_is_no_checkpoint(cli, run):
+    """Its weights are those of the last step, not those that are kept."""
+    outcome = cli("--checkpoint", run / "last.pth")
+    assert outcome.status == 2 and "name the model.pth beside it" in outcome.err
+
+
+def test_curves_do_not_double(cli, small, finished, tmp_path, monkeypatch):
+    """Killed twice after an epoch was shown and before it was saved, once in each stage: TensorBoard has it once."""
+    run, save = place(tmp_path), training.Trainer.save
+    for epochs_saved in (1, 2):  # of those of this call
+
+        def fail(trainer, calls=iter(range(epochs_saved, -1, -1))):  # noqa: B008
+            if not next(calls):
+                raise KeyboardInterrupt
+            save(trainer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training.Trainer, "save", fail)
+            assert cli(*go_on(small, tmp_path)).status == 130
+    assert cli("--resume", run).status == 0
+    assert_same_run(finished.path, run)
+    for stage, tag in (("vqsvae", "reconstructions"), ("sdid", "samples")):
+        events = EventAccumulator(str(run / "tensorboard" / stage)).Reload()
+        losses = [(line["epoch"], line["loss"]) for line in read_log(run) if line["stage"] == stage]
+        shown = [(event.step, event.value) for event in events.Scalars(f"{stage}/loss")]
+        assert shown == [(epoch, pytest.approx(loss)) for epoch, loss in losses]
+        assert [event.step for event in events.Images(tag)] == [1, 2]
 
 
 def test_a_log_has_each_epoch_once(cli, small, finished, tmp_path, monkeypatch):
@@ -470,7 +601,7 @@ def test_killed_between_the_last_checkpoint_of_a_stage_and_its_weights(cli, smal
     with monkeypatch.context() as patch:
         patch.setattr(training, "save_weights", fail)
         assert cli(*small, "--result_path", tmp_path).status == 130
-    assert load_weights(place(tmp_path) / "last.pth")["epoch"] == 2
+    assert load_checkpoint(place(tmp_path) / "last.pth")["epoch"] == 2
     assert cli("--resume", place(tmp_path)).status == 0
     assert_same_run(finished.path, place(tmp_path))
 

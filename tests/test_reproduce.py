@@ -69,7 +69,8 @@ def make_run(folder, dataset, figures, **options):
         **options,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    lines = [{"stage": stage, "images": 3600, "images_per_second": 2} for stage in ("vqsvae", "vqsvae", "sdid")]
+    stages, speed = (("vqsvae", 1), ("vqsvae", 2), ("sdid", 1)), {"images": 3600, "images_per_second": 2}
+    lines = [{"stage": stage, "epoch": epoch, **speed} for stage, epoch in stages]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     content = [{"name": name, "value": value, "protocol": protocol, **FIGURE} for name, value, protocol in figures]
     (folder / "metrics.json").write_text(json.dumps(content))
@@ -106,6 +107,33 @@ def test_columns_are_figures_that_runs_have(finished):
 def test_the_table_of_a_real_run(run, capsys):
     results_table.main([str(run)])
     assert "| ImageFolder | snn-vq-vae | 2 + 2 epochs, 0.0 h |" in capsys.readouterr().out
+
+
+def refused(capsys, *arguments):
+    """The one line that a mistake leaves on stderr."""
+    with pytest.raises(SystemExit) as exit_:
+        results_table.main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.count("\n") == 1
+    return error
+
+
+def test_the_table_of_results_that_were_written_elsewhere(cli, run, tmp_path, capsys, monkeypatch):
+    """`--checkpoint X --result_path Y` leaves no config.json in Y: what was trained is found in X, from anywhere."""
+    monkeypatch.chdir(run.parent)
+    assert cli("--checkpoint", run.name, "--result_path", tmp_path / "elsewhere").status == 0
+    monkeypatch.chdir(tmp_path)
+    results_table.main([str(tmp_path / "elsewhere")])
+    assert "| ImageFolder | snn-vq-vae | 2 + 2 epochs, 0.0 h |" in capsys.readouterr().out
+    (run / "config.json").unlink()
+    assert f"{run / 'config.json'} does not say which model" in refused(capsys, tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "log.jsonl"])
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', "3"])
+def test_damaged_files_of_a_run(name, content, run, capsys):
+    (run / name).write_text(content)
+    assert str(run / name) in refused(capsys, run)
 
 
 def test_no_runs(tmp_path, capsys):

@@ -1,0 +1,120 @@
+"""Files written whole, so that no reader ever meets half of one, and checkpoints read without trusting them."""
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+from pipeline.distributed import by_writer
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""Keys under which other programs save a state dict."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Context in which a failure to write is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): make room there or choose another place") from error
+
+
+@by_writer
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside its place and move it there, so that a reader never meets half of it. Raises UserError.
+
+    When this returns the file is on the disk: a power loss afterwards leaves it, one before leaves the file of before.
+    """
+    fresh = path.with_name(path.name + ".part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with fresh.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(path)
+        except OSError:
+            fresh.unlink(missing_ok=True)  # the disk may be full
+            raise
+        _sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file for people and programs, whole."""
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the disk keep the names of the files there."""
+    with suppress(OSError):  # Windows cannot open a folder, some network file systems cannot synchronise it
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save_weights(path: Path, content: Any) -> None:
+    """Write a state dict, or a dict that holds some, whole."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Read the state dict of a network, by whatever program it was saved; see `load_checkpoint`.
+
+    A dictionary around it (WRAPPERS) is removed, as are the prefixes that DistributedDataParallel ("module.") and
+    torch.compile ("_orig_mod.") give to the names. Raises UserError if there is no state dict in the file.
+    """
+    content = load_checkpoint(path)
+    if "optimizer" in content and "run" in content:
+        raise UserError(f"{path} is what --resume reads: name the model.pth beside it")
+    inner = (content[key] for key in WRAPPERS if isinstance(content.get(key), dict))
+    weights = next(inner, content)
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()):
+        raise UserError(f"{path} does not hold the weights of a network: name a file with a state dict")
+    weights = {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
+    if all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return weights
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_weights` wrote, onto the CPU and without running code from the file.
+
+    Raises UserError if the file is missing or unreadable, or if a checksum in it shows that a bit has changed.
+    """
+    if not path.is_file():
+        wrong = "is a folder" if path.is_dir() else "is not there"
+        raise UserError(f"{path} {wrong}: train first, or name a file of weights that a run has written")
+    try:
+        _check_sums(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign or damaged bytes fail in any way while they are unpickled
+        cause = f"{path} is no checkpoint that can be read ({type(error).__name__})"
+        raise UserError(f"{cause}: it is damaged, cut short or another file; put back a copy, or train anew") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def _check_sums(path: Path) -> None:
+    """Raise BadZipFile where a checksum does not fit: torch.load reads the archive without looking at them."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return  # the format of PyTorch before 1.6, which has none
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    if damaged:
+        raise zipfile.BadZipFile(damaged)

@@ -1,0 +1,81 @@
+"""metrics.json: what each record says of how it came about, and what becomes of those that are there already."""
+
+import json
+
+import pytest
+import torch
+
+from pipeline import machine
+from pipeline.machine import Machine, describe_machine
+from pipeline.run_folder import PACKAGES
+
+
+def read(run):
+    return json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+
+
+def test_each_figure_says_what_it_depends_on(finished):
+    for figure in read(finished.path):
+        assert figure["precision"] == "float32" and figure["threads"] == 1
+        assert figure["processor"] and figure["versions"].keys() == set(PACKAGES) and len(figure["weights"]) == 16
+    assert len({figure["weights"] for figure in read(finished.path)}) == 1
+
+
+def test_a_later_call_keeps_the_figures_it_does_not_compute(cli, run):
+    before = {figure["name"]: figure for figure in read(run)}
+    outcome = cli("--checkpoint", run, "--metrics", "mse,codebook", "--seed", 7)
+    assert outcome.status == 0 and "dropped" not in outcome.out
+    after = {figure["name"]: figure for figure in read(run)}
+    assert len(read(run)) == len(before) == len(after)
+    computed = {"mse", "codebook_usage", "codebook_perplexity"}
+    assert {name for name in after if after[name] != before[name]} == computed
+    assert {after[name]["seed"] for name in computed} == {7} and after["mse"]["value"] == before["mse"]["value"]
+
+
+def test_figures_of_another_protocol_or_split_stay(cli, run):
+    others = [{**read(run)[0], "protocol": "another"}, {**read(run)[0], "split": "train"}]
+    (run / "metrics.json").write_text(json.dumps([*others, *read(run)]), encoding="utf-8")
+    assert cli("--checkpoint", run, "--metrics", others[0]["name"].split("_")[0]).status == 0
+    assert all(each in read(run) for each in others)
+
+
+@pytest.mark.parametrize("change", ["autoencoder", "denoiser", "unknown"])
+def test_figures_of_other_weights_are_dropped_with_a_word(change, cli, run):
+    """Also those of the other network, and those of before records named their weights."""
+    if change == "unknown":
+        keys = ("weights", "precision", "threads", "processor", "versions")
+        old = [{key: value for key, value in figure.items() if key not in keys} for figure in read(run)]
+        (run / "metrics.json").write_text(json.dumps(old), encoding="utf-8")
+    else:
+        path = run / {"autoencoder": "model.pth", "denoiser": "diff_result/diff_model.pth"}[change]
+        weights = torch.load(path, weights_only=True)
+        torch.save({name: value * 1.01 if value.dim() > 1 else value for name, value in weights.items()}, path)
+    outcome = cli("--checkpoint", run, "--metrics", "mse")
+    (line,) = [line for line in outcome.out.splitlines() if "dropped figures of other weights" in line]
+    assert str(run / "metrics.json") in line and "ssim, codebook_usage" in line and " mse" not in line
+    assert [figure["name"] for figure in read(run)] == ["mse"]
+
+
+@pytest.mark.parametrize("content", ["{", '{"name": 1}', '[{"name": "mse", "value": 1}]', "[3]"])
+def test_a_damaged_file_is_named_before_anything_is_drawn(content, cli, run, monkeypatch):
+    monkeypatch.setattr("pipeline.generators.CodeDiffusion.draw", None)
+    (run / "metrics.json").write_text(content, encoding="utf-8")
+    for arguments in (("--checkpoint", run), ("--resume", run, "--diffusion_epochs", 3)):
+        outcome = cli(*arguments)
+        assert outcome.status == 2 and outcome.err.count("\n") == 1 and str(run / "metrics.json") in outcome.err
+
+
+def test_the_machine_in_words(monkeypatch, tmp_path):
+    for variable in machine.RESTRICTIONS:
+        monkeypatch.delenv(variable, raising=False)
+    listing = tmp_path / "cpuinfo"
+    listing.write_text("model name\t: A\nflags\t\t: avx2 avx512f amx_bf16 avx512_bf16\n", encoding="utf-8")
+    monkeypatch.setattr(machine, "CPU_LISTING", listing)
+    cpu = torch.device("cpu")
+    assert describe_machine(cpu) == {"processor": "A, amx_bf16", "threads": torch.get_num_threads()}
+    listing.write_text("model name\t: B\nflags\t\t: avx2\n", encoding="utf-8")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert describe_machine(cpu)["processor"] == "B, avx2, ONEDNN_MAX_CPU_ISA=AVX2"
+    monkeypatch.setattr(machine, "CPU_LISTING", tmp_path / "absent")
+    assert describe_machine(cpu)["processor"]
+    assert [Machine(cpu, bf16).precision for bf16 in (False, True)] == ["float32", "bf16"]
