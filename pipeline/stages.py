@@ -22,9 +22,10 @@ from pipeline.networks import Networks
 from pipeline.pictures import GREY, grid, save_png
 from pipeline.run_folder import RunFolder, as_written, load_weights, save_weights
 from pipeline.sampling import GRID_IMAGES, encode_images, write_samples
+from pipeline.seeds import derive_seed
 from pipeline.temperature import check_held_out, choose_temperature
 from pipeline.trainers import fsvae_trainer, sdid_trainer, vqsvae_trainer
-from pipeline.training import Schedule, Trainer, derive_seed
+from pipeline.training import Schedule, Trainer
 
 STAGES = ("all", "vqsvae", "sdid", "sample", "inpaint", "evaluate")
 INPAINTED_IMAGES = 16
@@ -109,7 +110,7 @@ class Pipeline:
         if self._has_stage_1():
             return True
         o, data = self.options, self.data
-        torch.manual_seed(derive_seed(o.seed, 1))
+        torch.manual_seed(derive_seed(o.seed, "weights", 1))
         model = self.networks.new_autoencoder(*data.shape[:2])
         if not self.last:  # a training that goes on has its weights
             self.networks.begin_autoencoder(model)
@@ -133,7 +134,7 @@ class Pipeline:
         o = self.options
         vqsvae = self.load_autoencoder()
         codes = encode_images(vqsvae, self.data.train, self.machine, o.eval_batch_size)
-        torch.manual_seed(derive_seed(o.seed, 2))
+        torch.manual_seed(derive_seed(o.seed, "weights", 2))
         denoiser = self.machine.place(self._new_denoiser())
         if self.last.get("stage") != "sdid":  # a training that goes on has weights and prototypes
             self.networks.begin_denoiser(denoiser)
