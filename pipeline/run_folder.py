@@ -15,11 +15,10 @@ Of several processes at one run, one writes; in the others all that writes does 
 import fcntl
 import io
 import json
-import os
 import subprocess
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -29,12 +28,13 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+import files
 from errors import UserError
 from pipeline.distributed import by_writer
 
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy")
 
-LAST_VERSION = 2
+LAST_VERSION = 3
 """Of what last.pth holds: counts up when a program could misread the file of another."""
 
 IDENTITY = (
@@ -73,36 +73,14 @@ def _writing(path: Path) -> Iterator[None]:
 
 @by_writer
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there, so that a reader never meets half of it. Raises UserError.
-
-    When this returns the file is on the disk: a power loss afterwards leaves it, one before leaves the file of before.
-    """
-    fresh = path.with_name(path.name + ".part")
+    """Write a file whole, see `files.write_whole`. Raises UserError."""
     with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with fresh.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(path)
-        except OSError:
-            fresh.unlink(missing_ok=True)  # the disk may be full
-            raise
-        _sync_folder(path.parent)
+        files.write_whole(path, content)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file for people and programs, whole."""
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the disk keep the names of the files there."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # some network file systems cannot
-        os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def save_weights(path: Path, content: Any) -> None:
@@ -190,6 +168,9 @@ class RunFolder:
             raise UserError(f"another process is at work in {self.path}: wait for its end, or use a copy") from error
         except OSError:
             pass  # a file system without locks
+        else:
+            for folder in (self.path, self.denoiser.parent, self.samples, self.samples / "png"):
+                files.remove_parts(folder)
         self._lock = lock
 
     def write_config(self, options: dict[str, Any]) -> None:

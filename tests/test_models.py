@@ -327,7 +327,7 @@ def test_falls_back_to_spikingjelly_where_nothing_compiles(monkeypatch):
     images = torch.rand(4, 1, 12, 12, dtype=torch.float64)
     expected = model(images).images
     fused_lif._library.cache_clear()
-    monkeypatch.setattr(fused_lif, "_compile", lambda: (_ for _ in ()).throw(OSError("no C++ compiler found")))
+    monkeypatch.setattr(fused_lif, "_load", lambda: (_ for _ in ()).throw(OSError("no C++ compiler found")))
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
