@@ -16,31 +16,36 @@ AUTOENCODERS: dict[str, type[nn.Module]] = {"snn-vq-vae": VQSVAE, "vq-vae": VQVA
 
 
 def model_options(name: str) -> tuple[str, ...]:
-    """Names of the options of an autoencoder of the table; raises ValueError naming the valid models."""
-    if name not in AUTOENCODERS:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(AUTOENCODERS)}")
-    return tuple(inspect.signature(AUTOENCODERS[name]).parameters)
+    """Names of the options of an autoencoder of the table; raises ValueError naming the valid ones."""
+    return _options(AUTOENCODERS, name)
 
 
-def build_denoiser(name: str, **options: Any) -> nn.Module:
-    """A denoiser of the table, with those of the `options` that it has."""
-    return _build(DENOISERS[name], options)
+def denoiser_options(name: str) -> tuple[str, ...]:
+    """Names of the options of a denoiser of the table; raises ValueError naming the valid ones."""
+    return _options(DENOISERS, name)
 
 
 def build_model(name: str, **options: Any) -> nn.Module:
-    """An autoencoder of the table with those of the `options` that it has.
-
-    Raises ValueError naming the valid models, and for an option that no model has.
-    """
-    model_options(name)  # raises where there is no such model
-    strange = set(options).difference(*map(model_options, AUTOENCODERS))
-    if strange:
-        raise ValueError(f"no model has the option {', '.join(sorted(strange))}")
-    return _build(AUTOENCODERS[name], options)
+    """An autoencoder of the table; raises ValueError, which names the valid ones, for a wrong name or option."""
+    return _build(AUTOENCODERS, name, options)
 
 
-def _build(kind: type[nn.Module], options: dict[str, Any]) -> nn.Module:
-    return kind(**{key: options[key] for key in inspect.signature(kind).parameters if key in options})
+def build_denoiser(name: str, **options: Any) -> nn.Module:
+    """A denoiser of the table; raises ValueError, which names the valid ones, for a wrong name or option."""
+    return _build(DENOISERS, name, options)
+
+
+def _options(table: dict[str, type[nn.Module]], name: str) -> tuple[str, ...]:
+    if name not in table:
+        raise ValueError(f"unknown network {name!r}: choose one of {', '.join(table)}")
+    return tuple(inspect.signature(table[name]).parameters)
+
+
+def _build(table: dict[str, type[nn.Module]], name: str, options: dict[str, Any]) -> nn.Module:
+    known = _options(table, name)
+    if strange := sorted(set(options).difference(known)):
+        raise ValueError(f"{name} has no option {', '.join(strange)}: its options are {', '.join(known)}")
+    return table[name](**options)
 
 
 __all__ = [
@@ -53,5 +58,6 @@ __all__ = [
     "ResidualSDID",
     "build_denoiser",
     "build_model",
+    "denoiser_options",
     "model_options",
 ]

@@ -2,7 +2,7 @@
 
 On the CPU, SpikingJelly's multi-step LIF is a loop of tensor operations over the spike steps, each of which reads
 and writes the whole activation. `fused_lif.cpp` keeps the membrane potential in registers instead. It is compiled by
-the system's C++ compiler on first use and kept in the user's cache folder; where nothing can be compiled,
+the system's C++ compiler on first use and kept in the cache, if that can be written; where nothing can be compiled,
 `available()` says so once and the networks run on SpikingJelly's neuron. Same mathematics, same gradients.
 """
 
@@ -21,17 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from files import from_cache, to_cache
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
     *("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno"),
     *("-fno-trapping-math", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
 )
 NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/spiking-diffusion`, or `~/.cache/spiking-diffusion` where the variable is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spiking-diffusion"
 
 
 def _processor() -> str:
@@ -43,33 +40,41 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _compile() -> Path:
-    """Compile the kernels, or find them compiled. Raises OSError or subprocess.CalledProcessError."""
+def _load() -> ctypes.CDLL:
+    """The kernels from the cache, or compiled now. Raises OSError or subprocess.CalledProcessError."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler found")
     key = "\n".join((compiler, *FLAGS, platform.machine(), _processor(), SOURCE.read_text(encoding="utf-8")))
-    cache = cache_folder()
-    library = cache / f"fused_lif-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            fresh = Path(folder) / library.name
-            subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)],
-                check=True,
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-            )
-            fresh.replace(library)
-    return library
+    name = f"fused_lif-{hashlib.sha256(key.encode()).hexdigest()[:16]}.summed.so"
+    kept = from_cache(name, _load_checked)
+    if kept:
+        return kept
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Path(folder) / name
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)]
+        subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
+        content = fresh.read_bytes()
+        return ctypes.CDLL(str(to_cache(name, content + _checksum(content)) or fresh))
+
+
+def _checksum(content: bytes) -> bytes:
+    """What stands at the end of a library in the cache, where loaders do not look."""
+    return hashlib.sha256(content).digest()
+
+
+def _load_checked(path: Path) -> ctypes.CDLL:
+    """A library of the cache. Raises ValueError if it is damaged: to run it would end the process, or worse."""
+    content = path.read_bytes()
+    if _checksum(content[:-32]) != content[-32:]:
+        raise ValueError("wrong checksum")
+    return ctypes.CDLL(str(path))
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(str(_compile()))
+        return _load()
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
         warnings.warn(

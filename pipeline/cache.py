@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import UserError
-from models.fused_lif import cache_folder
-from pipeline.files import write_whole
+from files import from_cache, to_cache
 
 Arrays = dict[str, np.ndarray]
 
@@ -30,23 +28,20 @@ def digest(*parts: Tensor | Mapping[str, Tensor] | str) -> str:
 
 
 def cached(name: str, compute: Callable[[], Arrays]) -> Arrays:
-    """The arrays kept under `name`, which must say all they depend on; computed and kept if there are none.
+    """The arrays kept under `name`, which must say all they depend on; else computed, and kept where that is possible.
 
-    Raises UserError where the file is damaged (each array in it has a checksum) or cannot be written.
+    A file that is damaged (each array in it has a checksum) is replaced, with a warning.
     """
-    path = cache_folder() / f"{name}.npz"
-    if path.exists():
-        return _read(path)
+    kept = from_cache(f"{name}.npz", _read)
+    if kept is not None:
+        return kept
     arrays = compute()
     buffer = io.BytesIO()
     np.savez(buffer, names=np.array(list(arrays)), **arrays)
-    write_whole(path, buffer.getvalue())
+    to_cache(f"{name}.npz", buffer.getvalue())
     return arrays
 
 
 def _read(path: Path) -> Arrays:
-    try:
-        with np.load(path) as archive:
-            return {name: archive[name] for name in archive["names"]}  # a damaged index may lose some
-    except Exception as error:  # damage shows in the archive, a checksum or the arrays, each with its own error
-        raise UserError(f"{path} is damaged ({type(error).__name__}): delete it, it is computed again") from error
+    with np.load(path) as archive:
+        return {name: archive[name] for name in archive["names"]}  # a damaged index may lose some

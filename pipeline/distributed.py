@@ -20,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from errors import UserError
 from models import fused_lif
+from pipeline.seeds import own_seed
 
 TIMEOUT = timedelta(minutes=30)  # of a process that says nothing: some wait while one trains a feature network
 
@@ -125,8 +126,8 @@ def share_of_batch(count: int) -> tuple[slice, float]:
 
 
 def own_noise(generator: torch.Generator) -> torch.Generator:
-    """The generator, seeded anew where another process has the same: of its own for each process, but the first."""
-    return generator.manual_seed(generator.initial_seed() + rank()) if rank() else generator
+    """The generator, just seeded alike in all processes, with a seed of its own in each but the first."""
+    return generator.manual_seed(own_seed(generator.initial_seed(), rank())) if rank() else generator
 
 
 def gather(parts: list[Tensor]) -> Tensor:

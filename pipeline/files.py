@@ -2,16 +2,16 @@
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import files
 from errors import UserError
 from pipeline.distributed import by_writer
 
@@ -30,38 +30,14 @@ def writing(path: Path) -> Iterator[None]:
 
 @by_writer
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there, so that a reader never meets half of it. Raises UserError.
-
-    When this returns the file is on the disk: a power loss afterwards leaves it, one before leaves the file of before.
-    """
-    fresh = path.with_name(path.name + ".part")
+    """Write a file whole, see `files.write_whole`. Raises UserError."""
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with fresh.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(path)
-        except OSError:
-            fresh.unlink(missing_ok=True)  # the disk may be full
-            raise
-        _sync_folder(path.parent)
+        files.write_whole(path, content)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file for people and programs, whole."""
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the disk keep the names of the files there."""
-    with suppress(OSError):  # Windows cannot open a folder, some network file systems cannot synchronise it
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def save_weights(path: Path, content: Any) -> None:

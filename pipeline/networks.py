@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from errors import UserError
-from models import AUTOENCODERS, DENOISERS, build_denoiser, build_model
+from models import AUTOENCODERS, DENOISERS, build_denoiser, build_model, denoiser_options, model_options
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.cache import digest
 from pipeline.distributed import from_writer
@@ -16,6 +16,7 @@ from pipeline.files import load_weights
 from pipeline.machine import Machine, Network
 from pipeline.options import Options
 from pipeline.run_folder import RunFolder
+from pipeline.seeds import derive_seed
 
 
 class Networks:
@@ -40,7 +41,8 @@ class Networks:
         o = self.options.autoencoder
         shape = {"channels": channels, "image_size": image_size, "hidden": o.hidden_channels}
         keys = ("codebook_size", "embedding_dim", "clipped_error", "revive_codes")
-        return build_model(o.model, **shape, **self._of_the_options(*keys), **self._not_in_weights())
+        options = {**shape, **self._of_the_options(*keys), **self._not_in_weights()}
+        return build_model(o.model, **_chosen(model_options(o.model), options))
 
     def new_denoiser(self, grid: tuple[int, int], images: int) -> nn.Module:
         """What stage 2 begins with, still on the CPU, for a `grid` (h, w) of codes and so many training images."""
@@ -49,7 +51,7 @@ class Networks:
         codes = self.options.autoencoder.codebook_size
         how = {"codebook_size": codes, "spike_steps": self._denoiser_spike_steps, "grid": grid}
         try:
-            return build_denoiser(o.denoiser, **shape, **how)
+            return build_denoiser(o.denoiser, **_chosen(denoiser_options(o.denoiser), shape | how))
         except ValueError as error:
             raise UserError(f"--denoiser_channels {o.denoiser_channels}: {error}") from error
 
@@ -74,7 +76,7 @@ class Networks:
         prototypes = denoiser.prototypes
 
         def fitted() -> dict[str, Tensor]:
-            prototypes.fit(codes, autoencoder.vq_layer, self.options.run.seed)
+            prototypes.fit(codes, autoencoder.vq_layer, derive_seed(self.options.run.seed, "prototypes", 2))
             return {name: value.cpu() for name, value in prototypes.state_dict().items()}
 
         if prototypes:
@@ -84,7 +86,7 @@ class Networks:
         """The trained autoencoder, shaped after its weights, for images of so many channels."""
         path, model = self.autoencoder_path, self.options.autoencoder.model
         kind = f"the autoencoder {model}, which a run keeps in model.pth"
-        build = partial(build_model, model, **self._not_in_weights())
+        build = partial(build_model, model, **_chosen(model_options(model), self._not_in_weights()))
         autoencoder = self._load(path, kind, build, AUTOENCODERS[model].options_of)
         if autoencoder.channels != channels:
             data = self.options.data.dataset_name
@@ -147,3 +149,8 @@ class Networks:
         except (KeyError, AttributeError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{path} does not hold the weights of {kind}") from error
         return self.machine.place(network)
+
+
+def _chosen(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Of the options of all networks those with these names."""
+    return {name: options[name] for name in names if name in options}

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+import files
 from errors import UserError
 from pipeline.distributed import by_writer
 from pipeline.files import load_checkpoint, save_weights, write_json, write_whole, writing
@@ -39,7 +40,7 @@ FIGURE_KEYS = {"name", "value", "protocol", "split", "num_generated", "num_real"
 FIXED = (*with_role(Role.TRAINING), "start_from", "data")
 """What config.json and last.pth must agree on."""
 
-LAST_VERSION = 2
+LAST_VERSION = 3
 """Of what last.pth holds: counts up when a program could misread the file of another."""
 
 
@@ -111,6 +112,9 @@ class RunFolder:
             raise UserError(f"another process is at work in {self.path}: wait for its end, or use a copy") from error
         except (OSError, NotImplementedError):
             pass  # a file system without locks
+        else:
+            for folder in (self.path, self.denoiser.parent, self.samples, self.samples / "png"):
+                files.remove_parts(folder)
         self._lock = lock
 
     def write_config(self, options: dict[str, Any]) -> None:

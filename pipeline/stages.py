@@ -25,9 +25,10 @@ from pipeline.networks import Networks
 from pipeline.options import METRICS, SAMPLE_METRICS, as_written
 from pipeline.pictures import GREY, grid, save_png
 from pipeline.sampling import GRID_IMAGES, encode_images, read_samples, write_samples, write_single_files
+from pipeline.seeds import derive_seed
 from pipeline.temperature import check_held_out, choose_temperature
 from pipeline.trainers import fsvae_trainer, sdid_trainer, vqsvae_trainer
-from pipeline.training import Schedule, Trainer, derive_seed
+from pipeline.training import Schedule, Trainer
 
 INPAINTED_IMAGES = 16
 FILLINGS = 4  # of each image
@@ -119,7 +120,7 @@ class Pipeline:
         if self._has_stage_1():
             return True
         o, data = self.options.training, self.data
-        torch.manual_seed(derive_seed(self.options.run.seed, 1))
+        torch.manual_seed(derive_seed(self.options.run.seed, "weights", 1))
         model = self.networks.new_autoencoder(*data.shape[:2])
         if not self.last:  # a training that goes on has its weights
             self.networks.begin_autoencoder(model)
@@ -143,7 +144,7 @@ class Pipeline:
         o = self.options.training
         vqsvae = self.load_autoencoder()
         codes = encode_images(vqsvae, self.data.train, self.machine, self.options.sampling.eval_batch_size)
-        torch.manual_seed(derive_seed(self.options.run.seed, 2))
+        torch.manual_seed(derive_seed(self.options.run.seed, "weights", 2))
         denoiser = self.machine.place(self._new_denoiser())
         if self.last.get("stage") != "sdid":  # a training that goes on has weights and prototypes
             self.networks.begin_denoiser(denoiser)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -19,6 +18,7 @@ from pipeline.files import save_weights
 from pipeline.interruption import Interruption
 from pipeline.machine import Machine
 from pipeline.run_folder import RunFolder
+from pipeline.seeds import derive_seed
 
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}  # of the loss; a GPU would have to be waited for
 WARM_UP = 0.02  # share of the steps
@@ -57,11 +57,6 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)
-
-
-def derive_seed(*numbers: int) -> int:
-    """One seed from several numbers: every epoch and step has its own, so resuming needs no random state."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Trainer:
@@ -172,9 +167,7 @@ class Trainer:
     def _train_epoch(self, deadline: float, interruption: Interruption) -> bool:
         """The rest of the current epoch; False if a signal came, or the time was over, before its end."""
         schedule, progress, count = self.schedule, self.progress, len(self.examples)
-        epoch_seed = (schedule.seed, self.number, progress.epoch)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(*epoch_seed)))
-        batches = order.to(self.examples.device).split(schedule.batch_size)
+        batches = self._shuffled("order", progress.epoch).split(schedule.batch_size)
         generator = torch.Generator(self.machine.device)
         first = progress.step * schedule.batch_size
         saved = time.monotonic()
@@ -183,8 +176,8 @@ class Trainer:
         hidden = None if distributed.is_writer() else True  # None: where stderr is no terminal
         with tqdm(total=count, initial=first, desc=self.title, unit=" images", leave=False, disable=hidden) as bar:
             for indices in batches[progress.step :]:
-                generator.manual_seed(derive_seed(*epoch_seed, progress.step))
-                self._set_lr(self._done(progress.step))
+                self._seed(generator, "noise", progress.epoch * self.steps + progress.step)
+                self._set_lr()
                 self._fix_norms()
                 losses = self._step(self.examples[indices], generator)
                 for name, value in losses.items():
@@ -232,13 +225,22 @@ class Trainer:
                 good = f"{self.run.last} is the last good checkpoint" if saved else "nothing is saved yet"
                 raise UserError(f"{where}; {good}: begin a new run with a lower --lr, or try --precision float32")
 
-    def _done(self, step: int) -> float:
+    def _shuffled(self, purpose: str, index: int = 0) -> Tensor:
+        """The numbers of all examples in a random order, `[N]` on the device of the examples."""
+        generator = self._seed(torch.Generator(), purpose, index)
+        return torch.randperm(len(self.examples), generator=generator).to(self.examples.device)
+
+    def _seed(self, generator: torch.Generator, purpose: str, index: int) -> torch.Generator:
+        """Seed a generator for this purpose in this stage."""
+        return generator.manual_seed(derive_seed(self.schedule.seed, purpose, self.number, index))
+
+    def _done(self, step: float) -> float:
         """The share of the schedule that is done before this step of the current epoch."""
         return (self.progress.epoch + step / self.steps) / self.schedule.epochs
 
-    def _set_lr(self, done: float) -> None:
-        """The learning rate when this share of the schedule is done."""
-        factor = LR_SCHEDULES[self.schedule.lr_schedule](done)
+    def _set_lr(self) -> None:
+        """The learning rate of the current step: that in its middle, since a schedule may begin and end at 0."""
+        factor = LR_SCHEDULES[self.schedule.lr_schedule](self._done(self.progress.step + 0.5))
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.lr * factor
 
@@ -273,9 +275,10 @@ class Trainer:
         for norm in norms:
             norm.reset_running_stats()
             norm.train().momentum = None  # the mean over all batches
-        generator = torch.Generator(self.machine.device).manual_seed(derive_seed(self.schedule.seed, self.number))
-        order = torch.randperm(len(self.examples), generator=torch.Generator().manual_seed(self.schedule.seed))
-        for indices in order[:CALIBRATION_IMAGES].to(self.examples.device).split(self.schedule.batch_size):
+        generator = torch.Generator(self.machine.device)
+        chosen = self._shuffled("statistics order")[:CALIBRATION_IMAGES]
+        for batch, indices in enumerate(chosen.split(self.schedule.batch_size)):
+            self._seed(generator, "statistics", batch)
             part, _ = distributed.share_of_batch(len(indices))
             with self.machine.autocast():
                 self.losses(network, self.examples[indices], part, generator)

@@ -9,7 +9,20 @@ from torch import nn
 
 from diffusion.absorbing import AbsorbingDiffusion
 from metrics.energy import count
-from models import AUTOENCODERS, FSVAE, SDID, VQSVAE, VQVAE, ResidualSDID, build_model, fused_lif, model_options
+from models import (
+    AUTOENCODERS,
+    DENOISERS,
+    FSVAE,
+    SDID,
+    VQSVAE,
+    VQVAE,
+    ResidualSDID,
+    build_denoiser,
+    build_model,
+    denoiser_options,
+    fused_lif,
+    model_options,
+)
 from models.quantizer import Codebook
 from models.spiking import LIF, SpikingStack, lif_step, membrane_weights, set_plain
 
@@ -39,19 +52,27 @@ def test_unknown_model_names_the_valid_ones():
     for function in (build_model, model_options):
         with pytest.raises(ValueError, match="snn-vq-vae, vq-vae, snn-vae"):
             function("snn-vq-vea")
+    for function in (build_denoiser, denoiser_options):
+        with pytest.raises(ValueError, match="sdid, residual"):
+            function("snn-vq-vae")
 
 
-def test_a_model_gets_the_options_that_it_has():
-    """One set of options for all; what a model has not, it is not given; what none has is a mistake."""
-    options = dict(channels=3, codebook_size=20, embedding_dim=6, spike_steps=2, hidden=4, image_size=12)
-    models = {name: build_model(name, **options) for name in AUTOENCODERS}
-    assert [type(model) for model in models.values()] == [VQSVAE, VQVAE, FSVAE]
-    assert models["snn-vq-vae"].vq_layer.spike_steps == models["snn-vae"].spike_steps == 2
-    assert {model.channels for model in models.values()} == {3}
-    assert "readout" in model_options("snn-vq-vae")
+@pytest.mark.parametrize(
+    ("build", "options_of", "table"),
+    [(build_model, model_options, AUTOENCODERS), (build_denoiser, denoiser_options, DENOISERS)],
+    ids=["autoencoder", "denoiser"],
+)
+def test_a_network_takes_its_own_options_alone(build, options_of, table):
+    values = dict(channels=3, codebook_size=20, embedding_dim=6, spike_steps=2, hidden=4, image_size=12, width=16)
+    for name, kind in table.items():
+        own = {key: value for key, value in values.items() if key in options_of(name)}
+        assert type(build(name, **own)) is kind
+        others = values.keys() - own.keys()
+        for strange in ("widht", *others):  # misspelt, or of another network
+            with pytest.raises(ValueError, match=f"^{name} has no option {strange}: its options are "):
+                build(name, **own, **{strange: 4})
     assert set(model_options("vq-vae")) == {"channels", "codebook_size", "embedding_dim", "hidden"}
-    with pytest.raises(ValueError, match="hiden"):
-        build_model("vq-vae", hiden=4)
+    assert build_denoiser("sdid", width=4).conv1[0].out_channels == 4
 
 
 OPTIONS = {
@@ -306,7 +327,7 @@ def test_falls_back_to_spikingjelly_where_nothing_compiles(monkeypatch):
     images = torch.rand(4, 1, 12, 12, dtype=torch.float64)
     expected = model(images).images
     fused_lif._library.cache_clear()
-    monkeypatch.setattr(fused_lif, "_compile", lambda: (_ for _ in ()).throw(OSError("no C++ compiler found")))
+    monkeypatch.setattr(fused_lif, "_load", lambda: (_ for _ in ()).throw(OSError("no C++ compiler found")))
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
