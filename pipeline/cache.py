@@ -1,31 +1,16 @@
 """What is computed once for a data set and kept between runs, in the user's cache folder."""
 
-import hashlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from errors import UserError
 from models.fused_lif import cache_folder
 from pipeline.run_folder import write_whole
 
 Arrays = dict[str, np.ndarray]
-
-
-def digest(*parts: Tensor | Mapping[str, Tensor] | str) -> str:
-    """Sixteen hexadecimal digits that stand for the contents of tensors, state dicts and strings, in this order."""
-    sha = hashlib.sha256()
-    for part in parts:
-        for name, value in part.items() if isinstance(part, Mapping) else [("", part)]:
-            if isinstance(value, Tensor):
-                sha.update(f"{name} {value.dtype} {list(value.shape)};".encode())
-                sha.update(value.detach().cpu().contiguous().numpy().data)
-            else:
-                sha.update(f"{value};".encode())
-    return sha.hexdigest()[:16]
 
 
 def cached(name: str, compute: Callable[[], Arrays]) -> Arrays:
