@@ -4,26 +4,27 @@
 damaged or unreadable, options that do not fit) raises `UserError`.
 """
 
+import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10, EMNIST, KMNIST, MNIST, FashionMNIST
 
 from errors import UserError
+from image_files import Images, expand, find_images, identity, read_images, reason
 
-PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
-GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N")
 DOWNSAMPLING = 4  # side of an image over side of its grid of codes
 
 
@@ -38,11 +39,32 @@ class Split(NamedTuple):
         return Split(self.images[which].contiguous(), None if self.labels is None else self.labels[which])
 
 
+class Source(NamedTuple):
+    """Both splits of a data set, and the names of its classes in the order of the labels, or None without labels."""
+
+    train: Split
+    test: Split
+    class_names: tuple[str, ...] | None = None
+
+
+def digest(*parts: Tensor | Mapping[str, Tensor] | str) -> str:
+    """Sixteen hexadecimal digits that stand for the contents of tensors, state dicts and strings, in this order."""
+    sha = hashlib.sha256()
+    for part in parts:
+        for name, value in part.items() if isinstance(part, Mapping) else [("", part)]:
+            if isinstance(value, Tensor):
+                sha.update(f"{name} {value.dtype} {list(value.shape)};".encode())
+                sha.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            else:
+                sha.update(f"{value};".encode())
+    return sha.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class ImageData:
     """A data set: `train`, `test` and `held_out` (training images kept from training), uint8 [N,C,H,W], 0 black to 255.
 
-    Labels are int64 [N], classes from 0, or None where a set has no classes.
+    Labels are int64 [N], classes from 0 in the order of `class_names`; all of them are None where a set has no classes.
     """
 
     name: str
@@ -51,22 +73,13 @@ class ImageData:
     held_out: Tensor
     train_labels: Tensor | None = None
     test_labels: Tensor | None = None
+    held_out_labels: Tensor | None = None
+    class_names: tuple[str, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return tuple(self.train.shape[1:])
-
-    @property
-    def fingerprint(self) -> dict:
-        """TEMPORARY."""
-        import hashlib
-
-        sides = {"train": self.train, "held_out": self.held_out, "test": self.test}
-        return {
-            k: {"count": len(v), "sha256": hashlib.sha256(v.contiguous().numpy().data).hexdigest()[:16]}
-            for k, v in sides.items()
-        }
 
     @property
     def variance(self) -> float:
@@ -78,6 +91,19 @@ class ImageData:
         level = torch.arange(256, dtype=torch.float64) / 255
         mean = (share * level).sum()
         return (share * (level - mean).square()).sum().item()
+
+    @cached_property
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """For each split the number of its images, `count`, and a digest of images and labels, `sha256` (16 digits)."""
+        splits = {
+            "train": (self.train, self.train_labels),
+            "held_out": (self.held_out, self.held_out_labels),
+            "test": (self.test, self.test_labels),
+        }
+        return {
+            name: {"count": len(images), "sha256": digest(images) if labels is None else digest(images, labels)}
+            for name, (images, labels) in splits.items()
+        }
 
 
 def load_dataset(
@@ -101,13 +127,14 @@ def load_dataset(
     options = {key: value for key, value in wanted.items() if value is not None}
     if options and DATASETS[name] is not _load_folder:
         raise UserError(f"{' and '.join(options)} can be chosen for ImageFolder only: leave out for {name}")
-    train, test = DATASETS[name](Path(data_path).expanduser(), train_images, **options)
+    train, test, class_names = DATASETS[name](expand(data_path), train_images, **options)
     if held_out >= len(train.images):
         raise UserError(f"held_out is {held_out}, but must be less than the {len(train.images)} training images")
     apart = torch.zeros(len(train.images), dtype=torch.bool)
     apart[torch.arange(held_out) * len(apart) // max(held_out, 1)] = True
-    kept, test = train.take(~apart), test.take(slice(None))
-    return ImageData(name, kept.images, test.images, train.images[apart], kept.labels, test.labels)
+    kept, held, test = train.take(~apart), train.take(apart), test.take(slice(None))
+    labels = kept.labels, test.labels, held.labels
+    return ImageData(name, kept.images, test.images, held.images, *labels, class_names)
 
 
 def _up_to(count: int | None, total: int) -> slice:
@@ -115,11 +142,6 @@ def _up_to(count: int | None, total: int) -> slice:
     if count is not None and not 1 <= count <= total:
         raise UserError(f"train_images is {count}, but must be from 1 to {total}, the size of the split")
     return slice(count)
-
-
-def _reason(error: Exception) -> str:
-    """The last line of an error, where torchvision and Pillow say what happened."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 # ---- sets that torchvision reads and downloads ----
@@ -133,7 +155,7 @@ def _load_torchvision(
     to_nchw: Callable[[Tensor], Tensor],
     root: Path,
     train_images: int | None,
-) -> tuple[Split, Split]:
+) -> Source:
     """Both splits of `source`, whose `files` lie in `root/folder` or are fetched from `url`.
 
     torchvision looks for the files first: `download=True` stays off the network where they are present.
@@ -141,18 +163,22 @@ def _load_torchvision(
     try:
         with redirect_stdout(io.StringIO()):  # some versions narrate each file; the progress bar stays
             splits = [source(root, train=train, download=True) for train in (True, False)]
+        images = [to_nchw(torch.as_tensor(split.data)) for split in splits]
+        targets = [torch.as_tensor(split.targets) for split in splits]
+        for some, theirs in zip(images, targets, strict=True):
+            if len(some) != len(theirs):
+                raise ValueError(f"{len(some)} images have {len(theirs)} labels")
+        present, labels = torch.cat(targets).unique(return_inverse=True)
+        class_names = tuple(splits[0].classes[label] for label in present)
     except Exception as error:  # a bad file or connection raises anything from AssertionError to zlib.error
         missing = [file for file in files if not os.path.isfile(root / folder / file)]
         if missing:
-            cause = f"{root / folder} lacks {', '.join(missing)} and the download failed ({_reason(error)})"
+            cause = f"{root / folder} lacks {', '.join(missing)} and the download failed ({reason(error)})"
             raise UserError(f"{cause}: put the files there, they come from {url}") from error
-        cause = f"a file in {root / folder} is damaged or unreadable ({_reason(error)})"
+        cause = f"a file in {root / folder} is damaged or unreadable ({reason(error)})"
         raise UserError(f"{cause}: delete {', '.join(files)} there to download them again") from error
-    images = [to_nchw(torch.as_tensor(split.data)) for split in splits]
-    classes = torch.cat([torch.as_tensor(split.targets) for split in splits]).unique(return_inverse=True)[1]
-    labels = classes.split([len(split) for split in images])
-    train, test = (Split(*pair) for pair in zip(images, labels, strict=True))
-    return train.take(_up_to(train_images, len(train.images))), test
+    train, test = map(Split, images, labels.split([len(some) for some in images]))
+    return Source(train.take(_up_to(train_images, len(train.images))), test, class_names)
 
 
 def _mnist_like(source: type[MNIST]) -> Callable:
@@ -165,7 +191,7 @@ def _mnist_like(source: type[MNIST]) -> Callable:
 # ---- the set that comes with scikit-learn ----
 
 
-def _load_digits(root: Path, train_images: int | None) -> tuple[Split, Split]:
+def _load_digits(root: Path, train_images: int | None) -> Source:
     """1,797 handwritten digits, 8x8 with levels 0 to 16, enlarged to [1,28,28].
 
     Every fifth image, from the first, is test: 1,437 and 360. `root` is not used: the files are bundled.
@@ -178,93 +204,99 @@ def _load_digits(root: Path, train_images: int | None) -> tuple[Split, Split]:
     images = images.round().clamp(0, 255).byte()  # bicubic overshoots at edges
     both, is_test = Split(images, torch.from_numpy(digits.target)), torch.arange(len(images)) % 5 == 0
     train = both.take(~is_test)
-    return train.take(_up_to(train_images, len(train.images))), both.take(is_test)
+    class_names = tuple(map(str, digits.target_names))
+    return Source(train.take(_up_to(train_images, len(train.images))), both.take(is_test), class_names)
 
 
-# ---- a person's own pictures ----
+# ---- a user's own images ----
 
 
-def _load_folder(
-    root: Path, train_images: int | None, image_size: int = 32, channels: int | None = None
-) -> tuple[Split, Split]:
-    """Every picture under `root`, as squares of `image_size` pixels, in sorted order of their paths.
+def _load_folder(root: Path, train_images: int | None, image_size: int = 32, channels: int | None = None) -> Source:
+    """The images that `find_images` finds at `root`, as squares of `image_size` pixels.
 
-    If `root` has both folders `train` and `test`, these are the splits; otherwise every tenth picture, from
-    the first, is test. `channels` None means 1 if every training picture is grey, else 3. Sorted order goes
-    class by class where each class has its folder, so the first `train_images` may be of one class.
+    If `root` has the folders `train` and `test`, or else `train` and `val`, these are the splits; otherwise every tenth
+    image in sorted order, from the first, is test. Images of different folders alternate, so that the first
+    `train_images` come evenly from all folders. Labels are as `_class_names` says. `channels` None means 1 if every
+    training image is grey, else 3.
     """
     if image_size < 1 or image_size % DOWNSAMPLING:
         raise UserError(f"image_size is {image_size}, but must be a positive multiple of {DOWNSAMPLING}")
     if channels not in (None, 1, 3):
         raise UserError(f"channels is {channels}, but must be 1 (grey) or 3 (colour)")
-    if os.path.isdir(root / "train") and os.path.isdir(root / "test"):
-        train, test = _find_pictures(root / "train", at_least=1), _find_pictures(root / "test", at_least=1)
+    held_apart = next((name for name in ("test", "val") if os.path.isdir(root / name)), None)
+    if held_apart and os.path.isdir(root / "train"):
+        roots = root / "train", root / held_apart
+        train, test = map(find_images, roots)
+        _check_apart(train, test)
+        class_names = _class_names(_folders(train, roots[0]), _folders(test, roots[1]))
     else:
-        pictures = _find_pictures(root, at_least=2)
-        train, test = [path for i, path in enumerate(pictures) if i % 10], pictures[::10]
+        roots = root, root
+        images = find_images(root, at_least=2)
+        train, test = [image for i, image in enumerate(images) if i % 10], images[::10]
+        class_names = _class_names(_folders(images, root), _folders(images, root))
+    train, test = map(_alternate, (train, test), roots)
     train = train[_up_to(train_images, len(train))]  # before any is read: the rest may be many
-    channels = channels or (1 if all(map(_is_grey, train)) else 3)
-    return Split(_read_pictures(train, image_size, channels)), Split(_read_pictures(test, image_size, channels))
+    to_square = partial(ImageOps.fit, size=(image_size, image_size))  # shorter side resized (bicubic), centre kept
+    splits = []
+    for images, folder in zip((train, test), roots, strict=True):
+        pixels = torch.from_numpy(read_images(images, to_square, channels)).permute(0, 3, 1, 2)  # -> [N,C,H,W]
+        splits.append(Split(pixels, _labels(images, folder, class_names)))
+        channels = pixels.shape[1]
+    return Source(*splits, class_names)
 
 
-def _find_pictures(folder: Path, at_least: int) -> list[Path]:
-    """Sorted paths of the files under `folder` with a picture's ending; hidden ones are no one's pictures."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"cannot read folder {error.filename} ({error.strerror}): mend data_path") from error
-
-    found = []
-    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(parent, name) for name in files if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in PICTURE_ENDINGS]
-    if len(found) < at_least:
-        endings = " ".join(sorted(PICTURE_ENDINGS))
-        raise UserError(f"{folder} holds {len(found)} pictures ({endings}): put {at_least} or more there")
-    return sorted(found)
+def _check_apart(train: Sequence[Path], test: Sequence[Path]) -> None:
+    """Raise UserError if a test file is a training file, too."""
+    trained_on = {identity(path): path for path in train}
+    for path in test:
+        if twin := trained_on.get(identity(path)):
+            raise UserError(f"{path} is the same file as {twin}: remove one, since no test image may be trained on")
 
 
-@contextmanager
-def _open_picture(path: Path) -> Iterator[Image.Image]:
-    """The opened picture; whatever fails while it is in use is blamed on the file."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except Exception as error:  # each decoder has its own way to refuse damaged bytes
-        raise UserError(f"cannot read the picture {path} ({_reason(error)}): mend or remove it") from error
+def _folder_of(image: Path | np.ndarray, root: Path) -> tuple[str, ...]:
+    """Names of the folders between `root` and an image; none for an image from an array file."""
+    return image.relative_to(root).parts[:-1] if isinstance(image, Path) else ()
 
 
-def _is_grey(path: Path) -> bool:
-    with _open_picture(path) as image:
-        return image.mode in GREY_MODES
+def _folders(images: Images, root: Path) -> set[tuple[str, ...]]:
+    return {_folder_of(image, root) for image in images}
 
 
-def _read_pictures(paths: Sequence[Path], size: int, channels: int) -> Tensor:
-    """Pictures as uint8 [N,C,size,size]: shorter side resized (bicubic, antialiased), centre kept."""
-    mode = "L" if channels == 1 else "RGB"
-    images = torch.empty(len(paths), size, size, channels, dtype=torch.uint8)
-    for slot, path in zip(images, paths, strict=True):
-        with _open_picture(path) as image:
-            square = ImageOps.fit(_flatten_picture(image), (size, size)).convert(mode)
-        slot.copy_(torch.from_numpy(np.array(square)).view_as(slot))
-    return images.permute(0, 3, 1, 2)  # [N,H,W,C] -> [N,C,H,W]
+def _alternate(images: Images, root: Path) -> Images:
+    """Reordered so that each round has one image of every folder that has some left; folders are shuffled each round.
+
+    In a fixed order of folders, `held_out` images, every so many, might all be of one folder.
+    """
+    rounds: Counter[tuple[str, ...]] = Counter()
+    keys = []
+    for image in images:
+        folder = _folder_of(image, root)
+        shuffled = hashlib.sha256(f"{rounds[folder]} {folder}".encode()).digest()  # the same on every machine
+        keys.append((rounds[folder], shuffled))
+        rounds[folder] += 1
+    return [images[i] for i in sorted(range(len(images)), key=keys.__getitem__)]
 
 
-def _flatten_picture(image: Image.Image) -> Image.Image:
-    """The first frame, the right way up, in mode L or RGB, on white where it is transparent."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels, whose black and white are not defined")
-    if image.mode.startswith("I"):  # 16 bits, which some versions call "I"; Pillow would clip them at 255
-        levels = np.asarray(image) / (65535 / 255)
-        return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
-    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("L" if image.mode in GREY_MODES else "RGB")
+def _class_names(train: set[tuple[str, ...]], test: set[tuple[str, ...]]) -> tuple[str, ...] | None:
+    """Sorted names of the folders if they are classes, laid out as torchvision's ImageFolder has them; else None.
+
+    They are if every image lies exactly one folder below its split's root, the training images lie in at least two
+    folders, and no test image lies in a folder without training images.
+    """
+    if len(train) < 2 or not test <= train or any(len(folder) != 1 for folder in train):
+        return None
+    return tuple(sorted(name for (name,) in train))
 
 
-DATASETS: dict[str, Callable[..., tuple[Split, Split]]] = {
+def _labels(images: Images, root: Path, class_names: tuple[str, ...] | None) -> Tensor | None:
+    """Int64 [N], the place of each image's folder among the classes; None without classes."""
+    if class_names is None:
+        return None
+    number = {(name,): label for label, name in enumerate(class_names)}
+    return torch.tensor([number[_folder_of(image, root)] for image in images], dtype=torch.int64)
+
+
+DATASETS: dict[str, Callable[..., Source]] = {
     "MNIST": _mnist_like(MNIST),
     "FMNIST": _mnist_like(FashionMNIST),
     "KMNIST": _mnist_like(KMNIST),

@@ -1,30 +1,14 @@
 """What is computed once for a data set and kept between runs, in the user's cache folder."""
 
-import hashlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from files import from_cache, to_cache
 
 Arrays = dict[str, np.ndarray]
-
-
-def digest(*parts: Tensor | Mapping[str, Tensor] | str) -> str:
-    """Sixteen hexadecimal digits that stand for the contents of tensors, state dicts and strings, in this order."""
-    sha = hashlib.sha256()
-    for part in parts:
-        for name, value in part.items() if isinstance(part, Mapping) else [("", part)]:
-            if isinstance(value, Tensor):
-                sha.update(f"{name} {value.dtype} {list(value.shape)};".encode())
-                sha.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-            else:
-                sha.update(f"{value};".encode())
-    return sha.hexdigest()[:16]
 
 
 def cached(name: str, compute: Callable[[], Arrays]) -> Arrays:

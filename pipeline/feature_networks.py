@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datasets import ImageData
+from datasets import ImageData, digest
 from errors import UserError
 from metrics.classifier import Classifier
 from metrics.fad import FadAutoencoder, Statistics, fad_features, load_published, to_fad_range, to_fad_size
 from metrics.frechet import feature_statistics
-from pipeline.cache import cached, digest
+from pipeline.cache import cached
 from pipeline.machine import Machine
 
 BATCH_SIZE = 128

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from pipeline.checkpoints import write_json
 from pipeline.distributed import by_writer
-from pipeline.files import write_json
 from pipeline.machine import Machine, describe_machine
 from pipeline.run_folder import RunFolder, versions
 

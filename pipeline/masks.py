@@ -1,13 +1,12 @@
 """Which pixels of an image are hidden, to be filled in."""
 
-from pathlib import Path
+import os
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from errors import UserError
+from image_files import expand, find_images, read_images
 
 # y and x, the position in the image from 0 to 1
 MASKS = {
@@ -20,21 +19,20 @@ MASKS = {
 
 
 def hidden_pixels(mask: str, height: int, width: int) -> Tensor:
-    """Bool `[H,W]`: a mask of MASKS, or the bright pixels (128 and more) of a picture of this size.
+    """Bool `[H,W]`: a mask of MASKS, or the bright pixels (128 and more) of an image file of this size.
 
-    Raises UserError where `mask` is neither.
+    Raises UserError if `mask` is neither.
     """
     if mask in MASKS:
         y, x = (torch.arange(side).add(0.5) / side for side in (height, width))
         return MASKS[mask](y[:, None], x).expand(height, width)
-    names = ", ".join(MASKS)
-    if not Path(mask).is_file():
-        raise UserError(f"--mask {mask} is no file: name one of {names}, or a picture that is white where to fill in")
-    try:
-        with Image.open(mask) as picture:
-            hidden = torch.from_numpy(np.array(picture.convert("L")) >= 128)
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"--mask {mask} is no picture that can be read: name another, or one of {names}") from error
+    path, names = expand(mask), ", ".join(MASKS)
+    if not os.path.isfile(path):
+        raise UserError(f"--mask {mask} is no file: name one of {names}, or an image that is white where to fill in")
+    masks = read_images(find_images(path), channels=1)
+    if len(masks) != 1:
+        raise UserError(f"--mask {mask} holds {len(masks)} images: name a file with one, or one of {names}")
+    hidden = torch.from_numpy(masks[0, :, :, 0] >= 128)
     if hidden.shape != (height, width):
         shape = "x".join(map(str, reversed(hidden.shape)))
         raise UserError(f"--mask {mask} has {shape} pixels, the images have {width}x{height}: resize it")

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from datasets import digest
 from errors import UserError
 from models import AUTOENCODERS, DENOISERS, build_denoiser, build_model, denoiser_options, model_options
 from models.vq_autoencoder import VQAutoencoder
-from pipeline.cache import digest
+from pipeline.checkpoints import load_weights
 from pipeline.distributed import from_writer
-from pipeline.files import load_weights
 from pipeline.machine import Machine, Network
 from pipeline.options import Options
 from pipeline.run_folder import RunFolder

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from datasets import DATASETS
 from diffusion.absorbing import LOSSES, REVEAL_ORDERS
 from errors import UserError
+from image_files import expand
 from models import AUTOENCODERS, DENOISERS
 from models.quantizer import READOUTS, SPIKE_GENERATORS
 from pipeline.presets import PRESETS
@@ -63,14 +64,9 @@ def option(default: Any, help: str, role: Role = Role.SETTING, **how: Any) -> An
     return field(default=default, metadata={"option": Declaration(help, role, **how)})
 
 
-def expanded(text: str) -> Path:
-    """A path; `~` is the user's home."""
-    return Path(text).expanduser()
-
-
 def autoencoder_weights(text: str) -> Path:
     """A file of weights, or the one in a run folder."""
-    path = expanded(text)
+    path = expand(text)
     return path / "model.pth" if path.is_dir() else path
 
 
@@ -437,7 +433,7 @@ def reader(name: str) -> Callable[[str], Any]:
     if declared.parse:
         read = declared.parse
     elif kind is Path:
-        read = expanded
+        read = expand
     elif kind in (int, float) and not declared.choices:
         read = number(kind, declared.low, declared.high)
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from errors import UserError
-from pipeline.files import write_whole
+from pipeline.checkpoints import write_whole
 
 GREY = 128
 ZOOM = 3  # screen pixels per image pixel

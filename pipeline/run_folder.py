@@ -27,8 +27,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 import files
 from errors import UserError
+from pipeline.checkpoints import load_checkpoint, save_weights, write_json, write_whole, writing
 from pipeline.distributed import by_writer
-from pipeline.files import load_checkpoint, save_weights, write_json, write_whole, writing
 from pipeline.options import Role, with_role
 
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from pipeline import distributed
-from pipeline.files import write_whole
+from pipeline.checkpoints import write_whole
 from pipeline.machine import Machine
 from pipeline.pictures import encode_png, grid, save_png, to_float, to_uint8
 

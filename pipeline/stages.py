@@ -12,11 +12,11 @@ from datasets import ImageData, load_dataset
 from errors import UserError
 from models import AUTOENCODERS, FSVAE
 from models.vq_autoencoder import VQAutoencoder
+from pipeline.checkpoints import load_weights, save_weights
 from pipeline.configuration import Call
 from pipeline.distributed import from_writer
 from pipeline.evaluation import Evaluation
 from pipeline.figures import write_figures
-from pipeline.files import load_weights, save_weights
 from pipeline.generators import CodeDiffusion, Generator, PriorSampling
 from pipeline.machine import Machine
 from pipeline.masks import hidden_pixels

@@ -5,14 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import ImageData
+from datasets import ImageData, digest
 from errors import UserError
 from metrics.fad import FEATURES, fad_features
 from metrics.frechet import feature_statistics, frechet_distance
-from pipeline.cache import digest
+from pipeline.checkpoints import write_json
 from pipeline.distributed import from_writer, is_writer
 from pipeline.feature_networks import fad_network, reference_features
-from pipeline.files import write_json
 from pipeline.generators import CodeDiffusion
 from pipeline.run_folder import RunFolder
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from errors import UserError
 from pipeline import distributed
-from pipeline.files import save_weights
+from pipeline.checkpoints import save_weights
 from pipeline.interruption import Interruption
 from pipeline.machine import Machine
 from pipeline.run_folder import RunFolder

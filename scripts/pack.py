@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 import torch
 
 from errors import UserError
-from pipeline.files import load_weights, save_weights, write_json
+from pipeline.checkpoints import load_weights, save_weights, write_json
 from pipeline.options import DEFAULTS, Role, with_role
 from pipeline.run_folder import RunFolder
 from pipeline.terminal import print_anywhere

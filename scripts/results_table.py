@@ -17,8 +17,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 from errors import UserError
+from pipeline.checkpoints import write_whole
 from pipeline.figures import describe
-from pipeline.files import write_whole
 from pipeline.pictures import save_figure
 from pipeline.run_folder import RunFolder
 from pipeline.terminal import print_anywhere

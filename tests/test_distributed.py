@@ -17,7 +17,7 @@ from jobs import perform
 from test_improved import SMALL as IMPROVED
 
 from models import fused_lif
-from pipeline.files import load_checkpoint, load_weights
+from pipeline.checkpoints import load_checkpoint, load_weights
 from pipeline.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]

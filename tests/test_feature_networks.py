@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import ImageData
+from datasets import ImageData, digest
 from errors import UserError
 from metrics.classifier import accuracy, classifier_features, classifier_logits
 from metrics.fad import FadAutoencoder, fad_features, to_fad_range, to_fad_size
 from metrics.frechet import feature_statistics
 from pipeline import feature_networks
-from pipeline.cache import cache_folder, cached, digest
+from pipeline.cache import cache_folder, cached
 from pipeline.feature_networks import classifier, fad_network, reference_features
 from pipeline.machine import choose_machine
 

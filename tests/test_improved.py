@@ -13,7 +13,7 @@ from test_pipeline import assert_same_run, read_log, read_metrics
 from torch import nn
 
 from models.spiking import LIF, fire
-from pipeline.files import load_weights
+from pipeline.checkpoints import load_weights
 from pipeline.interruption import Interruption
 from pipeline.machine import Machine
 from pipeline.masks import MASKS, hidden_pixels

@@ -18,7 +18,7 @@ from datasets import load_dataset
 from errors import UserError
 from models import SDID, build_model
 from pipeline import run_folder, trainers, training
-from pipeline.files import load_checkpoint, load_weights
+from pipeline.checkpoints import load_checkpoint, load_weights
 
 KINDS = ("", "_without_spikes")
 WEIGHTS = ("model.pth", "diff_result/diff_model.pth")

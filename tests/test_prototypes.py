@@ -11,7 +11,7 @@ from models import ResidualSDID
 from models.prototypes import NO_PROTOTYPE, Prototypes
 from models.quantizer import Codebook
 from models.spiking import set_plain
-from pipeline.files import load_weights, write_json
+from pipeline.checkpoints import load_weights, write_json
 from pipeline.generators import CodeDiffusion
 from pipeline.machine import Machine
 from pipeline.run_folder import RunFolder

@@ -29,8 +29,8 @@ import files
 import main
 from datasets import load_dataset
 from errors import UserError
-from pipeline import cache, files, run_folder, trainers, training
-from pipeline.files import load_checkpoint, load_weights, save_weights
+from pipeline import cache, checkpoints, run_folder, trainers, training
+from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
 from pipeline.interruption import SIGNALS, Interrupted, Interruption
 from pipeline.options import build_parser
 from pipeline.run_folder import RunFolder
@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_synchronised(monkeypatch, tmp_path):
         return real(path, *more, **how)
 
     monkeypatch.setattr(files.os, "open", refuse)
-    files.write_json(tmp_path / "new" / "file.json", [1])
+    checkpoints.write_json(tmp_path / "new" / "file.json", [1])
     assert json.loads((tmp_path / "new" / "file.json").read_text()) == [1]
 
 

@@ -1,0 +1,236 @@
+"""The one reader of image files: which files are images, and what their pixels are.
+
+Training, `scripts/evaluate.py` and `--mask` all read through it. The processes that decode images import this module,
+so PyTorch stays out of it.
+"""
+
+import os
+import stat
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from joblib import Parallel, delayed
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from errors import UserError
+
+IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
+ARRAY_ENDINGS = {".npy", ".npz"}
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # not every one of Pillow's: EPS runs Ghostscript
+GREY_MODES = ("1", "L", "LA")
+MANY = 200  # more images than this are worth a progress bar and the second it takes to start processes
+CHUNK = 32  # images that a process is given at a time
+
+Images = Sequence[Path] | Sequence[np.ndarray]
+"""Image files, or pixels uint8 [H,W,1 or 3] of each image; those of an array file are one array [N,H,W,1 or 3]."""
+
+
+def expand(path: str | Path) -> Path:
+    """The path with `~` replaced; left alone if there is no such home."""
+    return Path(os.path.expanduser(path))
+
+
+def reason(error: Exception) -> str:
+    """The last line of an error, where Pillow, NumPy and torchvision say what happened."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+# ---- finding images ----
+
+
+def find_images(path: Path, at_least: int = 1) -> Images:
+    """The images at `path`: all image files under a folder, sorted; one image file; or the contents of an array file.
+
+    In a folder, files with an ending in IMAGE_ENDINGS count, including those in subfolders and behind links; hidden
+    files and folders do not. A file that can be reached on several paths counts once.
+
+    Raises UserError if there are fewer than `at_least` images, or if something cannot be read.
+    """
+    path = expand(path)
+    if not os.path.isfile(path):
+        images = _files_under(path)
+    elif path.suffix.lower() in ARRAY_ENDINGS:
+        images = _read_array(path)
+    else:
+        images = [path]
+    if len(images) < at_least:
+        endings = " ".join(sorted(IMAGE_ENDINGS))
+        raise UserError(f"{path} holds {len(images)} images ({endings}): put {at_least} or more there")
+    return images
+
+
+def identity(found: Path | os.DirEntry) -> tuple[int, int]:
+    """Device and inode, the same for all paths to one file or folder. Raises UserError if it is neither."""
+    try:
+        status = found.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {os.fspath(found)} ({error.strerror}): repair or remove it") from error
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # reading a pipe would never end
+        raise UserError(f"cannot read {os.fspath(found)} (neither a file nor a folder): remove it")
+    return status.st_dev, status.st_ino
+
+
+def _files_under(folder: Path) -> list[Path]:
+    files: dict[tuple[int, int], tuple[bool, str]] = {}  # for each file, whether its path is a link, and the path
+    visited, ahead = set(), deque([folder])
+    while ahead:
+        parent = ahead.popleft()
+        entries = _entries(parent)
+        if identity(parent) in visited:
+            continue
+        visited.add(identity(parent))
+        for entry in entries:
+            is_link = entry.is_symlink()
+            if os.path.isdir(entry) if is_link else entry.is_dir():  # isdir() is False where links go in a circle
+                # links go last, so that a folder is first visited under its own name
+                (ahead.append if is_link else ahead.appendleft)(Path(entry))
+            elif os.path.splitext(entry.name)[1].lower() in IMAGE_ENDINGS:
+                which, this = identity(entry), (is_link, entry.path)
+                files[which] = min(this, files.get(which, this))
+    return sorted((Path(path) for _, path in files.values()), key=lambda path: path.parts)
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What is not hidden in a folder, sorted by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"cannot read folder {folder} ({error.strerror}): check the path") from error
+
+
+# ---- reading them ----
+
+
+def read_images(
+    images: Images, prepare: Callable[[Image.Image], Image.Image] | None = None, channels: int | None = None
+) -> np.ndarray:
+    """Pixels of all images after `prepare`, uint8 [N,H,W,C]; C is `channels`, or else 1 if all are grey, 3 if not.
+
+    Many images are shared among the cores, with a progress bar. Raises UserError for a file that `read_image` refuses
+    and for one whose size differs from that of the first.
+    """
+    if isinstance(images, np.ndarray) and prepare is channels is None:
+        return images
+    many = len(images) > MANY
+    chunks = [images[i : i + CHUNK] for i in range(0, len(images), CHUNK)]
+    # processes rather than threads: opening a small image takes longer than decoding it, and holds Python's lock
+    workers = Parallel(n_jobs=-1 if many else 1, return_as="generator", max_nbytes=None)
+    hidden = None if many else True  # None: where stderr is no terminal
+    pixels: list[np.ndarray | UserError] = []
+    with tqdm(total=len(images), desc="reading images", unit=" images", leave=False, disable=hidden) as bar:
+        for chunk in workers(delayed(_read_chunk)(chunk, prepare, channels) for chunk in chunks):
+            pixels += chunk
+            bar.update(len(chunk))
+    _check(pixels, images)
+    stacked = np.empty((len(pixels), *pixels[0].shape[:2], max(one.shape[2] for one in pixels)), np.uint8)
+    for slot, one in zip(stacked, pixels, strict=True):
+        slot[...] = one  # grey is repeated
+    return stacked
+
+
+def _read_chunk(
+    images: Images, prepare: Callable[[Image.Image], Image.Image] | None, channels: int | None
+) -> list[np.ndarray | UserError]:
+    """Pixels [H,W,1 or 3] of each image, or what is wrong with it."""
+    mode = {1: "L", 3: "RGB"}.get(channels)
+
+    def read(source: Path | np.ndarray) -> np.ndarray | UserError:
+        try:
+            image = _from_pixels(source) if isinstance(source, np.ndarray) else read_image(source)
+        except UserError as error:
+            return error
+        image = prepare(image) if prepare else image
+        return np.array(image.convert(mode) if mode else image).reshape(image.height, image.width, -1)
+
+    return [read(source) for source in images]
+
+
+def _check(pixels: list[np.ndarray | UserError], images: Images) -> None:
+    """Raise UserError for the first image that could not be read, or that is not as large as the first."""
+    refused = [error for error in pixels if isinstance(error, UserError)]
+    if refused:
+        others = f" ({len(refused) - 1} more files are refused)" if len(refused) > 1 else ""
+        raise UserError(f"{refused[0]}{others}") from refused[0]
+    for one, image in zip(pixels, images, strict=True):
+        if one.shape[:2] != pixels[0].shape[:2]:
+            size, first = (f"{width}x{height}" for height, width, _ in (one.shape, pixels[0].shape))
+            raise UserError(f"{image} is {size}, but the images before it are {first}: make them all one size")
+
+
+def _from_pixels(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image in a file, with 8 bits, in mode "L" if it is grey and "RGB" if not.
+
+    Of several frames the first; turned upright as its EXIF says; on white where it is transparent; 16 bits scaled to 8.
+    Raises UserError if it cannot be read, is too large (Pillow's MAX_IMAGE_PIXELS), or has floating-point or 32-bit
+    pixels, whose black and white are not defined.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                ImageOps.exif_transpose(image, in_place=True)
+                return _flatten(image)
+    except Exception as error:  # each decoder has its own way to refuse damaged bytes
+        why = "it is not an image" if isinstance(error, UnidentifiedImageError) else reason(error)
+        raise UserError(f"cannot read the image {path} ({why}): repair or remove it") from error
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """An opened image in mode L or RGB, on white where it is transparent."""
+    if image.mode[0] in "IF":
+        levels = np.asarray(image)
+        if image.mode == "I" and image.format in ("PNG", "PPM"):
+            levels = levels.astype(np.uint16)  # in these formats "I" stands for 16 bits
+        grey = _to_8_bits(levels)
+        grey[levels == image.info.get("transparency")] = 255
+        return Image.fromarray(grey)
+    mode = "L" if image.mode in GREY_MODES else "RGB"
+    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert(mode)
+
+
+def _to_8_bits(levels: np.ndarray) -> np.ndarray:
+    """Levels of any type whose black and white are defined, as uint8. Raises ValueError for other types."""
+    match levels.dtype.kind, levels.dtype.itemsize:
+        case "b", _:
+            return levels * np.uint8(255)
+        case "u", 1:
+            return levels
+        case "u", 2:
+            return np.round(levels / 257).astype(np.uint8)  # 257 = 65535 / 255
+    raise ValueError(f"{levels.dtype} pixels, whose black and white are not defined")
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """Images uint8 [N,H,W,1 or 3] of an .npy file, or of an .npz file with one array or one named "images".
+
+    The array may lack the dimension of channels, or be a single image. Raises UserError if it is something else.
+    """
+    try:
+        loaded = np.load(path)
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            with loaded:
+                if "images" not in loaded and len(loaded.files) != 1:
+                    raise ValueError(f"{len(loaded.files)} arrays, none of them named images")
+                loaded = loaded["images" if "images" in loaded else loaded.files[0]]
+        array = np.asarray(loaded)
+        if array.shape[-1:] not in ((1,), (3,)):
+            array = array[..., None]
+        if array.ndim == 3:
+            array = array[None]
+        if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
+            raise ValueError(f"shape {list(loaded.shape)}, not [N,H,W], [N,H,W,1] or [N,H,W,3]")
+        return _to_8_bits(array)
+    except Exception as error:  # not an array file, not whole, or not of images
+        raise UserError(f"cannot read the images in {path} ({reason(error)}): repair or remove it") from error
