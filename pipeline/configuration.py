@@ -117,20 +117,18 @@ def _check_fixed(options: Options, run: RunFolder, saved: Mapping[str, Any]) -> 
 
 def _check_owners(options: Options) -> None:
     """Refuse options that the chosen networks do not have, instead of ignoring them."""
-    chosen = {options.autoencoder.model}
-    if chosen & set(DECLARATIONS["denoiser"].of):
-        chosen.add(options.denoiser.denoiser)
-    idle: dict[str, list[str]] = {}
+    model, denoiser = options.autoencoder.model, options.denoiser.denoiser
+    networks = {model, denoiser} if model in DECLARATIONS["denoiser"].of else {model}
+    preset = f"--preset {options.run.preset}"
     for key, value in options.values().items():
         owners = DECLARATIONS[key].of
-        if owners and not chosen & set(owners) and value != DEFAULTS[key]:
-            idle.setdefault(options.origins[key], []).append(f"--{key}")
-    networks = " with ".join(sorted(chosen, key=[options.autoencoder.model].count, reverse=True))
-    if TYPED in idle:
-        raise UserError(f"{networks} has no {', '.join(sorted(idle[TYPED]))}: leave out")
-    preset = f"--preset {options.run.preset}"
-    if preset in idle:
-        raise UserError(f"{preset} sets {', '.join(idle[preset])}, which {networks} does not have: choose another")
+        if not owners or networks & set(owners) or value == DEFAULTS[key]:
+            continue
+        lacking = denoiser if denoiser in networks and set(owners) <= set(DECLARATIONS["denoiser"].choices) else model
+        if options.origins[key] == TYPED:
+            raise UserError(f"{lacking} has no --{key}: leave it out")
+        if options.origins[key] == preset:
+            raise UserError(f"{preset} is for {' and '.join(owners)}: {lacking} has no --{key}")
 
 
 def _check_values(options: Options) -> None:

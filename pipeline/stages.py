@@ -187,7 +187,8 @@ class Pipeline:
         o = self.options
         self.run.read_figures()  # damage is said now, not after the samples are drawn
         wanted = METRICS if o.evaluation.metrics is None else o.evaluation.metrics
-        of_samples = bool(set(wanted) & set(SAMPLE_METRICS)) or o.run.stage == "all"
+        trained = o.run.stage == "all" and not o.run.checkpoint
+        of_samples = trained or bool(set(wanted) & set(SAMPLE_METRICS))
         generator = self.load_generator(of_samples or "energy" in wanted)
         evaluation = self._evaluation()
         figures = []

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 from datasets import DATASETS
+from pipeline.options import DECLARATIONS
 from pipeline.run_folder import RunFolder
 from pipeline.terminal import print_anywhere
 
@@ -65,8 +66,16 @@ def command(args: argparse.Namespace, dataset: str, variant: str, passed_on: lis
     call = [sys.executable, "-u", str(MAIN)]
     if run.config.exists():
         return [*call, "--resume", str(run.path), *passed_on]
-    new = ["--dataset_name", dataset, "--result_path", str(place), "--temperature", "auto"]
-    return [*call, *new, *options, *BUDGETS[args.budget], *passed_on]
+    new = ["--dataset_name", dataset, "--result_path", str(place)]
+    budget = ["--temperature", "auto", *BUDGETS[args.budget]]
+    return [*call, *new, *options, *of_model(options[1], budget), *passed_on]
+
+
+def of_model(model: str, arguments: list[str]) -> list[str]:
+    """Of options with their values, those that the model has: one without codes has no second stage."""
+    pairs = [arguments[i : i + 2] for i in range(0, len(arguments), 2)]
+    owners = [DECLARATIONS[name.removeprefix("--")].of for name, _ in pairs]
+    return [word for pair, own in zip(pairs, owners, strict=True) if not own or model in own for word in pair]
 
 
 def main(arguments: list[str] | None = None) -> None:

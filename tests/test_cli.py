@@ -15,9 +15,12 @@ import torch
 from conftest import SMALL
 from PIL import Image
 
-from models import SDID, build_model
+from models import AUTOENCODERS, DENOISERS, SDID, build_model
 from pipeline import training
-from pipeline.options import build_parser
+from pipeline.configuration import resolve
+from pipeline.evaluation import GENERATED_METRICS
+from pipeline.masks import MASKS as HIDDEN
+from pipeline.options import CODES, DECLARATIONS, DEFAULTS, LR_SCHEDULES, MASKS, SAMPLE_METRICS, SECTIONS, TITLES
 from pipeline.stages import Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,15 +57,20 @@ def files(folder):
 
 def test_help_tells_every_option_with_its_default(cli):
     help_text = cli("--help").out
-    assert all(
-        f"\n{group}:\n" in help_text for group in ("run", "data", "model", "training", "sampling and evaluation")
-    )
-    for action in build_parser("")._actions[1:]:
-        assert action.option_strings[0] in help_text and len(action.help) > 10, action.dest
-        if action.dest not in ("checkpoint", "resume", "device"):  # these have none, or say it in words
-            assert re.search(r"\[.+\]$", action.help), action.dest
-        if action.default not in (None, False) and action.dest != "metrics":
-            assert f"[{action.default}]" in action.help
+    assert all(f"\n{TITLES.get(name, name)}:\n" in help_text for name in SECTIONS)
+    for name, declared in DECLARATIONS.items():
+        assert f"--{name}" in help_text and len(declared.help) > 5, name
+        shown = declared.shown or declared.absent or DEFAULTS[name]
+        default = {False: "off"}.get(shown, shown)
+        if name not in ("checkpoint", "resume"):  # these have none
+            assert f"[{default}]" in " ".join(help_text.split()), name
+
+
+def test_choices_are_those_of_the_rooms_that_use_them():
+    assert set(SAMPLE_METRICS) == set(GENERATED_METRICS) and set(MASKS) == set(HIDDEN)
+    assert set(LR_SCHEDULES) == set(training.LR_SCHEDULES)
+    assert set(CODES) | {"snn-vae"} == set(AUTOENCODERS)
+    assert {owner for declared in DECLARATIONS.values() for owner in declared.of} <= {*AUTOENCODERS, *DENOISERS}
 
 
 @pytest.mark.parametrize("option", ["--epoch", "--data", "--nonsense", "--no-png"])
@@ -180,7 +188,7 @@ def test_options_that_exclude_each_other(mistake, run):
         ("none.pth", "is not there"),
         ("half.pth", "no checkpoint that can be read"),
         ("tensor.pth", "holds a Tensor"),
-        ("last.pth", "does not hold the weights of the autoencoder snn-vq-vae, which a run keeps in model.pth"),
+        ("last.pth", "is what --resume reads: name the model.pth beside it"),
         ("diff_result/diff_model.pth", "does not hold the weights of the autoencoder"),
     ],
 )
@@ -222,7 +230,7 @@ def test_results_elsewhere(cli, mistake, run, tmp_path):
     """What an evaluation writes goes to a run folder of its own where one is named; the run's is left as it is."""
     before = {path: path.read_bytes() for path in files(run)}
     new = tmp_path / "new"
-    outcome = cli("--checkpoint", run, "--seed", 7, "--result_path", new)
+    outcome = cli("--checkpoint", run, "--seed", 7, "--num_samples", 5, "--result_path", new)
     assert (outcome.status, outcome.err) == (0, "") and f"the run is in {new}:" in outcome.out
     assert {path: path.read_bytes() for path in files(run)} == before
     assert all((new / name).exists() for name in ("metrics.json", "samples/images.npz", "samples/grid.png"))
@@ -251,6 +259,96 @@ def test_data_that_is_not_the_runs(mistake, run, colour):
         assert str(colour[3]) in line and "(3, 16, 16)" in line and "(1, 16, 16)" in line
 
 
+@pytest.fixture
+def own_data(cli, tmp_path, grey, small):
+    """A folder of images, and a run on it."""
+    data = shutil.copytree(grey[3], tmp_path / "own")
+    small = (*("--dataset_name", "ImageFolder", "--image_size", 16), *small[6:], "--data_path", data)
+    assert cli(*small, "--epochs", 1, "--diffusion_epochs", 1, "--result_path", tmp_path / "result").status == 0
+    return data, tmp_path / "result" / "ImageFolder" / "snn-vq-vae"
+
+
+@pytest.mark.parametrize(
+    ("split", "change", "expected"),
+    [
+        ("train", "removed", "train (119 images, then 120)"),
+        ("train", "added", "train (121 images, then 120)"),
+        ("train", "altered", "train (120 images, then 120)"),
+        ("test", "added", "test (5 images, then 4)"),
+    ],
+)
+def test_data_that_has_changed(split, change, expected, cli, mistake, own_data):
+    data, run = own_data
+    image = data / split / "000.png"
+    if change == "removed":
+        image.unlink()
+    elif change == "added":
+        shutil.copy(image, image.with_name("new.png"))
+    else:
+        Image.fromarray(np.asarray(Image.open(image)) ^ 1).save(image)
+    assert expected in mistake("--resume", run, "--diffusion_epochs", 2)
+    outcome = cli("--checkpoint", run, "--metrics", "mse")
+    assert outcome.status == 0 and outcome.err.startswith("warning: ") and expected in outcome.err
+    (figure,) = [each for each in json.loads((run / "metrics.json").read_text()) if each["name"] == "mse"]
+    assert expected in figure["data"]
+
+
+def test_a_run_finds_its_data_from_anywhere(cli, own_data, tmp_path, monkeypatch):
+    """A relative path is stored absolute: a folder of the same name elsewhere is not taken for it; ~ is understood."""
+    data, run = own_data
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for number, path in enumerate(("own", "~/own")):
+        result = tmp_path / f"result {number}"
+        own = ("--dataset_name", "ImageFolder", "--image_size", 16, "--data_path", path, "--result_path", result)
+        assert cli(*own, *SMALL, "--epochs", 1, "--stage", "vqsvae").status == 0
+        config = json.loads((result / "ImageFolder" / "snn-vq-vae" / "config.json").read_text())
+        assert config["data_path"] == str(data)
+        assert config["data"]["train"]["count"] == 120 and config["data"]["test"]["count"] == 4
+    (tmp_path / "elsewhere" / "own").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cli("--checkpoint", run, "--metrics", "mse").status == 0
+
+
+def test_the_data_is_in_the_last_checkpoint(mistake, own_data):
+    _, run = own_data
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["test"]["sha256"] = "0" * 16
+    (run / "config.json").write_text(json.dumps(config))
+    assert "last.pth is of a run with other training data" in mistake("--resume", run, "--diffusion_epochs", 2)
+
+
+def test_options_of_one_call_do_not_stick(cli, run):
+    """What a training was evaluated with is no default of a later evaluation; a resumed call may type it back."""
+    config = json.loads((run / "config.json").read_text())
+    assert config["num_samples"] == 5
+    assert resolve(["--checkpoint", str(run)]).options.sampling.num_samples is None
+    assert resolve(["--resume", str(run)]).options.sampling.num_samples == 5
+    assert resolve(["--resume", str(run), "--num_samples", "auto"]).options.sampling.num_samples is None
+    typed = resolve(["--checkpoint", str(run), "--metrics", "mse, ssim"]).options.evaluation
+    assert typed.metrics == ("mse", "ssim")
+    assert resolve(["--checkpoint", str(run), "--metrics", "all"]).options.evaluation.metrics is None
+
+
+def test_every_value_knows_where_it_came_from(run):
+    call = resolve(["--checkpoint", str(run), "--temperature", "0.5"])
+    assert call.options.origins["temperature"] == "command line" and call.options.origins["spike_steps"] == str(run)
+    assert call.options.origins["mask"] == "default" and call.options.autoencoder.spike_steps == 4
+    options = resolve(["--preset", "improved", "--spike_steps", "3"]).options
+    assert (options.autoencoder.spike_steps, options.autoencoder.downsampling) == (3, 2)
+    assert options.origins["downsampling"] == "--preset improved"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [("spike_steps", "many", "--spike_steps in config.json"), ("readout", "other", "not one of both, rate")],
+)
+def test_a_config_with_impossible_values(name, value, expected, mistake, run):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, name: value}))
+    assert expected in mistake("--checkpoint", run)
+
+
 @pytest.mark.parametrize("content", ["text", "other stage", "no stage", "absent"])
 def test_damaged_last_file(content, mistake, run):
     last = run / "last.pth"
@@ -275,7 +373,7 @@ def test_folder_that_cannot_be_written(target, cli, run):
     else:
         (run / "metrics.json").unlink()
         (run / "metrics.json").mkdir()
-    outcome = cli("--checkpoint", run / "model.pth")
+    outcome = cli("--checkpoint", run / "model.pth", "--num_samples", 5)
     assert outcome.status == 2 and outcome.err.startswith("error: cannot write ") and outcome.err.count("\n") == 1
     assert target in outcome.err
 
@@ -333,7 +431,7 @@ def test_a_users_first_minutes(tmp_path):
     figures = (tmp_path / run / "metrics.json").read_text()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / run).rename(tmp_path / "elsewhere" / "run")
-    evaluated = shell("--checkpoint", "elsewhere/run/model.pth", folder=tmp_path)
+    evaluated = shell("--checkpoint", "elsewhere/run/model.pth", "--num_samples", 5, folder=tmp_path)
     assert (evaluated.returncode, evaluated.stderr) == (0, "") and "stage" not in evaluated.stdout
     assert (tmp_path / "elsewhere" / "run" / "metrics.json").read_text() == figures
 

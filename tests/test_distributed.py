@@ -92,7 +92,7 @@ def together(small, grey, finished, tmp_path_factory):
     (alone["stage 2"],) = perform([((*stage_2, "--result_path", folder / "alone"), None)])
     for name in ("drawn alone", "drawn shared"):
         shutil.copytree(finished.path, folder / name, ignore=shutil.ignore_patterns("metrics.json", "samples"))
-    perform([(("--checkpoint", folder / "drawn alone" / "model.pth"), None)])
+    perform([(("--checkpoint", folder / "drawn alone" / "model.pth", "--num_samples", 5), None)])
     tiny = ("--spike_steps", 4, "--hidden_channels", 4, "--num_samples", 3, "--device", "cpu", "--precision", "float32")
     prior = (*grey, *tiny, "--model", "snn-vae", "--epochs", 1)
     jobs = {
@@ -102,7 +102,7 @@ def together(small, grey, finished, tmp_path_factory):
         "improved": ((*improved, "--result_path", folder / "improved shared"), None),
         "revived": ((*improved, "--revive_codes", "--stage", "vqsvae", "--result_path", folder / "revived"), None),
         "snn-vae": ((*prior, "--result_path", folder / "prior"), None),
-        "drawn": (("--checkpoint", folder / "drawn shared" / "model.pth"), None),
+        "drawn": (("--checkpoint", folder / "drawn shared" / "model.pth", "--num_samples", 5), None),
     }
     (folder / "jobs").write_text(json.dumps(list(jobs.values()), default=str))
     machines = start_two_machines(ROOT / "tests" / "jobs.py", folder / "jobs", folder / "losses")

@@ -115,7 +115,7 @@ def test_a_run_whose_data_set_is_elsewhere(run, grey):
 
 def test_samples_that_a_checkpoint_left_elsewhere(cli, run, grey, tmp_path):
     expected = figures(run, "--reference", "train")
-    assert cli("--checkpoint", run, "--result_path", tmp_path / "elsewhere").status == 0
+    assert cli("--checkpoint", run, "--result_path", tmp_path / "elsewhere", "--num_samples", 5).status == 0
     (figure,) = figures(tmp_path / "elsewhere", "--reference", "train")
     assert figure["value"] == expected[0]["value"]
 

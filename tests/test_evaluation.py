@@ -1,7 +1,6 @@
 """Which figures are computed of which images, what is said where one cannot be, and the choice of a temperature."""
 
 import json
-from argparse import Namespace
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +17,7 @@ from pipeline.evaluation import Evaluation, FeatureNetwork, Metric
 from pipeline.generators import CodeDiffusion, PriorSampling
 from pipeline.machine import Machine
 from pipeline.model_figures import energy_figures, reconstruction_figures
+from pipeline.options import EvaluationOptions
 from pipeline.run_folder import RunFolder
 
 CPU = Machine(torch.device("cpu"), bf16=False)
@@ -68,7 +68,7 @@ def pooling(monkeypatch, tmp_path):
 
     table = {
         "distance": Metric("free", 6, 3, distance),
-        "counts": Metric("fixed", 4, 5, lambda seen: {"n": len(seen.generated), "m": len(seen.real)}),
+        "counts": Metric("fixed", 4, 5, lambda seen: {"n": len(seen.generated), "m": len(seen.real)}, True),
         "both": Metric("missing", 2, 0, distance),
         "more": Metric("missing", 2, 0, distance),
     }
@@ -76,12 +76,12 @@ def pooling(monkeypatch, tmp_path):
     return loaded
 
 
-def options(**changed):
-    return Namespace(**{"metrics": None, "num_samples": None, "reference": "test", "seed": 3, **changed})
+def prepared(data, num_samples=None, **options):
+    return Evaluation(EvaluationOptions(**options), data, CPU, 3, num_samples)
 
 
 def test_all_that_can_be_had_and_what_cannot_is_said_in_one_line(data, pooling, capsys):
-    ready = Evaluation(options(), data, CPU)
+    ready = prepared(data)
     assert list(ready.metrics) == ["distance", "counts"] and ready.images_needed == 6
     assert capsys.readouterr().out == "no both, more: it cannot be downloaded\n"
     figures = {figure["name"]: figure for figure in ready.figures(noise(8), "so")}
@@ -98,19 +98,19 @@ def test_all_that_can_be_had_and_what_cannot_is_said_in_one_line(data, pooling, 
 
 
 def test_against_the_training_split_where_the_protocol_leaves_it_open(data):
-    ready = Evaluation(options(reference="train"), data, CPU)
+    ready = prepared(data, reference="train")
     figures = {figure["name"]: figure for figure in ready.figures(noise(6), "so")}
     assert (figures["distance"]["split"], figures["distance"]["num_real"]) == ("train", 9)
     assert (figures["n"]["split"], figures["n"]["num_real"]) == ("test", 5)
 
 
 def test_the_real_side_comes_from_the_cache_and_is_the_same(data, monkeypatch):
-    first = Evaluation(options(metrics=["distance"]), data, CPU).figures(noise(6), "so")
+    first = prepared(data, metrics=["distance"]).figures(noise(6), "so")
     monkeypatch.setattr(evaluation, "reference_features", evaluation.reference_features)
     asked = []
     original = Pooling.forward
     monkeypatch.setattr(Pooling, "forward", lambda self, images: asked.append(len(images)) or original(self, images))
-    assert Evaluation(options(metrics=["distance"]), data, CPU).figures(noise(6), "so") == first
+    assert prepared(data, metrics=["distance"]).figures(noise(6), "so") == first
     assert sum(asked) == 6  # generated images only
 
 
@@ -123,17 +123,23 @@ def test_the_real_side_comes_from_the_cache_and_is_the_same(data, monkeypatch):
 )
 def test_what_was_asked_for_by_name_is_never_left_out(changed, words, data):
     with pytest.raises(UserError, match=words):
-        Evaluation(options(**changed), data, CPU)
+        prepared(data, **changed)
 
 
 def test_too_few_real_images(data, capsys):
     few = replace(data, test=data.test[:2])
-    assert "distance" not in Evaluation(options(), few, CPU).metrics
+    assert "distance" not in prepared(few).metrics
     assert "no distance: this needs at least 3 real images, not 2" in capsys.readouterr().out
 
 
+def test_too_few_real_images_in_the_split_that_the_protocol_fixes(data, capsys):
+    few = replace(data, test=data.test[:2])
+    assert list(prepared(few, reference="train").metrics) == ["distance"]
+    assert "no counts: this needs at least 5 real images, not 2" in capsys.readouterr().out
+
+
 def test_no_networks_are_loaded_for_too_few_samples(data, pooling):
-    assert Evaluation(options(num_samples=1), data, CPU).images_needed == 0 and pooling == []
+    assert prepared(data, num_samples=1).images_needed == 0 and pooling == []
 
 
 # ---- the choice of a temperature ----
@@ -283,7 +289,7 @@ def test_reconstructions_are_scored_as_samples_are(data, monkeypatch):
     monkeypatch.setattr(model_figures, "FAD_IMAGES", 7)
     table = {**evaluation.GENERATED_METRICS, "fad": evaluation.GENERATED_METRICS["distance"]}
     monkeypatch.setattr(evaluation, "GENERATED_METRICS", table)
-    ready = Evaluation(options(metrics=["fad"]), data, CPU)
+    ready = prepared(data, metrics=["fad"])
     (figure,) = reconstruction_figures(generator, ready, ["fad"])
     reconstructed, real = (pooled(images, Pooling()) for images in (generator.reconstruct(data.test), data.test))
     expected = frechet_distance(*feature_statistics(reconstructed), *feature_statistics(real))

@@ -17,8 +17,9 @@ from pipeline.checkpoints import load_weights
 from pipeline.interruption import Interruption
 from pipeline.machine import Machine
 from pipeline.masks import MASKS, hidden_pixels
+from pipeline.options import Role, with_role
 from pipeline.presets import PRESETS
-from pipeline.run_folder import NETWORKS, RunFolder
+from pipeline.run_folder import RunFolder
 from pipeline.training import LR_SCHEDULES, Schedule, Trainer, _moving_average
 from scripts import pack
 
@@ -60,7 +61,7 @@ def test_evaluated_from_its_folder(improved, cli):
     """The folder stands for its model.pth; weights in half precision are read as well."""
     figures = read_metrics(improved)
     (improved / "metrics.json").unlink()
-    assert cli("--checkpoint", improved).status == 0 and read_metrics(improved) == figures
+    assert cli("--checkpoint", improved, *SMALL[-2:]).status == 0 and read_metrics(improved) == figures
 
 
 def test_a_packed_copy(improved, cli, tmp_path, capsys):
@@ -96,7 +97,8 @@ def test_what_is_no_run_is_not_packed(tmp_path, capsys):
         (("--preset", "improved", "--denoiser_channels", 24), "--denoiser_channels 24: width must be a multiple of 16"),
         (("--preset", "improved", "--images_per_prototype", 121), "there are 120 training images"),
         (("--preset", "improved", "--image_size", 12), "have 36 timesteps: say --sample_steps 36 instead of 40"),
-        (("--images_per_prototype", 5), "say --images_per_prototype 0"),
+        (("--images_per_prototype", 5), "sdid has no --images_per_prototype"),
+        (("--preset", "improved", "--denoiser", "sdid"), "is for residual: sdid has no --images_per_prototype"),
     ],
 )
 def test_mistakes(options, expected, cli, grey, tmp_path):
@@ -121,7 +123,8 @@ def test_denoiser_trained_on(improved, cli, grey, tmp_path):
     assert (outcome.status, outcome.err) == (0, "")
     run = tmp_path / "ImageFolder" / "snn-vq-vae"
     config, before = (json.loads((folder / "config.json").read_text()) for folder in (run, improved))
-    assert {key: config[key] for key in NETWORKS} == {key: before[key] for key in NETWORKS}
+    networks = with_role(Role.NETWORKS)
+    assert {key: config[key] for key in networks} == {key: before[key] for key in networks}
     for name in ("model.pth", "diff_result/diff_model.pth"):
         old, new = load_weights(improved / name), load_weights(run / name)
         weights = [key for key in old if "running" not in key and "num_batches" not in key]

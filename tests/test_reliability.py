@@ -32,7 +32,7 @@ from errors import UserError
 from pipeline import cache, checkpoints, run_folder, trainers, training
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
 from pipeline.interruption import SIGNALS, Interrupted, Interruption
-from pipeline.options import build_parser
+from pipeline.options import DECLARATIONS
 from pipeline.run_folder import RunFolder
 from pipeline.stages import Pipeline
 from scripts import soak
@@ -672,7 +672,7 @@ def test_a_collapsing_codebook_is_warned_about(size, share, cli, small, tmp_path
 BOUNDED = settings(
     max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
-OPTIONS = [action.option_strings[-1] for action in build_parser("")._actions[1:]]
+OPTIONS = [f"--{name}" for name in DECLARATIONS]
 WORDS = st.one_of(
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8),
     st.integers().map(str),

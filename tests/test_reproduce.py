@@ -52,11 +52,12 @@ def test_finished_runs_are_left_alone_and_others_resumed(calls, tmp_path):
 
 def test_options_of_budgets_and_variants_are_those_of_main(cli, tmp_path):
     """Asked of the program itself, which stops at the data set that is not there."""
-    for variant in reproduce.VARIANTS.values():
-        for budget in reproduce.BUDGETS.values():
-            arguments = (*variant, *budget, "--temperature", "auto", "--dataset_name", "ImageFolder")
-            outcome = cli(*arguments, "--data_path", tmp_path, "--result_path", tmp_path / "result")
-            assert outcome.status == 2 and "holds 0 pictures" in outcome.err
+    for variant in reproduce.VARIANTS:
+        for budget in reproduce.BUDGETS:
+            args, passed_on = reproduce.parse(["--budget", budget, "--result_path", str(tmp_path / "result")])
+            call = reproduce.command(args, "ImageFolder", variant, ["--data_path", str(tmp_path), *passed_on])
+            outcome = cli(*call[3:])
+            assert outcome.status == 2 and "holds 0 images" in outcome.err
 
 
 def make_run(folder, dataset, figures, **options):
@@ -121,7 +122,7 @@ def refused(capsys, *arguments):
 def test_the_table_of_results_that_were_written_elsewhere(cli, run, tmp_path, capsys, monkeypatch):
     """`--checkpoint X --result_path Y` leaves no config.json in Y: what was trained is found in X, from anywhere."""
     monkeypatch.chdir(run.parent)
-    assert cli("--checkpoint", run.name, "--result_path", tmp_path / "elsewhere").status == 0
+    assert cli("--checkpoint", run.name, "--result_path", tmp_path / "elsewhere", "--num_samples", 5).status == 0
     monkeypatch.chdir(tmp_path)
     results_table.main([str(tmp_path / "elsewhere")])
     assert "| ImageFolder | snn-vq-vae | 2 + 2 epochs, 0.0 h |" in capsys.readouterr().out
