@@ -142,8 +142,15 @@ def test_unreadable_picture_is_named(tmp_path, capsys):
     assert "broken.png" in mistake(capsys, folder, folder)
 
 
-def test_folder_without_pictures(tmp_path, capsys):
-    assert f"no pictures in {tmp_path}" in mistake(capsys, tmp_path, tmp_path)
+def test_folder_without_images(tmp_path, capsys):
+    assert f"{tmp_path} holds 0 images" in mistake(capsys, tmp_path, tmp_path)
+
+
+def test_subfolders_are_searched(tmp_path):
+    images = random_pictures(7)
+    write_folder(tmp_path / "folder" / "a", images[:3])
+    write_folder(tmp_path / "folder" / "b", images[3:])
+    assert figures(tmp_path / "folder", write_npz(tmp_path / "all.npz", images))[0]["num_generated"] == 7
 
 
 @pytest.mark.parametrize("arrays", [{"pictures": np.zeros(3)}, {"images": np.zeros((2, 8, 8, 3))}])
