@@ -95,16 +95,27 @@ def build_parser(description: str) -> Parser:
 
     add = group("data")
     add("--dataset_name", "the data set; Digits needs no download", "Digits", choices=DATASETS)
-    add("--data_path", "where data sets are, or are downloaded to", Path("data"), type=Path, metavar="DIR")
-    add("--train_images", "use the first N training images [all]", type=whole, metavar="N")
+    add(
+        "--data_path",
+        "where data sets or your own images are, or are downloaded to",
+        Path("data"),
+        type=Path,
+        metavar="DIR",
+    )
+    add(
+        "--train_images",
+        "use N training images: the first; of ImageFolder, evenly of all folders [all]",
+        type=whole,
+        metavar="N",
+    )
     add("--held_out", "keep N of them, evenly spread, out of training [0]", 0, type=number(int, 0), metavar="N")
     add(
         "--image_size",
-        "side of ImageFolder's pictures, a multiple of 4 from 8 [32]",
+        "side of ImageFolder's images, a multiple of 4 from 8 [32]",
         type=number(int, 8, 4096),
         metavar="N",
     )
-    add("--channels", "of ImageFolder's pictures: 1 grey, 3 colour [as they are]", type=int, choices=(1, 3))
+    add("--channels", "of ImageFolder's images: 1 grey, 3 colour [as they are]", type=int, choices=(1, 3))
 
     add = group("model")
     add("--model", "the autoencoder", "snn-vq-vae", choices=AUTOENCODERS)
@@ -169,7 +180,7 @@ def build_parser(description: str) -> Parser:
     many = number(int, 1, 10**6)
     add("--num_samples", "images to draw [as many as the figures need]", type=many, metavar="N")
     add("--eval_batch_size", "images at once in encoding and sampling", 64, type=whole, metavar="N")
-    add("--mask", f"what --stage inpaint fills in: {', '.join(MASKS)}, or a picture's white", "right", metavar="M")
+    add("--mask", f"what --stage inpaint fills in: {', '.join(MASKS)}, or an image's white", "right", metavar="M")
     add("--png", "write each sample as a PNG file, too [off]", False, action="store_true")
     add("--metrics", f"of {', '.join(METRICS)} [all that can be had]", type=names_of(METRICS), metavar="A,B")
     add("--reference", "the real images of FID, KID, IS, PRDC and classifier", "test", choices=("test", "train"))

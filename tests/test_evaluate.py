@@ -153,6 +153,12 @@ def test_subfolders_are_searched(tmp_path):
     assert figures(tmp_path / "folder", write_npz(tmp_path / "all.npz", images))[0]["num_generated"] == 7
 
 
+def test_the_first_images_are_of_all_folders(tmp_path):
+    for level in range(4):
+        write_folder(tmp_path / f"class {level}", np.full((3, 16, 16, 3), level, np.uint8))
+    assert sorted(evaluate.load_images(tmp_path)[:4, 0, 0, 0].tolist()) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("arrays", [{"pictures": np.zeros(3)}, {"images": np.zeros((2, 8, 8, 3))}])
 def test_npz_with_something_else(arrays, tmp_path, capsys):
     np.savez(tmp_path / "other.npz", **arrays)

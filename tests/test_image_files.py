@@ -175,9 +175,9 @@ LEVELS_UNDEFINED = "black and white are not defined"
 REFUSED = {
     "float": ("a.tif", save(GREY.astype(np.float32)), LEVELS_UNDEFINED),
     "32 bits": ("a.tif", save(GREY.astype(np.int32) << 20), LEVELS_UNDEFINED),
-    "empty": ("a.png", content(b""), "not an image"),
-    "text": ("a.jpg", content(b"<html>not found</html>"), "not an image"),
-    "PostScript, which is a program": ("a.png", save(COLOUR, format="EPS"), "not an image"),
+    "empty": ("a.png", content(b""), "not one of PNG"),
+    "text": ("a.jpg", content(b"<html>not found</html>"), "not one of PNG"),
+    "PostScript, which is a program": ("a.png", save(COLOUR, format="EPS"), "not one of PNG"),
     "truncated PNG": ("a.png", damaged(save(COLOUR), lambda data: data[:-60]), "cannot read"),
     "truncated JPEG": ("a.jpg", damaged(save(COLOUR), lambda data: data[:-200]), "cannot read"),
     "truncated header": ("a.png", damaged(save(COLOUR), lambda data: data[:20]), "cannot read"),
@@ -246,7 +246,7 @@ def hidden(root):
 
 def other_files(root):
     save(GREY)(root / "1.png")
-    (root / "notes.txt").write_text("not an image")
+    (root / "notes.txt").write_text("not one of PNG")
     np.save(root / "labels.npy", np.arange(3))
 
 
