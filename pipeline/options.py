@@ -95,19 +95,8 @@ def build_parser(description: str) -> Parser:
 
     add = group("data")
     add("--dataset_name", "the data set; Digits needs no download", "Digits", choices=DATASETS)
-    add(
-        "--data_path",
-        "where data sets or your own images are, or are downloaded to",
-        Path("data"),
-        type=Path,
-        metavar="DIR",
-    )
-    add(
-        "--train_images",
-        "use N training images: the first; of ImageFolder, evenly of all folders [all]",
-        type=whole,
-        metavar="N",
-    )
+    add("--data_path", "where data sets are, or are downloaded to", Path("data"), type=Path, metavar="DIR")
+    add("--train_images", "use N training images, of ImageFolder evenly of all folders [all]", type=whole, metavar="N")
     add("--held_out", "keep N of them, evenly spread, out of training [0]", 0, type=number(int, 0), metavar="N")
     add(
         "--image_size",
