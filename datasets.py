@@ -7,7 +7,6 @@ damaged or unreadable, options that do not fit) raises `UserError`.
 import hashlib
 import io
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ImageOps
@@ -23,7 +21,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, EMNIST, KMNIST, MNIST, FashionMNIST
 
 from errors import UserError
-from image_files import Images, expand, find_images, identity, read_images, reason
+from image_files import Images, alternate, expand, find_images, folder_of, identity, read_images, reason
 
 DOWNSAMPLING = 4  # side of an image over side of its grid of codes
 
@@ -234,7 +232,7 @@ def _load_folder(root: Path, train_images: int | None, image_size: int = 32, cha
         images = find_images(root, at_least=2)
         train, test = [image for i, image in enumerate(images) if i % 10], images[::10]
         class_names = _class_names(_folders(images, root), _folders(images, root))
-    train, test = map(_alternate, (train, test), roots)
+    train, test = map(alternate, (train, test), roots)
     train = train[_up_to(train_images, len(train))]  # before any is read: the rest may be many
     to_square = partial(ImageOps.fit, size=(image_size, image_size))  # shorter side resized (bicubic), centre kept
     splits = []
@@ -253,28 +251,8 @@ def _check_apart(train: Sequence[Path], test: Sequence[Path]) -> None:
             raise UserError(f"{path} is the same file as {twin}: remove one, since no test image may be trained on")
 
 
-def _folder_of(image: Path | np.ndarray, root: Path) -> tuple[str, ...]:
-    """Names of the folders between `root` and an image; none for an image from an array file."""
-    return image.relative_to(root).parts[:-1] if isinstance(image, Path) else ()
-
-
 def _folders(images: Images, root: Path) -> set[tuple[str, ...]]:
-    return {_folder_of(image, root) for image in images}
-
-
-def _alternate(images: Images, root: Path) -> Images:
-    """Reordered so that each round has one image of every folder that has some left; folders are shuffled each round.
-
-    In a fixed order of folders, `held_out` images, every so many, might all be of one folder.
-    """
-    rounds: Counter[tuple[str, ...]] = Counter()
-    keys = []
-    for image in images:
-        folder = _folder_of(image, root)
-        shuffled = hashlib.sha256(f"{rounds[folder]} {folder}".encode()).digest()  # the same on every machine
-        keys.append((rounds[folder], shuffled))
-        rounds[folder] += 1
-    return [images[i] for i in sorted(range(len(images)), key=keys.__getitem__)]
+    return {folder_of(image, root) for image in images}
 
 
 def _class_names(train: set[tuple[str, ...]], test: set[tuple[str, ...]]) -> tuple[str, ...] | None:
@@ -293,7 +271,7 @@ def _labels(images: Images, root: Path, class_names: tuple[str, ...] | None) -> 
     if class_names is None:
         return None
     number = {(name,): label for label, name in enumerate(class_names)}
-    return torch.tensor([number[_folder_of(image, root)] for image in images], dtype=torch.int64)
+    return torch.tensor([number[folder_of(image, root)] for image in images], dtype=torch.int64)
 
 
 DATASETS: dict[str, Callable[..., Source]] = {

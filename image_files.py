@@ -4,10 +4,11 @@ Training, `scripts/evaluate.py` and `--mask` all read through it. The processes 
 so PyTorch stays out of it.
 """
 
+import hashlib
 import os
 import stat
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -80,17 +81,17 @@ def _files_under(folder: Path) -> list[Path]:
     while ahead:
         parent = ahead.popleft()
         entries = _entries(parent)
-        if identity(parent) in visited:
+        if (this := identity(parent)) in visited:
             continue
-        visited.add(identity(parent))
+        visited.add(this)
         for entry in entries:
             is_link = entry.is_symlink()
             if os.path.isdir(entry) if is_link else entry.is_dir():  # isdir() is False where links go in a circle
                 # links go last, so that a folder is first visited under its own name
                 (ahead.append if is_link else ahead.appendleft)(Path(entry))
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_ENDINGS:
-                which, this = identity(entry), (is_link, entry.path)
-                files[which] = min(this, files.get(which, this))
+                file, found = identity(entry), (is_link, entry.path)
+                files[file] = min(found, files.get(file, found))
     return sorted((Path(path) for _, path in files.values()), key=lambda path: path.parts)
 
 
@@ -101,6 +102,29 @@ def _entries(folder: Path) -> list[os.DirEntry]:
             return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f"cannot read folder {folder} ({error.strerror}): check the path") from error
+
+
+def folder_of(image: Path | np.ndarray, root: Path) -> tuple[str, ...]:
+    """Names of the folders between `root` and an image; none for an image from an array file."""
+    return image.relative_to(root).parts[:-1] if isinstance(image, Path) else ()
+
+
+def alternate(images: Images, root: Path) -> Images:
+    """Reordered so that each round has one image of every folder that has some left; folders are shuffled each round.
+
+    Sorted images would begin with one folder, often one class, and some of what is done with images takes the first
+    ones. If the order of folders were the same each round, images at even steps might all be of one folder.
+    """
+    if isinstance(images, np.ndarray):
+        return images
+    rounds: Counter[tuple[str, ...]] = Counter()
+    keys = []
+    for image in images:
+        folder = folder_of(image, root)
+        shuffled = hashlib.sha256(f"{rounds[folder]} {folder}".encode()).digest()  # the same on every machine
+        keys.append((rounds[folder], shuffled))
+        rounds[folder] += 1
+    return [images[i] for i in sorted(range(len(images)), key=keys.__getitem__)]
 
 
 # ---- reading them ----
@@ -181,7 +205,7 @@ def read_image(path: Path) -> Image.Image:
                 ImageOps.exif_transpose(image, in_place=True)
                 return _flatten(image)
     except Exception as error:  # each decoder has its own way to refuse damaged bytes
-        why = "it is not an image" if isinstance(error, UnidentifiedImageError) else reason(error)
+        why = f"not one of {' '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else reason(error)
         raise UserError(f"cannot read the image {path} ({why}): repair or remove it") from error
 
 

@@ -149,7 +149,13 @@ class DataOptions:
 
     dataset_name: str = option("Digits", "data set; Digits needs no download", Role.IDENTITY, choices=DATASETS)
     data_path: Path = option(Path("data"), "where data sets are, or are downloaded to", metavar="DIR")
-    train_images: int | None = option(None, "use the first N training images", Role.NETWORKS, absent="all", **COUNT)
+    train_images: int | None = option(
+        None,
+        "use N training images: the first ones, for ImageFolder evenly from all folders",
+        Role.NETWORKS,
+        absent="all",
+        **COUNT,
+    )
     held_out: int = option(0, "keep N of them, evenly spread, out of training", Role.NETWORKS, low=0, metavar="N")
     image_size: int | None = option(
         None,

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 from datasets import DATASETS, ImageData, load_dataset
 from errors import UserError
-from image_files import expand, find_images, read_images
+from image_files import alternate, expand, find_images, read_images
 from pipeline.checkpoints import write_json
 from pipeline.evaluation import Evaluation
 from pipeline.figures import context, print_figures
@@ -119,7 +119,9 @@ def to_channels(images: Tensor, channels: int) -> Tensor:
 
 def load_images(path: Path) -> Tensor:
     """The images that `find_images` finds at `path`, uint8 [N,C,H,W]; C is 1 if all are grey, else 3."""
-    return torch.from_numpy(read_images(find_images(path))).permute(0, 3, 1, 2)  # [N,H,W,C] -> [N,C,H,W]
+    path = expand(path)
+    pixels = read_images(alternate(find_images(path), path))
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)  # [N,H,W,C] -> [N,C,H,W]
 
 
 if __name__ == "__main__":

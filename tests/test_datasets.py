@@ -1,8 +1,10 @@
 """Data sets: only files written here, and no network."""
 
+import os
 import pickle
 import struct
 import urllib.request
+from dataclasses import replace
 from urllib.error import URLError
 
 import numpy as np
@@ -122,7 +124,8 @@ def test_held_out_images_are_spread_evenly_and_not_trained_on(tmp_path):
     data = load_dataset("Digits", tmp_path, train_images=12, held_out=3)
     kept = [1, 2, 3, 5, 6, 7, 9, 10, 11]
     assert torch.equal(data.held_out, whole.train[[0, 4, 8]]) and torch.equal(data.train, whole.train[kept])
-    assert torch.equal(data.train_labels, whole.train_labels[kept]) and torch.equal(data.test, whole.test)
+    assert torch.equal(data.train_labels, whole.train_labels[kept])
+    assert torch.equal(data.held_out_labels, whole.train_labels[[0, 4, 8]]) and torch.equal(data.test, whole.test)
     assert len(whole.held_out) == 0
     assert "held_out is 12" in complaint("Digits", tmp_path, train_images=12, held_out=12)
 
@@ -132,6 +135,7 @@ def test_digits_labels(tmp_path):
 
     data, target = load_dataset("Digits", tmp_path), torch.from_numpy(load_digits().target)
     assert torch.equal(data.test_labels, target[::5]) and torch.equal(data.train_labels[:4], target[1:5])
+    assert data.class_names == tuple("0123456789")
 
 
 # ---- sets of torchvision ----
@@ -146,6 +150,9 @@ def test_idx_files_present_load_without_network(tmp_path, name, folder):
     assert np.array_equal(data.train, train[:4, None]) and np.array_equal(data.test, test[:, None])
     assert data.train.dtype == torch.uint8 and data.name == name and data.shape == (1, 28, 28)
     assert data.train_labels.tolist() == [0, 1, 2, 0] and data.test_labels.tolist() == [0, 1]  # numbered from 0
+    assert len(data.class_names) == 3
+    if name == "FMNIST":
+        assert data.class_names == ("Trouser", "Pullover", "Dress")  # those of labels 1 to 3
 
 
 def test_letters_stand_upright(tmp_path):
@@ -156,12 +163,12 @@ def test_letters_stand_upright(tmp_path):
         write_idx(tmp_path / "EMNIST" / "raw", prefix, upright.transpose(0, 2, 1))
     data = load_dataset("Letters", tmp_path)
     assert np.array_equal(data.train, upright[:, None]) and np.array_equal(data.test, upright[:, None])
-    assert data.train.is_contiguous()
+    assert data.train.is_contiguous() and data.class_names == ("a", "b", "c")
 
 
 def test_cifar10_has_its_colours_first(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)  # checksums of the real files
-    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: setattr(self, "classes", ["airplane", "automobile"]))
     folder = tmp_path / CIFAR10.base_folder
     folder.mkdir()
     pixels = noise(6, 2, 3, 32, 32)
@@ -171,6 +178,7 @@ def test_cifar10_has_its_colours_first(tmp_path, monkeypatch):
     data = load_dataset("CIFAR10", tmp_path)
     assert np.array_equal(data.train, pixels[:5].reshape(10, 3, 32, 32))
     assert np.array_equal(data.test, pixels[5]) and data.train.is_contiguous()
+    assert data.class_names == ("airplane", "automobile") and data.test_labels.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -212,6 +220,25 @@ def test_truncated_idx_names_the_folder(tmp_path, kept):
     assert str(damaged.parent) in message and damaged.name in message and "damaged" in message
 
 
+@pytest.mark.parametrize("split", ["train", "t10k"])
+def test_images_and_labels_of_different_counts_are_damage(tmp_path, split):
+    for prefix in ("train", "t10k"):
+        write_idx(tmp_path / "MNIST" / "raw", prefix, noise(3, 28, 28))
+    labels = tmp_path / "MNIST" / "raw" / f"{split}-labels-idx1-ubyte"
+    labels.write_bytes(struct.pack(">2i", 2049, 2) + bytes(2))
+    message = complaint("MNIST", tmp_path)
+    assert "damaged" in message and "3 images have 2 labels" in message and labels.name in message
+
+
+def test_labels_that_are_no_class_are_damage(tmp_path):
+    for prefix in ("train", "t10k"):
+        write_idx(tmp_path / "MNIST" / "raw", prefix, noise(3, 28, 28))
+    (tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").write_bytes(
+        struct.pack(">2i", 2049, 3) + bytes([1, 2, 200])
+    )
+    assert "damaged" in complaint("MNIST", tmp_path)
+
+
 def test_data_path_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     assert str(tmp_path / "file") in complaint("MNIST", tmp_path / "file")
@@ -220,17 +247,13 @@ def test_data_path_that_cannot_be_written(tmp_path):
 # ---- ImageFolder ----
 
 
-def test_grey_pictures_are_found_sorted_and_split(tmp_path):
-    pictures = noise(23, 32, 32)
-    write_pictures(tmp_path / "a", pictures[:12])
-    write_pictures(tmp_path / "b" / "deep", pictures[12:])
-    (tmp_path / "b" / "notes.txt").write_text("no picture")
-    (tmp_path / "b" / "._000.png").write_bytes(b"left by a file manager")
+def test_every_tenth_image_is_test(tmp_path):
+    images = noise(23, 32, 32)
+    write_pictures(tmp_path, images)
     data = load_dataset("ImageFolder", tmp_path)
-    held_out = np.arange(23) % 10 == 0
+    is_test = np.arange(23) % 10 == 0
     assert data.shape == (1, 32, 32)
-    assert np.array_equal(data.test, pictures[held_out, None])
-    assert np.array_equal(data.train, pictures[~held_out, None])
+    assert np.array_equal(data.test, images[is_test, None]) and np.array_equal(data.train, images[~is_test, None])
 
 
 def test_train_and_test_folders_are_the_splits(tmp_path):
@@ -241,6 +264,24 @@ def test_train_and_test_folders_are_the_splits(tmp_path):
     assert np.array_equal(data.train, train.transpose(0, 3, 1, 2))
     assert np.array_equal(data.test, test.transpose(0, 3, 1, 2))
     assert data.train.is_contiguous() and data.train.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("folders", [("train", "val"), ("train", "val", "test")])
+def test_val_is_the_test_split_where_there_is_no_other(tmp_path, folders):
+    for level, folder in enumerate(folders):
+        write_pictures(tmp_path / folder, np.full((2, 32, 32), level, np.uint8))
+    data = load_dataset("ImageFolder", tmp_path)
+    assert (data.train == 0).all() and (data.test == len(folders) - 1).all()
+    assert len(data.train) == len(data.test) == 2
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_file_is_in_one_split_only(tmp_path, link):
+    for folder in ("train", "test"):
+        write_pictures(tmp_path / folder, noise(2, 32, 32))
+    link(tmp_path / "train" / "001.png", tmp_path / "test" / "again.png")
+    message = complaint("ImageFolder", tmp_path)
+    assert str(tmp_path / "train" / "001.png") in message and str(tmp_path / "test" / "again.png") in message
 
 
 def test_channels_follow_the_training_pictures_or_the_wish(tmp_path):
@@ -332,7 +373,7 @@ def test_pictures_beyond_train_images_are_not_read(tmp_path):
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_pictures(tmp_path, count):
     write_pictures(tmp_path, noise(count, 32, 32))
-    assert f"{tmp_path} holds {count} pictures" in complaint("ImageFolder", tmp_path)
+    assert f"{tmp_path} holds {count} images" in complaint("ImageFolder", tmp_path)
 
 
 def test_empty_test_folder(tmp_path):
@@ -354,3 +395,106 @@ def test_image_size_must_be_a_multiple_of_four(tmp_path, size):
 
 def test_channels_must_be_one_or_three(tmp_path):
     assert "channels is 2" in complaint("ImageFolder", tmp_path, channels=2)
+
+
+# ---- class folders ----
+
+
+def write_classes(root, counts):
+    """So many images of each class; those of the k-th have the level k."""
+    for level, (name, count) in enumerate(sorted(counts.items())):
+        write_pictures(root / name, np.full((count, 8, 8), level, np.uint8))
+
+
+def levels(images):
+    return images[:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_class_folders_give_labels(tmp_path, split):
+    counts = {"dog": 12, "Cat": 15, "bird": 11}
+    write_classes(tmp_path / "train" if split else tmp_path, counts)
+    if split:
+        write_classes(tmp_path / "test", {"dog": 2, "Cat": 3, "bird": 2})
+    data = load_dataset("ImageFolder", tmp_path, image_size=8, held_out=9)
+    assert data.class_names == ("Cat", "bird", "dog")  # sorted as torchvision's ImageFolder sorts them
+    for images, labels in (
+        (data.train, data.train_labels),
+        (data.test, data.test_labels),
+        (data.held_out, data.held_out_labels),
+    ):
+        assert labels.dtype == torch.int64 and levels(images) == labels.tolist()
+        assert set(labels.tolist()) == {0, 1, 2}
+
+
+def test_labels_of_a_test_split_without_some_class_are_those_of_training(tmp_path):
+    write_classes(tmp_path / "train", {"a": 2, "b": 2, "c": 2})
+    write_pictures(tmp_path / "test" / "c", noise(2, 8, 8))
+    data = load_dataset("ImageFolder", tmp_path, image_size=8)
+    assert data.class_names == ("a", "b", "c") and data.test_labels.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "stray",
+    ["loose.png", "a/deeper/image.png", "test/new/image.png", "test/loose.png", "all in one"],
+)
+def test_folders_that_are_not_classes(tmp_path, stray):
+    classes = {"a": 3} if stray == "all in one" else {"a": 3, "b": 3}
+    root = tmp_path / "train" if stray.startswith("test") else tmp_path
+    write_classes(root, classes)
+    if stray.startswith("test"):
+        write_classes(tmp_path / "test", classes)
+    if stray != "all in one":
+        (tmp_path / stray).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(8, 8)).save(tmp_path / stray)
+    data = load_dataset("ImageFolder", tmp_path, image_size=8)
+    assert data.class_names is data.train_labels is data.test_labels is data.held_out_labels is None
+
+
+def test_part_of_the_training_images_is_of_all_classes(tmp_path):
+    write_classes(tmp_path / "train", {name: 40 for name in "abcdefgh"})
+    write_classes(tmp_path / "test", {name: 4 for name in "abcdefgh"})
+    data = load_dataset("ImageFolder", tmp_path, image_size=8, train_images=80)
+    assert data.train_labels.bincount().tolist() == [10] * 8
+    assert data.test_labels[:8].sort().values.tolist() == list(range(8))  # some metrics take the first ones
+    held_out = load_dataset("ImageFolder", tmp_path, image_size=8, held_out=40).held_out_labels  # every eighth
+    assert len(held_out.unique()) > 4
+
+
+def test_small_classes_run_out_first(tmp_path):
+    write_classes(tmp_path / "train", {"few": 2, "many": 6})
+    write_classes(tmp_path / "test", {"few": 1, "many": 1})
+    labels = load_dataset("ImageFolder", tmp_path, image_size=8).train_labels.tolist()
+    assert sorted(labels[:2]) == sorted(labels[2:4]) == [0, 1] and labels[4:] == [1] * 4
+
+
+def test_images_keep_their_order_when_the_folder_moves(tmp_path):
+    for place in ("here", "there/below"):
+        write_classes(tmp_path / place, {name: 5 for name in "abc"})
+    here, there = (load_dataset("ImageFolder", tmp_path / place, image_size=8) for place in ("here", "there/below"))
+    assert here.fingerprint == there.fingerprint
+
+
+# ---- fingerprint ----
+
+
+def test_fingerprint_has_counts_and_digests(tmp_path):
+    data = load_dataset("Digits", tmp_path, train_images=50, held_out=10)
+    assert {name: split["count"] for name, split in data.fingerprint.items()} == {
+        "train": 40,
+        "held_out": 10,
+        "test": 360,
+    }
+    digests = [split["sha256"] for split in data.fingerprint.values()]
+    assert len(set(digests)) == 3 and all(len(bytes.fromhex(each)) == 8 for each in digests)
+    assert load_dataset("Digits", tmp_path, train_images=50, held_out=10).fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize("split", ["train", "held_out", "test"])
+@pytest.mark.parametrize("part", ["", "_labels"])
+def test_fingerprint_changes_with_any_image_or_label(tmp_path, split, part):
+    data = load_dataset("Digits", tmp_path, train_images=50, held_out=10)
+    changed = getattr(data, split + part).clone()
+    changed.view(-1)[7] += 1
+    other = replace(data, **{split + part: changed}).fingerprint
+    assert [name for name in other if other[name] != data.fingerprint[name]] == [split]

@@ -155,8 +155,21 @@ def test_unreadable_picture_is_named(tmp_path, capsys):
     assert "broken.png" in mistake(capsys, folder, folder)
 
 
-def test_folder_without_pictures(tmp_path, capsys):
-    assert f"no pictures in {tmp_path}" in mistake(capsys, tmp_path, tmp_path)
+def test_folder_without_images(tmp_path, capsys):
+    assert f"{tmp_path} holds 0 images" in mistake(capsys, tmp_path, tmp_path)
+
+
+def test_subfolders_are_searched(tmp_path):
+    images = random_pictures(7)
+    write_folder(tmp_path / "folder" / "a", images[:3])
+    write_folder(tmp_path / "folder" / "b", images[3:])
+    assert figures(tmp_path / "folder", write_npz(tmp_path / "all.npz", images))[0]["num_generated"] == 7
+
+
+def test_the_first_images_are_of_all_folders(tmp_path):
+    for level in range(4):
+        write_folder(tmp_path / f"class {level}", np.full((3, 16, 16, 3), level, np.uint8))
+    assert sorted(evaluate.load_images(tmp_path)[:4, 0, 0, 0].tolist()) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("arrays", [{"pictures": np.zeros(3)}, {"images": np.zeros((2, 8, 8, 3))}])
