@@ -110,7 +110,7 @@ def test_skipping_sampler_equals_every_timestep(diffusion):
     """With a denoiser that depends on tokens and t, so that order and timing matter."""
 
     def logits(tokens, t):
-        field = tokens.roll(1, 1) + 2 * tokens.roll(1, 2) + t.view(-1, 1, 1)
+        field = (tokens.roll(1, 1) + 2 * tokens.roll(1, 2) + t.view(-1, 1, 1)).double()
         return torch.stack([torch.sin(field * (k + 1.0)) for k in range(K)], 1)
 
     noise = diffusion.noise(5, range(20), (SIDE, SIDE))
