@@ -151,7 +151,7 @@ class DataOptions:
     data_path: Path = option(Path("data"), "where data sets are, or are downloaded to", metavar="DIR")
     train_images: int | None = option(
         None,
-        "use N training images: the first ones, for ImageFolder evenly from all folders",
+        "use N training images: the first N, of ImageFolder evenly from its folders",
         Role.NETWORKS,
         absent="all",
         **COUNT,

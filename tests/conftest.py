@@ -1,6 +1,23 @@
-"""The command line run inside the test process, and a small trained run to look at and to damage copies of."""
+"""The command line run inside the test process, and a small trained run to look at and to damage copies of.
+
+A test must pass on any processor, with any number of threads and in either precision, although all of these round sums
+differently, and a neuron near its threshold then fires or does not. So an assertion either holds by construction (a
+network, noise or input for which nothing else is possible; a share of random draws within five standard deviations), or
+compares two computations on the same machine: of the same shapes bit for bit, of different shapes (another batch size,
+fast and plain) in float64, where no rounding is large enough to change a spike, or in numbers that are exact.
+
+Run the suite as different machines before you trust a new test:
+
+    python -m pytest
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m pytest    # `make test-portable`
+    OMP_NUM_THREADS=1 python -m pytest
+    TEST_PRECISION=float32 python -m pytest                              # what `--precision auto` chooses
+
+ONEDNN_MAX_CPU_ISA also takes AVX512_CORE and AVX512_CORE_BF16, where the processor has them.
+"""
 
 import io
+import os
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from typing import NamedTuple
@@ -11,12 +28,19 @@ import torch
 from PIL import Image
 
 import main
+from pipeline import machine
 
 SMALL = (
     *("--spike_steps", 4, "--hidden_channels", 8, "--denoiser_channels", 4, "--codebook_size", 8, "--embedding_dim", 8),
     *("--batch_size", 4, "--lr", 0.03, "--num_samples", 5, "--device", "cpu", "--precision", "float32"),
 )
 """Options of networks that learn something in a second."""
+
+LIVELY = ("--revive_codes", "--clipped_error")
+"""Options of snn-vq-vae with which even these use many codes, so that no two samples are alike."""
+
+PRECISION = ("--precision", os.environ["TEST_PRECISION"]) if "TEST_PRECISION" in os.environ else ()
+"""Options for programs that a test starts as processes of their own; within this one, `precision` does it."""
 
 
 class Outcome(NamedTuple):
@@ -61,6 +85,23 @@ def make_image_folder(path, size, colour):
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def precision():
+    """Have `--precision auto` choose what TEST_PRECISION says, as on another processor."""
+    with pytest.MonkeyPatch.context() as patch:
+        if PRECISION:
+            patch.setattr(machine, "has_fast_bf16", lambda device: PRECISION[1] == "bf16")
+        yield
+
+
+@pytest.fixture
+def float64():
+    """Networks made or loaded during the test compute in float64, whose rounding changes no spike."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="session")
 def cli():
     """The command line as a function: arguments to exit status, stdout and stderr."""
@@ -84,7 +125,7 @@ def colour(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small(grey):
     """Options of a run of two epochs in each stage on grey pictures, all but the place where it is written."""
-    return (*grey, *SMALL, "--epochs", 2, "--diffusion_epochs", 2)
+    return (*grey, *SMALL, *LIVELY, "--epochs", 2, "--diffusion_epochs", 2)
 
 
 class Finished(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import LIVELY, PRECISION, SMALL
 from PIL import Image
 
 from models import AUTOENCODERS, DENOISERS, SDID, build_model
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def shell(*arguments, folder):
     """`python -u main.py` as a user runs it; neither stdout nor stderr is a terminal."""
-    command = [sys.executable, "-u", ROOT / "main.py", *map(str, arguments)]
+    command = [sys.executable, "-u", ROOT / "main.py", *PRECISION, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -415,7 +415,7 @@ def test_an_error_of_the_program_keeps_its_traceback(cli, run, monkeypatch):
 def test_a_users_first_minutes(tmp_path):
     """The bundled data set: train, move the run, evaluate it; as typed in a shell, without one warning."""
     network = [option for option in SMALL if option not in ("--device", "cpu", "--precision", "float32")]
-    arguments = (*network, "--train_images", 100, "--epochs", 1, "--diffusion_epochs", 1)
+    arguments = (*network, *LIVELY, "--train_images", 100, "--epochs", 1, "--diffusion_epochs", 1)
     process = shell(*arguments, folder=tmp_path)
     assert (process.returncode, process.stderr) == (0, "")
     run = "result/Digits/snn-vq-vae"

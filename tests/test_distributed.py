@@ -78,7 +78,8 @@ class Together(NamedTuple):
 def together(small, grey, finished, tmp_path_factory):
     """All that two processes do in the tests, but for ends before their time: starting them costs most."""
     folder = tmp_path_factory.mktemp("together")
-    stage = {name: (*small, "--batch_size", 9, "--stage", name) for name in ("vqsvae", "sdid")}
+    shared = (*small, "--no-revive_codes", "--batch_size", 9)  # codes move to images of the first process
+    stage = {name: (*shared, "--stage", name) for name in ("vqsvae", "sdid")}
     limited = (*stage["vqsvae"], "--max_minutes", 30)
     improved = (*grey, *IMPROVED, "--no-revive_codes", "--batch_size", 9, "--epochs", 1, "--diffusion_epochs", 1)
     alone_jobs = {

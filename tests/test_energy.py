@@ -1,5 +1,6 @@
 """Operations worked out by hand and by brute force, for single layers and for the two networks."""
 
+import copy
 import itertools
 
 import pytest
@@ -171,6 +172,8 @@ def test_firing_rates_of_several_runs_are_their_mean(autoencoder, images):
 
 
 def test_per_image_is_the_mean_over_images(denoiser, tokens):
+    denoiser = copy.deepcopy(denoiser).double()
+
     def one(i):
         return count(denoiser, lambda: denoiser(tokens[0][i : i + 1], tokens[1][i : i + 1]), 1, STEPS)
 

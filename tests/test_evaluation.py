@@ -240,7 +240,7 @@ def generators():
 
 
 @pytest.mark.parametrize("name", ["snn-vq-vae", "vq-vae", "snn-vae"])
-def test_samples_do_not_depend_on_the_batch(name):
+def test_samples_do_not_depend_on_the_batch(name, float64):
     generator = generators()[name]
     images = generator.draw(range(8))
     assert images.shape == (8, 1, 8, 8) and images.dtype == torch.uint8

@@ -182,7 +182,7 @@ def test_added_to_a_run_that_had_none(cli, grey, tmp_path):
     torch.testing.assert_close(again["prototypes.embed.weight"], weights["prototypes.embed.weight"], atol=1e-6, rtol=0)
 
 
-def test_samples_are_told_and_fillings_are_not(told, cli, monkeypatch):
+def test_samples_are_told_and_fillings_are_not(told, cli, monkeypatch, float64):
     asked, original = [], ResidualSDID.logits_at
     monkeypatch.setattr(ResidualSDID, "logits_at", lambda self, *told: asked.append(told) or original(self, *told))
     images = []
