@@ -180,7 +180,7 @@ def test_options_that_exclude_each_other(mistake, run):
         ("none.pth", "is not there"),
         ("half.pth", "no checkpoint that can be read"),
         ("tensor.pth", "holds a Tensor"),
-        ("last.pth", "does not hold the weights of the autoencoder snn-vq-vae, which a run keeps in model.pth"),
+        ("last.pth", "is what --resume reads: name the model.pth beside it"),
         ("diff_result/diff_model.pth", "does not hold the weights of the autoencoder"),
     ],
 )
