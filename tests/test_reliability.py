@@ -640,7 +640,7 @@ def test_numbers_that_are_none_stop_before_they_are_saved(
     assert outcome.status == 2 and outcome.err.count("\n") == 1
     assert expected in outcome.err and f"{run / 'last.pth'} is the last good" in outcome.err and "--lr" in outcome.err
     for path in run.rglob("*.pth"):
-        weights = load_weights(path)
+        weights = load_checkpoint(path)
         assert all(value.isfinite().all() for value in weights.get("model", weights).values()), path
     assert cli("--resume", run).status == 0
     assert_same_run(finished.path, run)
