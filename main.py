@@ -9,12 +9,12 @@ torchrun --nproc_per_node 4 main.py --dataset_name MNIST
 import sys
 
 from errors import UserError
-from pipeline import distributed
 from pipeline.configuration import Call, resolve
-from pipeline.interruption import Interrupted
-from pipeline.machine import choose_machine, keep_freed_memory
+from pipeline.runtime import processes as distributed
+from pipeline.runtime.device import choose_machine, keep_freed_memory
+from pipeline.runtime.terminal import print_anywhere
 from pipeline.stages import Pipeline
-from pipeline.terminal import print_anywhere
+from pipeline.training.interruption import Interrupted
 
 
 def stop(message: str, status: int = 2) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import files
 from errors import UserError
-from pipeline.distributed import by_writer
+from pipeline.runtime.processes import by_writer
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Keys under which other programs save a state dict."""

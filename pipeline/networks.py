@@ -12,11 +12,11 @@ from errors import UserError
 from models import AUTOENCODERS, DENOISERS, build_denoiser, build_model, denoiser_options, model_options
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.checkpoints import load_weights
-from pipeline.distributed import from_writer
-from pipeline.machine import Machine, Network
 from pipeline.options import Options
 from pipeline.run_folder import RunFolder
-from pipeline.seeds import derive_seed
+from pipeline.runtime.device import Machine, Network
+from pipeline.runtime.processes import from_writer
+from pipeline.runtime.seeds import derive_seed
 
 
 class Networks:

@@ -28,8 +28,8 @@ from torch.utils.tensorboard import SummaryWriter
 import files
 from errors import UserError
 from pipeline.checkpoints import load_checkpoint, save_weights, write_json, write_whole, writing
-from pipeline.distributed import by_writer
 from pipeline.options import Role, with_role
+from pipeline.runtime.processes import by_writer
 
 PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy")
 

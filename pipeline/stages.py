@@ -14,21 +14,21 @@ from models import AUTOENCODERS, FSVAE
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.checkpoints import load_weights, save_weights
 from pipeline.configuration import Call
-from pipeline.distributed import from_writer
-from pipeline.evaluation import Evaluation
-from pipeline.figures import write_figures
-from pipeline.generators import CodeDiffusion, Generator, PriorSampling
-from pipeline.machine import Machine
-from pipeline.masks import hidden_pixels
-from pipeline.model_figures import energy_figures, reconstruction_figures
+from pipeline.evaluation.metrics import Evaluation
+from pipeline.evaluation.model_metrics import energy_figures, reconstruction_figures
+from pipeline.evaluation.records import write_figures
+from pipeline.evaluation.temperature import check_held_out, choose_temperature
 from pipeline.networks import Networks
 from pipeline.options import METRICS, SAMPLE_METRICS, as_written
-from pipeline.pictures import GREY, grid, save_png
-from pipeline.sampling import GRID_IMAGES, encode_images, read_samples, write_samples, write_single_files
-from pipeline.seeds import derive_seed
-from pipeline.temperature import check_held_out, choose_temperature
-from pipeline.trainers import fsvae_trainer, sdid_trainer, vqsvae_trainer
-from pipeline.training import Schedule, Trainer
+from pipeline.runtime.device import Machine
+from pipeline.runtime.processes import from_writer
+from pipeline.runtime.seeds import derive_seed
+from pipeline.sampling.batches import GRID_IMAGES, encode_images, read_samples, write_samples, write_single_files
+from pipeline.sampling.generators import CodeDiffusion, Generator, PriorSampling
+from pipeline.sampling.grids import GREY, grid, save_png
+from pipeline.sampling.masks import hidden_pixels
+from pipeline.training.loop import Schedule, Trainer
+from pipeline.training.objectives import fsvae_trainer, sdid_trainer, vqsvae_trainer
 
 INPAINTED_IMAGES = 16
 FILLINGS = 4  # of each image

@@ -30,10 +30,17 @@ from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
 from models import SDID, VQSVAE
 from models.spiking import set_plain
-from pipeline.machine import PRECISIONS, Machine, choose_machine, describe_machine, find_device, keep_freed_memory
 from pipeline.run_folder import versions
-from pipeline.sampling import draw_codes, encode_images
-from pipeline.terminal import print_anywhere
+from pipeline.runtime.device import (
+    PRECISIONS,
+    Machine,
+    choose_machine,
+    describe_machine,
+    find_device,
+    keep_freed_memory,
+)
+from pipeline.runtime.terminal import print_anywhere
+from pipeline.sampling.batches import draw_codes, encode_images
 
 CODES, SIDE, GRID = 128, 28, 7
 PLAIN_BATCH = {"stage1_train": 32, "stage2_train": 32, "encode": 32, "sample": 16}

@@ -21,12 +21,12 @@ from datasets import DATASETS, ImageData, load_dataset
 from errors import UserError
 from image_files import alternate, expand, find_images, read_images
 from pipeline.checkpoints import write_json
-from pipeline.evaluation import Evaluation
-from pipeline.figures import context, print_figures
-from pipeline.machine import choose_machine
+from pipeline.evaluation.metrics import Evaluation
+from pipeline.evaluation.records import context, print_figures
 from pipeline.options import SAMPLE_METRICS, EvaluationOptions, names, parse_metrics
 from pipeline.run_folder import RunFolder
-from pipeline.terminal import print_anywhere
+from pipeline.runtime.device import choose_machine
+from pipeline.runtime.terminal import print_anywhere
 
 
 def main(arguments: list[str] | None = None) -> None:

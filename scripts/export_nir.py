@@ -32,10 +32,10 @@ from errors import UserError
 from models import SDID, VQSVAE, ResidualSDID
 from models.spiking import SpikingStack, membrane_weights, set_plain, weighted_sum
 from pipeline.configuration import resolve
-from pipeline.machine import choose_machine
-from pipeline.pictures import save_figure
+from pipeline.runtime.device import choose_machine
+from pipeline.runtime.terminal import print_anywhere
+from pipeline.sampling.grids import save_figure
 from pipeline.stages import Pipeline
-from pipeline.terminal import print_anywhere
 from scripts.nir_graphs import ResidualGraph, SDIDGraph, spiking_layers
 
 IMAGES = 8  # that spikes are compared on

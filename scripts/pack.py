@@ -18,7 +18,7 @@ from errors import UserError
 from pipeline.checkpoints import load_weights, save_weights, write_json
 from pipeline.options import DEFAULTS, Role, with_role
 from pipeline.run_folder import RunFolder
-from pipeline.terminal import print_anywhere
+from pipeline.runtime.terminal import print_anywhere
 
 
 def pack(run: RunFolder, copy: RunFolder) -> None:

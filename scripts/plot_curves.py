@@ -14,9 +14,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 from errors import UserError
-from pipeline.pictures import save_figure
 from pipeline.run_folder import RunFolder
-from pipeline.terminal import print_anywhere
+from pipeline.runtime.terminal import print_anywhere
+from pipeline.sampling.grids import save_figure
 
 
 def curve(log: list[dict[str, Any]], stage: int) -> tuple[list[int], list[float]]:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from datasets import DATASETS
 from pipeline.options import DECLARATIONS
 from pipeline.run_folder import RunFolder
-from pipeline.terminal import print_anywhere
+from pipeline.runtime.terminal import print_anywhere
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 

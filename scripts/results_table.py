@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 from errors import UserError
 from pipeline.checkpoints import write_whole
-from pipeline.figures import describe
-from pipeline.pictures import save_figure
+from pipeline.evaluation.records import describe
 from pipeline.run_folder import RunFolder
-from pipeline.terminal import print_anywhere
+from pipeline.runtime.terminal import print_anywhere
+from pipeline.sampling.grids import save_figure
 
 COLUMNS = {
     "paper_fid": "FID, paper protocol",

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main as program
-from pipeline.terminal import print_anywhere
+from pipeline.runtime.terminal import print_anywhere
 
 MEBIBYTE = 2**20
 LEAK = 2 * MEBIBYTE  # of memory in a round, beyond the first two, which fill caches; a run needs some 100

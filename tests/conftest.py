@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 import main
-from pipeline import machine
+from pipeline.runtime import device as machine
 
 SMALL = (
     *("--spike_steps", 4, "--hidden_channels", 8, "--denoiser_channels", 4, "--codebook_size", 8, "--embedding_dim", 8),

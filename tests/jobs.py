@@ -17,7 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main
-from pipeline import distributed, training
+from pipeline.runtime import processes as distributed
+from pipeline.training import loop as training
 
 
 def run(arguments, leap=None):

@@ -16,12 +16,12 @@ from conftest import LIVELY, PRECISION, SMALL
 from PIL import Image
 
 from models import AUTOENCODERS, DENOISERS, SDID, build_model
-from pipeline import training
 from pipeline.configuration import resolve
-from pipeline.evaluation import GENERATED_METRICS
-from pipeline.masks import MASKS as HIDDEN
+from pipeline.evaluation.metrics import GENERATED_METRICS
 from pipeline.options import CODES, DECLARATIONS, DEFAULTS, LR_SCHEDULES, MASKS, SAMPLE_METRICS, SECTIONS, TITLES
+from pipeline.sampling.masks import MASKS as HIDDEN
 from pipeline.stages import Pipeline
+from pipeline.training import loop as training
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,13 +12,15 @@ from errors import UserError
 from metrics.extraction import extract
 from metrics.frechet import feature_statistics, frechet_distance
 from models import FSVAE, SDID, VQSVAE, VQVAE
-from pipeline import evaluation, model_figures, temperature
-from pipeline.evaluation import Evaluation, FeatureNetwork, Metric
-from pipeline.generators import CodeDiffusion, PriorSampling
-from pipeline.machine import Machine
-from pipeline.model_figures import energy_figures, reconstruction_figures
+from pipeline.evaluation import metrics as evaluation
+from pipeline.evaluation import model_metrics as model_figures
+from pipeline.evaluation import temperature
+from pipeline.evaluation.metrics import Evaluation, FeatureNetwork, Metric
+from pipeline.evaluation.model_metrics import energy_figures, reconstruction_figures
 from pipeline.options import EvaluationOptions
 from pipeline.run_folder import RunFolder
+from pipeline.runtime.device import Machine
+from pipeline.sampling.generators import CodeDiffusion, PriorSampling
 
 CPU = Machine(torch.device("cpu"), bf16=False)
 

@@ -7,10 +7,10 @@ from errors import UserError
 from metrics.classifier import accuracy, classifier_features, classifier_logits
 from metrics.fad import FadAutoencoder, fad_features, to_fad_range, to_fad_size
 from metrics.frechet import feature_statistics
-from pipeline import feature_networks
-from pipeline.cache import cache_folder, cached
-from pipeline.feature_networks import classifier, fad_network, reference_features
-from pipeline.machine import choose_machine
+from pipeline.evaluation import feature_networks
+from pipeline.evaluation.cache import cache_folder, cached
+from pipeline.evaluation.feature_networks import classifier, fad_network, reference_features
+from pipeline.runtime.device import choose_machine
 
 MACHINE = choose_machine("cpu", "float32")
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from pipeline import machine
-from pipeline.machine import Machine, describe_machine
 from pipeline.run_folder import PACKAGES
+from pipeline.runtime import device as machine
+from pipeline.runtime.device import Machine, describe_machine
 
 
 def read(run):

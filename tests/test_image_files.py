@@ -13,7 +13,7 @@ import image_files
 from datasets import load_dataset
 from errors import UserError
 from image_files import find_images, read_images
-from pipeline.masks import hidden_pixels
+from pipeline.sampling.masks import hidden_pixels
 from scripts.evaluate import load_images
 
 Y, X = np.indices((16, 16), dtype=np.uint8)

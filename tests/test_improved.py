@@ -14,13 +14,13 @@ from torch import nn
 
 from models.spiking import LIF, fire
 from pipeline.checkpoints import load_weights
-from pipeline.interruption import Interruption
-from pipeline.machine import Machine
-from pipeline.masks import MASKS, hidden_pixels
 from pipeline.options import Role, with_role
 from pipeline.presets import PRESETS
 from pipeline.run_folder import RunFolder
-from pipeline.training import LR_SCHEDULES, Schedule, Trainer, _moving_average
+from pipeline.runtime.device import Machine
+from pipeline.sampling.masks import MASKS, hidden_pixels
+from pipeline.training.interruption import Interruption
+from pipeline.training.loop import LR_SCHEDULES, Schedule, Trainer, _moving_average
 from scripts import pack
 
 SMALL = (

@@ -12,11 +12,11 @@ from models.prototypes import NO_PROTOTYPE, Prototypes
 from models.quantizer import Codebook
 from models.spiking import set_plain
 from pipeline.checkpoints import load_weights, write_json
-from pipeline.generators import CodeDiffusion
-from pipeline.machine import Machine
 from pipeline.run_folder import RunFolder
-from pipeline.trainers import sdid_trainer
-from pipeline.training import Schedule
+from pipeline.runtime.device import Machine
+from pipeline.sampling.generators import CodeDiffusion
+from pipeline.training.loop import Schedule
+from pipeline.training.objectives import sdid_trainer
 
 K, GRID = 6, (4, 4)
 

@@ -29,12 +29,15 @@ import files
 import main
 from datasets import load_dataset
 from errors import UserError
-from pipeline import cache, checkpoints, run_folder, trainers, training
+from pipeline import checkpoints, run_folder
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
-from pipeline.interruption import SIGNALS, Interrupted, Interruption
+from pipeline.evaluation import cache
 from pipeline.options import DECLARATIONS
 from pipeline.run_folder import RunFolder
 from pipeline.stages import Pipeline
+from pipeline.training import loop as training
+from pipeline.training import objectives as trainers
+from pipeline.training.interruption import SIGNALS, Interrupted, Interruption
 from scripts import soak
 
 TESTS = Path(__file__).parent

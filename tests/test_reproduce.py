@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from pipeline.evaluation import GENERATED_METRICS
+from pipeline.evaluation.metrics import GENERATED_METRICS
 from scripts import plot_curves, reproduce, results_table
 
 FIGURE = {"drawn": "temperature 1", "split": "test", "num_generated": 5000, "num_real": 10000, "seed": 42}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from errors import UserError
-from pipeline import distributed
+from pipeline.runtime import processes as distributed
 
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 """Of x86 processors, the best first: which of them a processor has decides the order of its sums."""

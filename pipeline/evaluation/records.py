@@ -3,9 +3,9 @@
 from typing import Any
 
 from pipeline.checkpoints import write_json
-from pipeline.distributed import by_writer
-from pipeline.machine import Machine, describe_machine
 from pipeline.run_folder import RunFolder, versions
+from pipeline.runtime.device import Machine, describe_machine
+from pipeline.runtime.processes import by_writer
 
 
 def record(name: str, value: float, protocol: str, *, split: str, real: int, generated: int = 0, **more: Any) -> dict:

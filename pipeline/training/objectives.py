@@ -11,12 +11,12 @@ from metrics.codebook import usage
 from models import FSVAE
 from models.prototypes import NO_PROTOTYPE
 from models.vq_autoencoder import VQAutoencoder
-from pipeline import distributed
-from pipeline.generators import CodeDiffusion, PriorSampling
-from pipeline.pictures import grid, save_png, to_float
 from pipeline.run_folder import RunFolder
-from pipeline.sampling import decode_codes, encode_images
-from pipeline.training import Figures, Losses, Trainer
+from pipeline.runtime import processes as distributed
+from pipeline.sampling.batches import decode_codes, encode_images
+from pipeline.sampling.generators import CodeDiffusion, PriorSampling
+from pipeline.sampling.grids import grid, save_png, to_float
+from pipeline.training.loop import Figures, Losses, Trainer
 
 PREVIEW_IMAGES = 16
 USAGE_IMAGES = 1000  # of the test split, whose codes tell the codebook's usage after each epoch

@@ -10,10 +10,10 @@ from errors import UserError
 from metrics.fad import FEATURES, fad_features
 from metrics.frechet import feature_statistics, frechet_distance
 from pipeline.checkpoints import write_json
-from pipeline.distributed import from_writer, is_writer
-from pipeline.feature_networks import fad_network, reference_features
-from pipeline.generators import CodeDiffusion
+from pipeline.evaluation.feature_networks import fad_network, reference_features
 from pipeline.run_folder import RunFolder
+from pipeline.runtime.processes import from_writer, is_writer
+from pipeline.sampling.generators import CodeDiffusion
 
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 IMAGES = 500  # drawn at each, from the same noise, so that they differ by the temperature alone

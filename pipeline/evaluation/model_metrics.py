@@ -8,10 +8,10 @@ from metrics.codebook import perplexity, usage
 from metrics.energy import PICOJOULES_PER_AC, PICOJOULES_PER_MAC
 from metrics.fad import FAD_IMAGES
 from metrics.reconstruction import mse, ssim
-from pipeline.evaluation import Evaluation
-from pipeline.figures import record
-from pipeline.generators import CodeDiffusion, Generator
-from pipeline.pictures import to_float
+from pipeline.evaluation.metrics import Evaluation
+from pipeline.evaluation.records import record
+from pipeline.sampling.generators import CodeDiffusion, Generator
+from pipeline.sampling.grids import to_float
 
 ENERGY_IMAGES = 16
 

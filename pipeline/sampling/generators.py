@@ -14,9 +14,9 @@ from metrics.energy import Operations, count, firing_rates
 from models import FSVAE
 from models.spiking import set_plain
 from models.vq_autoencoder import VQAutoencoder
-from pipeline.machine import Machine
-from pipeline.pictures import to_float, to_uint8, trajectory_picture
-from pipeline.sampling import decode_codes, draw_codes, encode_images, in_batches
+from pipeline.runtime.device import Machine
+from pipeline.sampling.batches import decode_codes, draw_codes, encode_images, in_batches
+from pipeline.sampling.grids import to_float, to_uint8, trajectory_picture
 
 TRAJECTORY_MOMENTS = 12
 

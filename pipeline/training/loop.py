@@ -13,12 +13,12 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from errors import UserError
-from pipeline import distributed
 from pipeline.checkpoints import save_weights
-from pipeline.interruption import Interruption
-from pipeline.machine import Machine
 from pipeline.run_folder import RunFolder
-from pipeline.seeds import derive_seed
+from pipeline.runtime import processes as distributed
+from pipeline.runtime.device import Machine
+from pipeline.runtime.seeds import derive_seed
+from pipeline.training.interruption import Interruption
 
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}  # of the loss; a GPU would have to be waited for
 WARM_UP = 0.02  # share of the steps

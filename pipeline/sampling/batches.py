@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
-from pipeline import distributed
 from pipeline.checkpoints import write_whole
-from pipeline.machine import Machine
-from pipeline.pictures import encode_png, grid, save_png, to_float, to_uint8
+from pipeline.runtime import processes as distributed
+from pipeline.runtime.device import Machine
+from pipeline.sampling.grids import encode_png, grid, save_png, to_float, to_uint8
 
 GRID_IMAGES = 64
 

@@ -16,8 +16,8 @@ from errors import UserError
 from metrics.classifier import Classifier
 from metrics.fad import FadAutoencoder, Statistics, fad_features, load_published, to_fad_range, to_fad_size
 from metrics.frechet import feature_statistics
-from pipeline.cache import cached
-from pipeline.machine import Machine
+from pipeline.evaluation.cache import cached
+from pipeline.runtime.device import Machine
 
 BATCH_SIZE = 128
 NETWORK_SEED = 0  # not the run's: figures of all runs on a data set come from one network

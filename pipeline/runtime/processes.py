@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from errors import UserError
 from models import fused_lif
-from pipeline.seeds import own_seed
+from pipeline.runtime.seeds import own_seed
 
 TIMEOUT = timedelta(minutes=30)  # of a process that says nothing: some wait while one trains a feature network
 

@@ -38,11 +38,11 @@ from metrics.inception import (
     paper_inception_features,
 )
 from metrics.manifold import manifold_figures
-from pipeline.distributed import from_writer, is_writer
-from pipeline.feature_networks import classifier, fad_network, reference_features
-from pipeline.figures import record
-from pipeline.machine import Machine
+from pipeline.evaluation.feature_networks import classifier, fad_network, reference_features
+from pipeline.evaluation.records import record
 from pipeline.options import EvaluationOptions
+from pipeline.runtime.device import Machine
+from pipeline.runtime.processes import from_writer, is_writer
 
 FID_IMAGES = 10_000  # generated for FID, as is usual
 Figures = dict[str, float]

@@ -1,0 +1,1 @@
+"""Metrics: which can be computed, and how."""

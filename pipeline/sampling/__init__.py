@@ -1,0 +1,1 @@
+"""Images drawn with trained networks."""
