@@ -10,7 +10,7 @@ import sys
 
 from errors import UserError
 from pipeline.configuration import Call, resolve
-from pipeline.runtime import processes as distributed
+from pipeline.runtime import processes
 from pipeline.runtime.device import choose_machine, keep_freed_memory
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.stages import Pipeline
@@ -19,7 +19,7 @@ from pipeline.training.interruption import Interrupted
 
 def stop(message: str, status: int = 2) -> None:
     """End the program with one line on stderr; of several processes that end, the first has said why."""
-    if distributed.is_first_to_end():
+    if processes.is_first_to_end():
         print(*message.splitlines(), file=sys.stderr)
     sys.exit(status)
 
@@ -27,7 +27,7 @@ def stop(message: str, status: int = 2) -> None:
 def how_to_go_on(call: Call | None) -> str:
     """What to do after an end before its time, in words: resume a training that has saved, else begin again."""
     trains = call and call.options.run.stage in ("all", "vqsvae", "sdid") and not call.options.run.checkpoint
-    if trains and (call.run.last.is_file() or not distributed.is_writer()):  # others may not see the folder
+    if trains and (call.run.last.is_file() or not processes.is_writer()):  # others may not see the folder
         return call.run.how_to_go_on
     return "nothing was saved, run the same command again"
 
@@ -36,14 +36,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the stages; a mistake of the user is one line on stderr and exit status 2."""
     print_anywhere()
     call = None
-    with distributed.joined():
+    with processes.joined():
         try:
-            with distributed.in_contact(lambda: how_to_go_on(call)):
-                call = distributed.from_writer(lambda: resolve(arguments, __doc__.replace("`", "")))
+            with processes.in_contact(lambda: how_to_go_on(call)):
+                call = processes.from_writer(lambda: resolve(arguments, __doc__.replace("`", "")))
                 keep_freed_memory()
                 o = call.options.run
                 machine = choose_machine(o.device, o.precision, o.compile)
-            with call.run, distributed.in_contact(lambda: how_to_go_on(call)):
+            with call.run, processes.in_contact(lambda: how_to_go_on(call)):
                 Pipeline(call, machine).execute()
         except UserError as error:
             stop(f"error: {error}")

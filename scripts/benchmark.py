@@ -30,9 +30,9 @@ from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
 from models import SDID, VQSVAE
 from models.spiking import set_plain
+from pipeline.options import PRECISIONS
 from pipeline.run_folder import versions
 from pipeline.runtime.device import (
-    PRECISIONS,
     Machine,
     choose_machine,
     describe_machine,

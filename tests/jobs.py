@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main
-from pipeline.runtime import processes as distributed
+from pipeline.runtime import processes
 from pipeline.training import loop as training
 
 
@@ -30,7 +30,7 @@ def run(arguments, leap=None):
         return losses[-1]
 
     def clock():
-        is_late = leap is not None and len(losses) >= leap and distributed.rank() == distributed.size() - 1
+        is_late = leap is not None and len(losses) >= leap and processes.rank() == processes.size() - 1
         return time.monotonic() + 3600 * is_late
 
     recorded = mock.patch.object(training.Trainer, "_step", step)
@@ -54,7 +54,7 @@ def perform(jobs):
 
 if __name__ == "__main__":
     jobs_file, losses_file = map(Path, sys.argv[1:])
-    with distributed.joined(), mock.patch.object(distributed, "joined", contextlib.nullcontext):
+    with processes.joined(), mock.patch.object(processes, "joined", contextlib.nullcontext):
         losses = perform(json.loads(jobs_file.read_text()))
-        if distributed.is_writer():
+        if processes.is_writer():
             losses_file.write_text(json.dumps(losses))

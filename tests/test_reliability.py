@@ -329,7 +329,7 @@ def test_ctrl_c_advises_what_works(cli, small, run, tmp_path, monkeypatch):
     """To resume only where this call trains and has saved; an evaluation is run again."""
     again = "interrupted: nothing was saved, run the same command again\n"
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.generators.CodeDiffusion.draw", interrupt)
+        patch.setattr("pipeline.sampling.generators.CodeDiffusion.draw", interrupt)
         for call in (("--checkpoint", run), (*small, "--stage", "evaluate", "--result_path", run.parents[1])):
             shutil.copytree(run, place(run.parents[1]), dirs_exist_ok=True)
             outcome = cli(*call)

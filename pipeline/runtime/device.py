@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from errors import UserError
-from pipeline.runtime import processes as distributed
+from pipeline.runtime import processes
 
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 """Of x86 processors, the best first: which of them a processor has decides the order of its sums."""
@@ -62,7 +62,7 @@ def find_device(name: str) -> torch.device:
         raise UserError(f"--device takes auto, cpu, cuda or cuda:N, not {name}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return distributed.own_cuda_device(device) if device.type == "cuda" else device
+    return processes.own_cuda_device(device) if device.type == "cuda" else device
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -91,7 +91,7 @@ def keep_freed_memory() -> None:
 def choose_machine(device: str, precision: str, compile: bool = False) -> Machine:
     """The machine for `--device` and `--precision`: "auto" is bf16 where the hardware has it. Raises UserError."""
     found = find_device(device)
-    (lacking,) = distributed.most(not has_fast_bf16(found))  # on any of several machines
+    (lacking,) = processes.most(not has_fast_bf16(found))  # on any of several machines
     return Machine(found, precision == "bf16" or (precision == "auto" and not lacking), compile)
 
 

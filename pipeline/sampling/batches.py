@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from pipeline.checkpoints import write_whole
-from pipeline.runtime import processes as distributed
+from pipeline.runtime import processes
 from pipeline.runtime.device import Machine
 from pipeline.sampling.grids import encode_png, grid, save_png, to_float, to_uint8
 
@@ -26,14 +26,14 @@ def in_batches(tensor: Tensor, batch_size: int, title: str, compute: Callable[[T
 
     Several processes share the parts, and each is given the whole result.
     """
-    mine = tensor[distributed.share(len(tensor))]
-    hidden = None if len(mine) > 1000 and distributed.is_writer() else True  # None: where stderr is no terminal
+    mine = tensor[processes.share(len(tensor))]
+    hidden = None if len(mine) > 1000 and processes.is_writer() else True  # None: where stderr is no terminal
     done = []
     with tqdm(total=len(mine), desc=title, unit=" images", leave=False, disable=hidden) as bar:
         for part in mine.split(batch_size) if len(mine) else ():
             done.append(compute(part).cpu())
             bar.update(len(part))
-    return distributed.gather(done)
+    return processes.gather(done)
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def draw_codes(
         return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", draw)
 
 
-@distributed.by_writer
+@processes.by_writer
 def write_samples(folder: Path, images: Tensor, settings: dict[str, Any]) -> None:
     """Write `images`, uint8 `[N,C,H,W]`, as `grid.png` and `images.npz`; the PNG files of earlier ones are removed.
 
@@ -116,7 +116,7 @@ def read_samples(folder: Path, settings: dict[str, Any], count: int) -> Tensor |
     return images.permute(0, 3, 1, 2).contiguous() if len(images) == count else None
 
 
-@distributed.by_writer
+@processes.by_writer
 def write_single_files(folder: Path, images: Tensor) -> None:
     """Write each of `images`, uint8 `[N,C,H,W]`, as a PNG file, numbered from 0."""
     for i, image in enumerate(images):

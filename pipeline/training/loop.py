@@ -15,7 +15,7 @@ from tqdm import tqdm
 from errors import UserError
 from pipeline.checkpoints import save_weights
 from pipeline.run_folder import RunFolder
-from pipeline.runtime import processes as distributed
+from pipeline.runtime import processes
 from pipeline.runtime.device import Machine
 from pipeline.runtime.seeds import derive_seed
 from pipeline.training.interruption import Interruption
@@ -97,7 +97,7 @@ class Trainer:
     ):
         self.number, self.name = stage
         self.model, self.losses, self.preview = model, losses, preview
-        self.network = distributed.share_training(model, machine.device)
+        self.network = processes.share_training(model, machine.device)
         self.examples = examples.to(machine.device)
         self.steps = math.ceil(len(examples) / schedule.batch_size)  # of an epoch
         self.run, self.checkpoint, self.schedule, self.machine = run, checkpoint, schedule, machine
@@ -132,7 +132,7 @@ class Trainer:
         where = {"epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds, "sums": sums}
         self.run.write_last({"stage": self.name, **where, **states})
         self._save_kept()
-        distributed.wait_for_all()  # the first process to end is taken for a failure, and ends the others
+        processes.wait_for_all()  # the first process to end is taken for a failure, and ends the others
 
     def _save_kept(self) -> None:
         """Write the weights that are kept."""
@@ -159,7 +159,7 @@ class Trainer:
 
     def _agree(self, interruption: Interruption, over: bool, due: bool = False) -> list[int]:
         """Whether the time is over, or a save due, in any of the processes; a signal to one is one to all."""
-        signal, *news = distributed.most(interruption.signal or 0, over, due)
+        signal, *news = processes.most(interruption.signal or 0, over, due)
         if signal:
             interruption.signal = signal
         return news
@@ -173,7 +173,7 @@ class Trainer:
         saved = time.monotonic()
         started = saved - progress.seconds
         self.model.train()
-        hidden = None if distributed.is_writer() else True  # None: where stderr is no terminal
+        hidden = None if processes.is_writer() else True  # None: where stderr is no terminal
         with tqdm(total=count, initial=first, desc=self.title, unit=" images", leave=False, disable=hidden) as bar:
             for indices in batches[progress.step :]:
                 self._seed(generator, "noise", progress.epoch * self.steps + progress.step)
@@ -279,7 +279,7 @@ class Trainer:
         chosen = self._shuffled("statistics order")[:CALIBRATION_IMAGES]
         for batch, indices in enumerate(chosen.split(self.schedule.batch_size)):
             self._seed(generator, "statistics", batch)
-            part, _ = distributed.share_of_batch(len(indices))
+            part, _ = processes.share_of_batch(len(indices))
             with self.machine.autocast():
                 self.losses(network, self.examples[indices], part, generator)
         for norm, momentum in zip(norms, momenta, strict=True):
@@ -287,15 +287,15 @@ class Trainer:
 
     def _step(self, batch: Tensor, generator: torch.Generator) -> Losses:
         """One step on a batch; returns its losses in float64."""
-        part, weight = distributed.share_of_batch(len(batch))
+        part, weight = processes.share_of_batch(len(batch))
         with self.machine.autocast():
             losses = self.losses(self.network, batch, part, generator)
         self.optimizer.zero_grad()
-        (losses["loss"] * weight * distributed.size()).backward()  # of which the processes take the mean
+        (losses["loss"] * weight * processes.size()).backward()  # of which the processes take the mean
         self.optimizer.step()
         if self.average:
             self.average.update_parameters(self.model)
-        return distributed.total({name: value.detach().double() * weight for name, value in losses.items()})
+        return processes.total({name: value.detach().double() * weight for name, value in losses.items()})
 
 
 def _batch_norms(network: nn.Module) -> list[nn.Module]:

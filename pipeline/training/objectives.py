@@ -12,7 +12,7 @@ from models import FSVAE
 from models.prototypes import NO_PROTOTYPE
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.run_folder import RunFolder
-from pipeline.runtime import processes as distributed
+from pipeline.runtime import processes
 from pipeline.sampling.batches import decode_codes, encode_images
 from pipeline.sampling.generators import CodeDiffusion, PriorSampling
 from pipeline.sampling.grids import grid, save_png, to_float
@@ -31,7 +31,7 @@ def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: 
     shown = test[:PREVIEW_IMAGES]
 
     def losses(network: nn.Module, batch: Tensor, part: slice, generator: torch.Generator) -> Losses:
-        out = network(to_float(batch[part]), variance, distributed.own_noise(generator))
+        out = network(to_float(batch[part]), variance, processes.own_noise(generator))
         return {"loss": out.loss, "mse": out.mse, "quantizer_loss": out.quantizer_loss}
 
     def preview(model: VQAutoencoder, epoch: int) -> Figures:
@@ -39,7 +39,7 @@ def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: 
         rows = torch.cat((shown, decode_codes(model, codes[: len(shown)], machine)))
         show(run, "vqsvae", "reconstructions", grid(rows, len(shown)), epoch)
         share = usage(codes, model.codebook_size)
-        if share < max(FEWEST_CODES, 1.5 / model.codebook_size) and distributed.is_writer():
+        if share < max(FEWEST_CODES, 1.5 / model.codebook_size) and processes.is_writer():
             cause = f"warning: epoch {epoch}: the codebook collapses, {share:.1%} of its codes are used"
             print(f"{cause}; if this lasts, begin a new run with a smaller --codebook_size or --lr", file=sys.stderr)
         return {"codebook_usage": share}
@@ -55,7 +55,7 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> 
     def losses(network: nn.Module, batch: Tensor, part: slice, generator: torch.Generator) -> Losses:
         first, last = SCHEDULED_SAMPLING
         p = first + (last - first) * trainer.progress.epoch / schedule.epochs
-        out = network(to_float(batch[part]), distributed.own_noise(generator), p)
+        out = network(to_float(batch[part]), processes.own_noise(generator), p)
         return {"loss": out.loss, "mse": out.mse, "mmd": out.mmd}
 
     def preview(model: FSVAE, epoch: int) -> Figures:
