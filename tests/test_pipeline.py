@@ -86,7 +86,8 @@ def test_figures_say_what_they_are(finished):
     assert figures.keys() == {"mse", "ssim", "codebook_usage", "codebook_perplexity", "firing_rate", *parts}
     for figure in figures.values():
         assert figure.keys() >= {"name", "value", "protocol", "split", "num_generated", "num_real", "seed"}
-        assert (figure["split"], figure["num_real"], figure["seed"]) == ("test", 4, 42)
+        assert (figure["split"], figure["seed"]) == ("test", 42)
+        assert (figure["num_real"], figure["num_generated"]) in ((4, 0), (0, 4), (4, 4))
         assert figure["protocol"] and isinstance(figure["value"], float)
 
 
