@@ -143,6 +143,12 @@ class AbsorbingDiffusion:
         timesteps = total - torch.tensor(gone[::-1], device=reveal_times.device)
         return timesteps[torch.searchsorted(timesteps, reveal_times)]
 
+    def timesteps(self, sample_steps: int | None = None, reveal_order: str = "random") -> list[int]:
+        """The timesteps at which tokens can be revealed, from the first, T or less, to the last; see `noise`."""
+        all_times = torch.arange(1, self.num_timesteps + 1)
+        times = self.reveal_schedule(all_times, sample_steps, REVEAL_ORDERS[reveal_order])
+        return times.unique().flip(0).tolist()
+
     @torch.no_grad()
     def sample(
         self,

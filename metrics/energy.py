@@ -40,7 +40,7 @@ class Operations:
     """Synaptic operations per image: `macs`, `acs`, and `dense_macs`, those of the same network without spikes.
 
     Without spikes each layer runs once instead of at each spike step, on real values. Operations add up, and can be
-    multiplied by a number of runs: `timesteps * one_pass + decoding` is a whole sample.
+    multiplied by a number of runs: `passes * mean_pass + decoding` is a whole sample.
     """
 
     macs: float

@@ -218,13 +218,10 @@ class Pipeline:
         With `reuse`, those of an earlier call are taken if they were drawn alike. Where there is a denoiser, its
         temperature is chosen first if that was left to us, and a trajectory is written.
         """
-        how, folder, png = "drawn from its prior", self.run.samples, self.options.sampling.png
+        folder, chosen = self.run.samples, ""
         if isinstance(generator, CodeDiffusion):
             generator, chosen = self._with_temperature(generator)
-            how = f"temperature {generator.temperature:g}{chosen}"
-            how += f" changing to {generator.final_temperature:g}" if generator.final_temperature else ""
-            how += f", {generator.sample_steps or 'all'} timesteps"
-            how += ", spread order" if generator.reveal_order == "spread" else ""
+        how = generator.drawn + chosen
         settings = generator.settings | {"drawn": how, "weights": self.networks.digest()}
         images = from_writer(partial(read_samples, folder, settings, count)) if reuse else None
         if images is not None:
@@ -234,7 +231,7 @@ class Pipeline:
                 save_png(folder / "trajectory.png", generator.trajectory())
             images = generator.draw(range(count))
             write_samples(folder, images, settings)
-        if png:
+        if self.options.sampling.png:
             write_single_files(folder / "png", images)
         return images, how
 
@@ -243,7 +240,7 @@ class Pipeline:
             return generator, ""
         fad_weights = self.options.evaluation.fad_weights
         temperature = choose_temperature(generator, self.data, fad_weights, self.run, self.networks.digest())
-        return replace(generator, temperature=temperature), " chosen on held-out training images"
+        return replace(generator, temperature=temperature), ", chosen on held-out training images"
 
     def load_generator(self, draws: bool = True) -> Generator:
         """The trained networks; one that does not draw needs no denoiser.

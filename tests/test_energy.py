@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from torch import nn
 
 from diffusion.absorbing import AbsorbingDiffusion
 from metrics.energy import Operations, count, firing_rates
-from models import SDID, VQSVAE
+from models import SDID, VQSVAE, ResidualSDID
 from models.spiking import LIF, SpikingStack, set_plain
+from pipeline.evaluation.model_metrics import energy_figures
+from pipeline.runtime.device import Machine
+from pipeline.sampling.generators import CodeDiffusion, literally
 
 STEPS = 4
 
@@ -192,6 +196,95 @@ def test_a_whole_sample_is_so_many_passes(denoiser, tokens):
     assert sample.macs == (9 * one_pass).macs
     assert sample.dense_macs == (9 * one_pass).dense_macs
     assert 0 < sample.acs != (9 * one_pass).acs  # spikes are those of the inputs that occur
+
+
+# ---- a sample, along the schedule of its timesteps ----
+
+
+def residual_denoiser():
+    """With prototypes that make a difference."""
+    torch.manual_seed(0)
+    denoiser = ResidualSDID(codebook_size=10, spike_steps=2, width=16, blocks=1, prototypes=4, grid=(3, 3))
+    denoiser.prototypes.grids.copy_(torch.randint(0, 10, (4, 3, 3)))
+    denoiser.prototypes.counts.copy_(torch.tensor([1, 5, 2, 3]))
+    torch.nn.init.normal_(denoiser.prototypes.embed.weight)
+    return denoiser.eval()
+
+
+def generator_of(autoencoder, denoiser, **settings):
+    """Of copies, since the networks of this file are in plain mode, and a generator's are not."""
+    networks = copy.deepcopy((autoencoder, denoiser))
+    for network in networks:
+        set_plain(network, False)
+    return CodeDiffusion(*networks, (3, 3), Machine(torch.device("cpu"), bf16=False), seed=7, **settings)
+
+
+SETTINGS = [
+    ({}, [9, 8, 7, 6, 5, 4, 3, 2, 1]),
+    ({"sample_steps": 4, "temperature": 2.0}, [9, 7, 5, 3]),  # 9 - (9 j // 4)
+    ({"sample_steps": 4, "reveal_order": "spread", "final_temperature": 0.3}, [9, 8, 7, 4]),  # 9 - max(j, 9 j^2 // 16)
+]
+
+
+@pytest.mark.parametrize(("settings", "timesteps"), SETTINGS, ids=["every", "some", "spread"])
+@pytest.mark.parametrize("kind", ["sdid", "residual"])
+def test_a_sample_is_counted_along_its_trajectory(kind, settings, timesteps, autoencoder, denoiser, images):
+    network = denoiser if kind == "sdid" else residual_denoiser()
+    generator = generator_of(autoencoder, network, **settings)
+    autoencoder, network, cost = generator.autoencoder, generator.denoiser, generator.cost(images)
+    diffusion, steps = AbsorbingDiffusion(10, 9), network.spike_steps
+    noise = diffusion.noise(7, range(3), (3, 3), settings.get("sample_steps"), settings.get("reveal_order", "random"))
+    condition = network.prototypes.draw(7, range(3)) if network.prototypes else None
+    temperatures = {"final_temperature": settings.get("final_temperature"), "condition": condition}
+    codes = diffusion.sample(network.logits_at, noise, settings.get("temperature", 1.0), **temperatures)
+    expected, passes = Operations(0, 0, 0), 0
+    with literally(autoencoder), literally(network):
+        for i, t in itertools.product(range(3), timesteps):
+            before = torch.where(noise.reveal_times[i : i + 1] > t, codes[i : i + 1], 10)
+            told = () if condition is None else (condition[i : i + 1],)
+            one = count(network, lambda: network(before, torch.tensor([t]), *told), 1, steps)  # noqa: B023 (called at once)
+            expected, passes = expected + (1 / 3) * one, passes + 1
+        decoding = count(autoencoder, lambda: autoencoder.decode(codes), 3, STEPS)
+    assert 3 * len(timesteps) == passes
+    for name, operations in {"sample": expected + decoding, "decode": decoding}.items():
+        for kind_of in ("macs", "acs", "dense_macs"):
+            assert getattr(cost.operations[name], kind_of) == pytest.approx(getattr(operations, kind_of), rel=1e-9)
+    mean = (1 / len(timesteps)) * expected
+    assert cost.operations["denoiser_pass"].energy == pytest.approx(mean.energy, rel=1e-9)
+    assert cost.operations["denoiser_pass"].dense_energy == pytest.approx(mean.dense_energy, rel=1e-9)
+
+
+def test_firing_rates_are_those_of_the_trajectory(autoencoder, denoiser, images):
+    """The mean over the passes, of which the first sees masks alone and the last one mask."""
+    generator = generator_of(autoencoder, denoiser, sample_steps=3)
+    denoiser = generator.denoiser
+    rates = {key: value for key, value in generator.cost(images).firing_rates.items() if key.startswith("denoiser")}
+    codes, noise = generator._draw_codes(range(3))
+    diffusion, each = generator.diffusion, []
+    with literally(denoiser):
+        for t in (9, 6, 3):
+            tokens = diffusion.trajectory(codes, noise, t + 1)
+            each.append(firing_rates(denoiser, lambda: denoiser(tokens, torch.full((3,), t))))  # noqa: B023
+    assert (diffusion.trajectory(codes, noise, 10) == diffusion.mask_token).all()
+    for name, rate in rates.items():
+        assert rate == pytest.approx(sum(rates[name.removeprefix("denoiser_pass: ")] for rates in each) / 3)
+
+
+def test_energy_figures_say_what_was_counted(autoencoder, denoiser, images):
+    generator = generator_of(autoencoder, denoiser, sample_steps=4, temperature=0.5)
+    uint8 = (images * 255).byte()
+    figures = {figure["name"]: figure for figure in energy_figures(generator, uint8, seed=7)}
+    sample, encoding = figures["energy_sample"], figures["energy_encode"]
+    assert "4 denoiser passes" in sample["protocol"] and "mean of the 4" in figures["energy_denoiser_pass"]["protocol"]
+    assert sample["drawn"] == generator.drawn == "temperature 0.5, 4 timesteps"
+    assert (sample["num_generated"], sample["num_real"]) == (3, 0)
+    assert (encoding["num_generated"], encoding["num_real"]) == (0, 3)
+    parts = 4 * figures["energy_denoiser_pass"]["value"] + figures["energy_decode"]["value"]
+    assert sample["value"] == pytest.approx(parts)
+    dense = {name: figures[f"energy_{name}_without_spikes"]["value"] for name in ("sample", "denoiser_pass", "decode")}
+    assert dense["sample"] == pytest.approx(4 * dense["denoiser_pass"] + dense["decode"])
+    changed = replace(generator, final_temperature=0.3, sample_steps=None, reveal_order="spread")
+    assert changed.drawn == "temperature 0.5 changing to 0.3, all timesteps, spread order"
 
 
 def test_counting_changes_nothing(autoencoder, images):

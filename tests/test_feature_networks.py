@@ -1,15 +1,26 @@
+import multiprocessing
+import os
+import pwd
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import files
 from datasets import ImageData, digest
 from errors import UserError
+from files import cache_folder
 from metrics.classifier import accuracy, classifier_features, classifier_logits
 from metrics.fad import FadAutoencoder, fad_features, to_fad_range, to_fad_size
 from metrics.frechet import feature_statistics
-from pipeline.evaluation import feature_networks
-from pipeline.evaluation.cache import cache_folder, cached
+from models import fused_lif
+from pipeline.evaluation.cache import cached
 from pipeline.evaluation.feature_networks import classifier, fad_network, reference_features
+from pipeline.evaluation.metrics import feature_networks
 from pipeline.runtime.device import choose_machine
 
 MACHINE = choose_machine("cpu", "float32")
@@ -19,6 +30,7 @@ MACHINE = choose_machine("cpu", "float32")
 def cache(tmp_path, monkeypatch):
     """A cache folder of the test's own, and trainings of 80 steps that take a second."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files._warn.cache_clear()
     monkeypatch.setattr(feature_networks, "BATCH_SIZE", 8)
     monkeypatch.setattr(feature_networks, "FEWEST_STEPS", 80)
     for name in ("CLASSIFIER", "AUTOENCODER"):
@@ -63,27 +75,168 @@ def test_arrays_are_computed_once(cache):
     assert [path.name for path in cache.iterdir()] == ["name.npz"]
 
 
-def test_damaged_file_is_noticed(cache):
+def test_damaged_file_is_replaced(cache, monkeypatch, capsys):
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a thousand times would take a while
     arrays = cached("name", lambda: {"a": np.arange(10), "b": np.ones(3)})
     path = cache / "name.npz"
     whole = path.read_bytes()
-    noticed = 0
-    for place in range(len(whole)):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1
-        path.write_bytes(damaged)
-        try:
-            kept = cached("name", no_training)
-        except UserError:
-            noticed += 1
-        else:  # in a byte that says nothing about the contents, as a date
-            assert kept.keys() == arrays.keys() and all((kept[key] == arrays[key]).all() for key in arrays), place
-    assert noticed > len(whole) / 2
-    for length in (0, 10, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=rf"{path} is damaged \(.*\): delete it") as caught:
-            cached("name", no_training)
-        assert "\n" not in str(caught.value)
+    flipped = [whole[:place] + bytes((whole[place] ^ 1,)) + whole[place + 1 :] for place in range(len(whole))]
+    cut = [whole[:length] for length in (0, 10, len(whole) // 2, len(whole) - 1)]
+    noticed = []
+    for content in flipped + cut:
+        path.write_bytes(content)
+        computed = []
+        kept = cached("name", lambda: computed.append(1) or arrays)  # noqa: B023 (called at once)
+        assert kept.keys() == arrays.keys() and all((kept[key] == arrays[key]).all() for key in arrays)
+        assert path.read_bytes() == (whole if computed else content)  # a date, say, may be any
+        warned = capsys.readouterr().err
+        files._warn.cache_clear()
+        assert warned.startswith(f"warning: {path} is damaged (") == bool(computed) and warned.count("\n") <= 1
+        noticed.append(bool(computed))
+    assert sum(noticed) > len(whole) / 2 and all(noticed[-len(cut) :])
+    assert [file.name for file in cache.iterdir()] == ["name.npz"]
+
+
+# ---- a cache that cannot be used ----
+
+
+def without_home(monkeypatch, tmp_path):
+    def nobody(_):
+        raise KeyError
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    with pytest.raises(RuntimeError):
+        Path.home()
+
+
+def below_a_file(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
+
+
+def that_is_a_file(monkeypatch, tmp_path):
+    (tmp_path / "cache").touch()
+
+
+def in_a_folder_that_takes_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc")
+
+
+def on_a_full_disk(monkeypatch, tmp_path):
+    def part_of(path):
+        part = path.with_name(path.name + ".part")
+        part.symlink_to("/dev/full")
+        return part
+
+    monkeypatch.setattr(files, "part_of", part_of)
+
+
+OBSTACLES = [without_home, below_a_file, that_is_a_file]
+OBSTACLES += [in_a_folder_that_takes_none] if Path("/proc/self").exists() else []
+OBSTACLES += [on_a_full_disk] if Path("/dev/full").exists() else []
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES, ids=lambda obstacle: obstacle.__name__)
+def test_a_cache_that_cannot_be_written_costs_one_warning(obstacle, tmp_path, monkeypatch, capsys):
+    obstacle(monkeypatch, tmp_path)
+    for name in ("one", "another", "another"):
+        assert cached(name, lambda name=name: {"a": np.array(name)}) == {"a": name}
+    warned = capsys.readouterr().err
+    assert warned.startswith("warning: nothing can be kept in ") and warned.count("\n") == 1
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_figures_do_not_need_a_cache(tmp_path, monkeypatch, capsys):
+    below_a_file(monkeypatch, tmp_path)
+    data = make_data()
+    network, _ = classifier(data, MACHINE, seed=0)
+    features = reference_features(network, classifier_features, data.test, "Bars-test")
+    assert accuracy(classifier_logits(features, network), data.test_labels) > 0.9
+    assert fad_network(data, None, MACHINE, seed=0).reference[0].shape == (64,)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def fill(barrier):
+    """Fill the cache without a warning; be just before the move to the final name when the other process is, too."""
+    sync = os.fsync
+
+    def meet(descriptor):
+        sync(descriptor)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            barrier.wait(120)
+
+    os.fsync, files._warn = meet, sys.exit
+    assert cached("name", lambda: {"a": np.arange(1000)})["a"][999] == 999
+
+
+def test_two_processes_fill_the_cache_at_once(cache):
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(2)
+    processes = [context.Process(target=fill, args=(barrier,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert (cached("name", no_training)["a"] == np.arange(1000)).all()
+    assert [path.name for path in cache.iterdir()] == ["name.npz"]
+
+
+def test_what_a_killed_process_left_is_removed_later(cache):
+    cache.mkdir(parents=True)
+    old, new = cache / "name.npz.0123abcd.part", cache / "name.npz.4567abcd.part"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    cached("name", lambda: {"a": np.arange(3)})
+    assert sorted(cache.iterdir()) == [cache / "name.npz", new], "another process may be writing the new one"
+
+
+# ---- the compiled kernels ----
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    if not fused_lif.available():
+        pytest.skip("no C++ compiler")
+
+
+@pytest.fixture
+def kernels(compiler, monkeypatch):
+    """Kernels that compile in a few seconds."""
+    monkeypatch.setattr(fused_lif, "FLAGS", tuple(flag for flag in fused_lif.FLAGS if flag != "-O3"))
+
+
+def no_compiler(*arguments, **_):
+    pytest.fail("compiled again")
+
+
+def test_kernels_are_kept_and_damage_is_replaced(kernels, cache, monkeypatch, capsys):
+    fused_lif._load()
+    (path,) = cache.iterdir()
+    whole = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", no_compiler)
+        assert fused_lif._load().moments_float32 and capsys.readouterr().err == ""
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    path.unlink()  # this process has loaded the file: to change that one would end it
+    path.write_bytes(damaged)
+    assert fused_lif._load().moments_float32
+    assert capsys.readouterr().err == f"warning: {path} is damaged (ValueError): it is made again\n"
+    assert len(path.read_bytes()) == len(whole) and path.read_bytes() != damaged
+    assert list(cache.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("obstacle", [without_home, below_a_file], ids=lambda obstacle: obstacle.__name__)
+def test_kernels_do_not_need_a_cache(kernels, obstacle, tmp_path, monkeypatch, capsys):
+    obstacle(monkeypatch, tmp_path)
+    monkeypatch.setattr(fused_lif.tempfile, "tempdir", str(tmp_path))
+    assert fused_lif._load().moments_float32
+    assert capsys.readouterr().err.count("warning: nothing can be kept in ") == 1
+    assert not list(tmp_path.glob("tmp*"))
 
 
 def test_digest_depends_on_values_types_shapes_names_and_order():

@@ -219,6 +219,21 @@ def test_learning_rates():
     assert cosine(0.01) == pytest.approx(0.5, rel=1e-3) and cosine(0.02) == pytest.approx(1, rel=1e-2)
 
 
+@pytest.mark.parametrize("schedule", LR_SCHEDULES)
+def test_every_step_learns(schedule, tmp_path, monkeypatch):
+    """The cosine begins and ends at 0, no step does: each has the factor of its middle."""
+    rates, take = [], Trainer._step
+
+    def step(trainer, *batch):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        return take(trainer, *batch)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    trained_layer(tmp_path, epochs=5, lr_schedule=schedule)
+    assert min(rates) > 0
+    assert rates == pytest.approx([0.1 * LR_SCHEDULES[schedule]((step + 0.5) / 100) for step in range(100)])
+
+
 def test_moving_average_by_hand():
     layer = nn.Linear(1, 1, bias=False)
     average, expected = _moving_average(layer, 0.5), None

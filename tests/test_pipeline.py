@@ -19,10 +19,10 @@ from datasets import load_dataset
 from errors import UserError
 from models import SDID, build_model
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
-from pipeline.evaluation import metrics as evaluation
 from pipeline.evaluation.metrics import FeatureNetwork, Metric
-from pipeline.training import loop as training
-from pipeline.training import objectives as trainers
+from pipeline.evaluation.metrics import metrics as evaluation
+from pipeline.training.loop import loop as training
+from pipeline.training.loop import objectives as trainers
 
 KINDS = ("", "_without_spikes")
 WEIGHTS = ("model.pth", "diff_result/diff_model.pth")
@@ -90,7 +90,8 @@ def test_figures_say_what_they_are(finished):
     assert figures.keys() == {"mse", "ssim", "codebook_usage", "codebook_perplexity", "firing_rate", *parts}
     for figure in figures.values():
         assert figure.keys() >= {"name", "value", "protocol", "split", "num_generated", "num_real", "seed"}
-        assert (figure["split"], figure["num_real"], figure["seed"]) == ("test", 4, 42)
+        assert (figure["split"], figure["seed"]) == ("test", 42)
+        assert (figure["num_real"], figure["num_generated"]) in ((4, 0), (0, 4), (4, 4))
         assert figure["protocol"] and isinstance(figure["value"], float)
 
 

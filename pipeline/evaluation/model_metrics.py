@@ -42,20 +42,26 @@ def reconstruction_figures(generator: Generator, evaluation: Evaluation, wanted:
 
 
 def energy_figures(generator: Generator, test: Tensor, seed: int) -> list[dict]:
-    """Energy in µJ per image of each part and of a whole sample, with and without spikes, and the mean firing rate."""
+    """Energy in µJ per image of each part and of a whole sample, with and without spikes, and the mean firing rate.
+
+    Encoding is counted on ENERGY_IMAGES test images, what takes part in a sample on as many samples.
+    """
     images = test[:ENERGY_IMAGES]
     cost = generator.cost(images)
-    about = {"split": "test", "real": len(images), "seed": seed}
+    real = {"split": "test", "real": len(images), "seed": seed}
+    drawn = {"split": "test", "real": 0, "generated": len(images), "seed": seed, "drawn": generator.drawn}
     figures = []
     for part, counted in cost.operations.items():
+        about, on = real if part == "encode" else drawn, cost.protocols[part]
         counts = {"macs": counted.macs, "acs": counted.acs}
-        protocol = f"µJ an image, {PICOJOULES_PER_MAC} pJ a MAC, {PICOJOULES_PER_AC} pJ an AC"
+        protocol = f"µJ an image, {PICOJOULES_PER_MAC} pJ a MAC, {PICOJOULES_PER_AC} pJ an AC; {on}"
         figures.append(record(f"energy_{part}", counted.energy / 1e6, protocol, **about, **counts))
-        protocol = f"µJ an image, each layer once, without spikes, {PICOJOULES_PER_MAC} pJ a MAC"
+        protocol = f"µJ an image, each layer once, without spikes, {PICOJOULES_PER_MAC} pJ a MAC; {on}"
         dense = {"macs": counted.dense_macs}
         figures.append(record(f"energy_{part}_without_spikes", counted.dense_energy / 1e6, protocol, **about, **dense))
     if cost.firing_rates:
         mean = sum(cost.firing_rates.values()) / len(cost.firing_rates)
-        protocol = "spikes per neuron and spike step, mean over layers"
+        protocol = "spikes per neuron and spike step, mean over layers, of encoding, decoding and drawing"
+        about = real | drawn | {"real": len(images)}
         figures.append(record("firing_rate", mean, protocol, **about, layers=cost.firing_rates))
     return figures

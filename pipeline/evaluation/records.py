@@ -56,6 +56,5 @@ def print_figures(figures: list[dict]) -> None:
 
 def describe(figure: dict) -> str:
     """Protocol of a figure and the images it is of, in a line."""
-    against = f"{figure['num_real']} {figure['split']} images"
-    counts = f"{figure['num_generated']} generated, {against}" if figure["num_generated"] else against
-    return f"{figure['protocol']} ({counts})"
+    counts = {"generated": figure["num_generated"], f"{figure['split']} images": figure["num_real"]}
+    return f"{figure['protocol']} ({', '.join(f'{number} {what}' for what, number in counts.items() if number)})"

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from metrics.energy import Operations, count, firing_rates
@@ -15,18 +16,24 @@ from models import FSVAE
 from models.spiking import set_plain
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.runtime.device import Machine
+from pipeline.runtime.processes import is_writer
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images, in_batches
 from pipeline.sampling.grids import to_float, to_uint8, trajectory_picture
 
 TRAJECTORY_MOMENTS = 12
+TEST_IMAGES = "test images"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Synaptic operations of each part of a model and of a whole sample, per image, and firing rates of its layers."""
+    """Synaptic operations of each part of a model and of a whole sample, per image, and firing rates of its layers.
+
+    `protocols` says of each part what it was counted on.
+    """
 
     operations: dict[str, Operations]
     firing_rates: dict[str, float]
+    protocols: dict[str, str]
 
 
 class Generator(Protocol):
@@ -42,8 +49,12 @@ class Generator(Protocol):
     def draw(self, samples: range) -> Tensor:
         """The samples with these numbers."""
 
+    @property
+    def drawn(self) -> str:
+        """How it draws, in words."""
+
     def cost(self, images: Tensor) -> Cost:
-        """What a few real images and their samples cost."""
+        """What a few real images cost, and as many samples."""
 
 
 @contextmanager
@@ -107,6 +118,13 @@ class CodeDiffusion:
         """See Generator."""
         return decode_codes(self.autoencoder, self._draw_codes(samples)[0], self.machine, self.batch_size)
 
+    @property
+    def drawn(self) -> str:
+        """See Generator."""
+        final = f" changing to {self.final_temperature:g}" if self.final_temperature else ""
+        order = ", spread order" if self.reveal_order == "spread" else ""
+        return f"temperature {self.temperature:g}{final}, {self.sample_steps or 'all'} timesteps{order}"
+
     def trajectory(self) -> Tensor:
         """How sample 0 came about, a picture uint8 `[3,H,W]`."""
         diffusion, (codes, noise) = self.diffusion, self._draw_codes(range(1))
@@ -127,32 +145,50 @@ class CodeDiffusion:
 
     def _draw_codes(self, samples: range, given: Tensor | None = None) -> tuple[Tensor, SamplingNoise]:
         noise = self.diffusion.noise(self.seed, samples, self.grid, self.sample_steps, self.reveal_order)
-        prototypes = self.denoiser.prototypes if given is None else None  # of what is given there is another
-        condition = prototypes.draw(self.seed, samples) if prototypes else None
+        condition = self._prototypes_of(samples) if given is None else None  # of what is given there is another
         how = {"temperature": self.temperature, "final_temperature": self.final_temperature}
         how |= {"given": given, "condition": condition}
         return draw_codes(self.denoiser, self.diffusion, noise, self.machine, self.batch_size, **how), noise
 
-    def cost(self, images: Tensor) -> Cost:
-        """The denoiser sees the codes of `images`, masked at timesteps drawn from the seed; a sample is T passes.
+    def _prototypes_of(self, samples: range) -> Tensor | None:
+        """What the denoiser is told of the samples with these numbers: prototypes' numbers `[N]`, if it has some."""
+        prototypes = self.denoiser.prototypes
+        return prototypes.draw(self.seed, samples) if prototypes else None
 
-        It is told their prototypes, if it has some, at each pass.
+    def cost(self, images: Tensor) -> Cost:
+        """See Generator; a sample is a pass of the denoiser at each timestep of the schedule, and a decoding.
+
+        The denoiser sees at each what the sampler has there. A pass is the mean of them.
         """
-        model, diffusion, device = self.autoencoder, self.diffusion, self.machine.device
-        pixels, codes = to_float(images.to(device)), self.encode(images).to(device).long()
-        generator = torch.Generator(device).manual_seed(self.seed)
-        t = torch.randint(1, diffusion.num_timesteps + 1, (len(images),), generator=generator, device=device)
-        tokens, _ = diffusion.q_sample(codes, t, generator)
-        conditions = self.conditions(codes)
+        model, device, samples = self.autoencoder, self.machine.device, range(len(images))
+        pixels, (codes, noise) = to_float(images.to(device)), self._draw_codes(samples)
+        codes, passes = codes.to(device), self._passes(codes, noise, samples)
+        shown = tqdm(passes, "counting energy", unit=" passes", leave=False, disable=None if is_writer() else True)
         parts = {
             "encode": (model, lambda: model.encode(pixels)),
             "decode": (model, lambda: model.decode(codes)),
-            "denoiser_pass": (self.denoiser, lambda: self.denoiser(tokens, t, *conditions)),
+            "denoiser_pass": (self.denoiser, lambda: [self.denoiser(*inputs) for inputs in shown]),
         }
-        cost = _cost(parts, len(images))
-        passes = self.sample_steps or diffusion.num_timesteps
-        sample = passes * cost.operations["denoiser_pass"] + cost.operations["decode"]
-        return Cost({**cost.operations, "sample": sample}, cost.firing_rates)
+        operations, rates = _count(parts, len(images))
+        operations["denoiser_pass"] = 1 / len(passes) * operations["denoiser_pass"]
+        operations["sample"] = len(passes) * operations["denoiser_pass"] + operations["decode"]
+        at_each = "each on what the sampler has at its timestep"
+        protocols = {
+            "encode": TEST_IMAGES,
+            "decode": "codes of samples",
+            "denoiser_pass": f"mean of the {len(passes)} passes of a sample, {at_each}",
+            "sample": f"{len(passes)} denoiser passes, {at_each}, and a decoding",
+        }
+        return Cost(operations, rates, protocols)
+
+    def _passes(self, codes: Tensor, noise: SamplingNoise, samples: range) -> list[tuple[Tensor, ...]]:
+        """The denoiser's inputs at each timestep of the schedule that led to `codes [N,h,w]`: tokens, t, condition."""
+        diffusion, device, prototypes = self.diffusion, self.machine.device, self._prototypes_of(samples)
+        told = () if prototypes is None else (prototypes.to(device),)
+        return [
+            (diffusion.trajectory(codes, noise, t + 1).to(device), torch.full((len(codes),), t, device=device), *told)
+            for t in diffusion.timesteps(self.sample_steps, self.reveal_order)
+        ]
 
 
 @dataclass(frozen=True)
@@ -163,6 +199,7 @@ class PriorSampling:
     machine: Machine
     seed: int
     batch_size: int = 64
+    drawn = "drawn from its prior"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -205,14 +242,23 @@ class PriorSampling:
             "decode": (model, lambda: model.decode(latents)),
             "sample": (model, lambda: model.decode(model.sample(picks))),
         }
-        return _cost(parts, len(images))
+        protocols = {"encode": TEST_IMAGES, "decode": "latents of samples", "sample": "prior and decoding"}
+        return Cost(*_count(parts, len(images)), protocols)
 
 
-def _cost(parts: dict[str, tuple[nn.Module, Callable[[], Any]]], images: int) -> Cost:
-    """Counts each call on so many images; float32, no savings."""
-    operations, rates = {}, {}
-    for name, (model, call) in parts.items():
-        with literally(model):
-            operations[name] = count(model, call, images, model.spike_steps)
-            rates |= {f"{name}: {layer}": rate for layer, rate in firing_rates(model, call).items()}
-    return Cost(operations, rates)
+def _count(
+    parts: dict[str, tuple[nn.Module, Callable[[], Any]]], images: int
+) -> tuple[dict[str, Operations], dict[str, float]]:
+    """Operations of each call, on so many images, and firing rates; float32, no savings."""
+    measured = {name: _measure(*part, images) for name, part in parts.items()}
+    operations = {name: counted for name, (counted, _) in measured.items()}
+    rates = {f"{name}: {layer}": rate for name, (_, own) in measured.items() for layer, rate in own.items()}
+    return operations, rates
+
+
+def _measure(model: nn.Module, call: Callable[[], Any], images: int) -> tuple[Operations, dict[str, float]]:
+    """Both in one run: neurons take no part in the count."""
+    counted = []
+    with literally(model):
+        rates = firing_rates(model, lambda: counted.append(count(model, call, images, model.spike_steps)))
+    return counted[0], rates
