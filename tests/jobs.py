@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main
 from pipeline.runtime import processes
-from pipeline.training.loop import loop as training
+from pipeline.training import loop as training
 
 
 def run(arguments, leap=None):

@@ -21,7 +21,7 @@ from pipeline.evaluation.metrics import GENERATED_METRICS
 from pipeline.options import CODES, DECLARATIONS, DEFAULTS, LR_SCHEDULES, MASKS, SAMPLE_METRICS, SECTIONS, TITLES
 from pipeline.sampling.masks import MASKS as HIDDEN
 from pipeline.stages import Pipeline
-from pipeline.training.loop import loop as training
+from pipeline.training import loop as training
 
 ROOT = Path(__file__).resolve().parents[1]
 

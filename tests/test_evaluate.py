@@ -14,8 +14,8 @@ from datasets import load_dataset
 from errors import UserError
 from metrics.extraction import extract
 from metrics.frechet import feature_statistics, frechet_distance
+from pipeline.evaluation import metrics as evaluation
 from pipeline.evaluation.metrics import FeatureNetwork, Metric
-from pipeline.evaluation.metrics import metrics as evaluation
 from scripts import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]

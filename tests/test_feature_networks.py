@@ -18,9 +18,9 @@ from metrics.classifier import accuracy, classifier_features, classifier_logits
 from metrics.fad import FadAutoencoder, fad_features, to_fad_range, to_fad_size
 from metrics.frechet import feature_statistics
 from models import fused_lif
+from pipeline.evaluation import feature_networks
 from pipeline.evaluation.cache import cached
 from pipeline.evaluation.feature_networks import classifier, fad_network, reference_features
-from pipeline.evaluation.metrics import feature_networks
 from pipeline.runtime.device import choose_machine
 
 MACHINE = choose_machine("cpu", "float32")

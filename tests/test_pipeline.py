@@ -19,10 +19,10 @@ from datasets import load_dataset
 from errors import UserError
 from models import SDID, build_model
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
+from pipeline.evaluation import metrics as evaluation
 from pipeline.evaluation.metrics import FeatureNetwork, Metric
-from pipeline.evaluation.metrics import metrics as evaluation
-from pipeline.training.loop import loop as training
-from pipeline.training.loop import objectives as trainers
+from pipeline.training import loop as training
+from pipeline.training import objectives as trainers
 
 KINDS = ("", "_without_spikes")
 WEIGHTS = ("model.pth", "diff_result/diff_model.pth")

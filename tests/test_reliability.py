@@ -31,13 +31,13 @@ from datasets import load_dataset
 from errors import UserError
 from pipeline import checkpoints, run_folder
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
-from pipeline.evaluation.metrics import cache
+from pipeline.evaluation import cache
 from pipeline.options import DECLARATIONS
 from pipeline.run_folder import RunFolder
 from pipeline.stages import Pipeline
+from pipeline.training import loop as training
+from pipeline.training import objectives as trainers
 from pipeline.training.interruption import SIGNALS, Interrupted, Interruption
-from pipeline.training.loop import loop as training
-from pipeline.training.loop import objectives as trainers
 from scripts import soak
 
 TESTS = Path(__file__).parent

@@ -50,7 +50,7 @@ def test_own_noise_is_not_that_of_another_step(monkeypatch):
     """Where a process adds its number to the seed, it has the noise of the first one's next steps."""
     streams = {}
     for rank, step in itertools.product(range(4), range(50)):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         generator = torch.Generator().manual_seed(derive_seed(42, "noise", 1, step))
         streams[rank, step] = tuple(torch.rand(4, generator=processes.own_noise(generator)).tolist())
     assert len(set(streams.values())) == len(streams)
