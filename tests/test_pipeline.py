@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_datasets import write_idx
 from test_parity import GOLDEN, PREFIX
 
+import files
 from datasets import load_dataset
 from errors import UserError
 from models import SDID, build_model
@@ -248,7 +249,7 @@ def test_a_file_is_whole_or_absent(run, monkeypatch):
         raise OSError(28, "No space left on device")
 
     before = (run / "model.pth").read_bytes()
-    monkeypatch.setattr(run_folder.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(UserError, match="No space left"):
         run_folder.save_weights(run / "model.pth", {})
     assert (run / "model.pth").read_bytes() == before
