@@ -107,7 +107,8 @@ def test_columns_are_figures_that_runs_have(finished):
 
 def test_the_table_of_a_real_run(run, capsys):
     results_table.main([str(run)])
-    assert "| ImageFolder | snn-vq-vae | 2 + 2 epochs, 0.0 h |" in capsys.readouterr().out
+    trained = "2 + 2 epochs, 0.0 h; temperature 0.65, all timesteps"
+    assert f"| ImageFolder | snn-vq-vae | {trained} |" in capsys.readouterr().out
 
 
 def refused(capsys, *arguments):
