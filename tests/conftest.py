@@ -9,9 +9,9 @@ fast and plain) in float64, where no rounding is large enough to change a spike,
 Run the suite as different machines before you trust a new test:
 
     python -m pytest
-    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m pytest    # `make test-portable`
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python -m pytest  # of the tests that compute: make test-portable
     OMP_NUM_THREADS=1 python -m pytest
-    TEST_PRECISION=float32 python -m pytest                              # what `--precision auto` chooses
+    TEST_PRECISION=float32 python -m pytest  # what --precision auto chooses; or bf16
 
 ONEDNN_MAX_CPU_ISA also takes AVX512_CORE and AVX512_CORE_BF16, where the processor has them.
 """

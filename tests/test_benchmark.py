@@ -12,19 +12,8 @@ TASKS = {"stage1_train", "stage2_train", "encode", "sample"}
 
 
 def test_both_modes_and_their_ratio(tmp_path):
-    small = (
-        "--spike_steps",
-        "1",
-        "--denoiser_channels",
-        "2",
-        "--batch_size",
-        "2",
-        "--repeats",
-        "1",
-        "--device",
-        "cpu",
-        *PRECISION,
-    )
+    network = ("--spike_steps", "1", "--denoiser_channels", "2", "--batch_size", "2")
+    small = (*network, "--repeats", "1", "--device", "cpu", *PRECISION)
     file = tmp_path / "speed.json"
     done = subprocess.run([sys.executable, SCRIPT, *small, "--json", file], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

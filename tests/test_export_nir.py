@@ -63,7 +63,7 @@ def test_every_network_of_a_run(run, capsys):
 @torch.no_grad()
 def test_decoder_on_the_grid_of_codes_draws_the_same_pixels(options, tmp_path):
     model = autoencoder(**options)
-    images = torch.rand(2, model.channels, 12, 16, dtype=torch.float64)
+    images = torch.rand(8, model.channels, 12, 16, dtype=torch.float64)
     exports = list(export_nir.of_autoencoder(model, images))
     assert [each.name for each in exports] == list(AUTOENCODER)
     for each in exports:

@@ -380,7 +380,7 @@ def test_every_model_runs_resumes_and_is_read_back(options, cli, grey, tmp_path)
     keep = [i for i, word in enumerate(SMALL[::2]) if word not in own]
     small = (*grey, *(word for i in keep for word in SMALL[2 * i : 2 * i + 2]), *options, "--epochs", 2)
     second = () if "snn-vae" in options else ("--diffusion_epochs", 1)
-    small = (*small, *(() if "--model" in options else LIVELY), *second)
+    small = (*small, *(() if "--model" in options else LIVELY), *second, "--seed", 46)
     outcome = cli(*small, "--result_path", tmp_path / "whole")
     warnings = outcome.err.splitlines()
     assert outcome.status == 0 and all("the codebook collapses" in line for line in warnings), "it has eight codes"
@@ -391,7 +391,7 @@ def test_every_model_runs_resumes_and_is_read_back(options, cli, grey, tmp_path)
     assert cli("--resume", parts, "--max_minutes", 60).status == 0
     log, figures = read_log(whole), read_metrics(whole)
     losses = [line["loss"] for line in log]
-    assert losses[1] < losses[0] or "poisson" in options  # whose noise hides two epochs
+    assert log[1]["mse"] < 0.8 * log[0]["mse"]
     assert [line["loss"] for line in read_log(parts)] == losses
     assert np.array_equal(read_images(whole), read_images(parts))
     assert {"mse", "ssim", "energy_encode", "energy_sample"} <= figures.keys() and read_metrics(parts) == figures
