@@ -32,7 +32,11 @@ from torch.utils.tensorboard import SummaryWriter
 from errors import UserError
 from pipeline.distributed import by_writer
 
-PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy")
+PACKAGES = (
+    *("torch", "torchvision", "spikingjelly", "numpy", "scipy", "scikit-learn", "pillow"),
+    *("torchmetrics", "pytorch-fid"),
+)
+"""What training and metrics depend on; their versions are recorded."""
 
 LAST_VERSION = 2
 """Of what last.pth holds: counts up when a program could misread the file of another."""
