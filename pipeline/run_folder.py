@@ -20,7 +20,7 @@ import subprocess
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -270,7 +270,7 @@ class RunFolder:
 
         A line of this or a later epoch, left by a run that was killed before it had saved, is replaced.
         """
-        now = datetime.now(timezone.utc).isoformat("T", "seconds")
+        now = datetime.now(UTC).isoformat("T", "seconds")
         line = {"stage": stage, "epoch": epoch, **figures, "time": now}
         before = [old for old in self.read_log() if old.get("stage") != stage or old["epoch"] < epoch]
         write_whole(self.log_file, "".join(json.dumps(each) + "\n" for each in (*before, line)).encode())
