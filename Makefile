@@ -1,5 +1,6 @@
-# For a fresh machine with Python 3.10 or newer: `make sample`, `make demo` and `make test`.
+# For a fresh machine with Python 3.11, 3.12 or 3.13: `make sample`, `make demo` and `make test`.
 PYTHON ?= python3
+VERSION = $(shell $(PYTHON) --version 2>&1 || true)
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
@@ -8,6 +9,8 @@ RUN := $(VENV)/bin/python
 install: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt requirements-dev.txt
+	$(if $(filter 3.11.% 3.12.% 3.13.%,$(VERSION)),,$(error Python 3.11, 3.12 or 3.13 is needed, and \
+	  `$(PYTHON) --version` says "$(VERSION)": name another, as in `$(strip make $(MAKECMDGOALS)) PYTHON=python3.12`))
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet -r requirements.txt -r requirements-dev.txt

@@ -16,7 +16,7 @@ import json
 import subprocess
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,11 @@ from pipeline.checkpoints import load_checkpoint, save_weights, write_json, writ
 from pipeline.options import Role, with_role
 from pipeline.runtime.processes import by_writer
 
-PACKAGES = ("torch", "torchvision", "spikingjelly", "numpy")
+PACKAGES = (
+    *("torch", "torchvision", "spikingjelly", "numpy", "scipy", "scikit-learn", "pillow"),
+    *("torchmetrics", "pytorch-fid"),
+)
+"""What training and metrics depend on; their versions are recorded."""
 
 LOG_KEYS = {"stage", "epoch", "images", "images_per_second"}
 FIGURE_KEYS = {"name", "value", "protocol", "split", "num_generated", "num_real"}
@@ -201,7 +205,7 @@ class RunFolder:
 
         What a run that was killed before it had saved has left of this or a later epoch is replaced in both.
         """
-        now = datetime.now(timezone.utc).isoformat("T", "seconds")
+        now = datetime.now(UTC).isoformat("T", "seconds")
         line = {"stage": stage, "epoch": epoch, **figures, "time": now}
         before = [old for old in self.read_log() if old.get("stage") != stage or old["epoch"] < epoch]
         write_whole(self.log_file, "".join(json.dumps(each) + "\n" for each in (*before, line)).encode())

@@ -1,6 +1,7 @@
 """scripts/export_nir.py: the files give the trained networks' spikes, and it is noticed where they do not."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -85,6 +86,54 @@ def test_denoiser_with_its_head(tmp_path):
     graph.get_submodule("add_1").bias[0] += 1e-3  # no spike depends on it
     compared = export_nir.compare(exported, graph)
     assert compared.differing == 0 and compared.error == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("preset", ["faithful", "improved"])
+@torch.no_grad()
+def test_snntorch_gives_every_spike(preset, tmp_path):
+    """Another implementation of NIR reads each file and does what SpikingJelly does with it.
+
+    Both compute in float64, with weights that float32 holds: snnTorch takes no others.
+    """
+    pytest.importorskip("snntorch", reason="needs snnTorch: pip install snntorch", exc_type=ImportError)
+    if preset == "faithful":
+        model, denoiser = autoencoder(), SDID(codebook_size=8, spike_steps=4, width=4)
+    else:
+        model, denoiser = autoencoder(downsampling=2), ResidualSDID(8, 2, 32, blocks=2, grid=(8, 8), prototypes=2)
+        denoiser.prototypes.grids.random_(8)
+        denoiser.prototypes.counts.fill_(1)
+        nn.init.normal_(denoiser.prototypes.embed.weight)
+    images = torch.rand(3, 1, 16, 16, dtype=torch.float64)
+    exports = *export_nir.of_autoencoder(model, images), export_nir.of_denoiser(trained(denoiser), model.encode(images))
+    assert [each.name for each in exports] == [*AUTOENCODER, "denoiser"]
+    for each in exports:
+        each.graph.float().double()
+        path = tmp_path / f"{each.name}.nir"
+        graph = read_back(each, path)
+        (wanted, _), spikes = export_nir.observe(graph, partial(graph, each.inputs))
+        outputs, others = run_by_snntorch(path, each.inputs)
+        assert sum(map(torch.sum, spikes)) > 50, each.name
+        for ours, theirs in zip(spikes, others, strict=True):
+            assert torch.equal(ours, theirs), each.name
+        assert wanted.std() > 0.01 and torch.allclose(outputs, wanted, rtol=0, atol=1e-9), each.name
+
+
+def run_by_snntorch(path, inputs):
+    """Outputs `[S,N,C,H,W]` and each layer's spikes `[S,N,C,H,W]` for the inputs of a file's graph."""
+    from snntorch import Leaky
+    from snntorch.import_nir import import_from_nir
+
+    network, spikes = import_from_nir(nir.read(path)).double(), []
+    neurons = [module for module in network.modules() if isinstance(module, Leaky)]
+
+    def record(_, __, output):
+        spikes.append(output.double())  # snnTorch's spikes are float32 whatever the network is
+        return spikes[-1]
+
+    for module in neurons:
+        module.register_forward_hook(record)
+    outputs = torch.stack([network(x)[0] for x in inputs])
+    return outputs, [torch.stack(spikes[i :: len(neurons)]) for i in range(len(neurons))]
 
 
 def test_another_weight_is_noticed(run, capsys, monkeypatch):

@@ -3,6 +3,7 @@ import urllib.error
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.ndimage
 import torch
 import torchvision
 from PIL import Image
@@ -70,6 +71,12 @@ def random_features(count, size=64, seed=0):
     return np.random.default_rng(seed).normal(size=(count, size)).astype(np.float32)
 
 
+def waves(count, size):
+    """Correlated features `[count,size]` in [-1,1] from a formula: the same numbers on every machine."""
+    row, column = np.arange(count)[:, None], np.arange(1, size + 1)
+    return np.cos(0.7 * row * column).cumsum(1) / column
+
+
 def random_covariance(generator, size):
     factor = generator.normal(size=(size, size))
     return factor @ factor.T / size
@@ -94,6 +101,28 @@ def test_ssim_does_not_depend_on_the_batch_size():
     for batch_size in (2, 4, 256):
         assert ssim(images, reconstructions, batch_size) == pytest.approx(one_by_one, abs=1e-6)
     assert 0 < one_by_one < 0.9
+
+
+def test_ssim_is_pinned():
+    """By Wang et al. 2004: 11x11 Gaussian window with sigma 1.5, K = 0.01 and 0.03, the mean over *all* positions.
+
+    Images are mirrored at their borders. torchmetrics 1.4.0 and 1.4.1 leave out the five outermost pixels: 0.88271.
+    """
+    wave, other = waves(28, 28), np.sin(np.outer(np.arange(28), np.arange(28)) / 50)
+    images = np.stack([0.5 + wave / 2, 0.5 + other / 2])
+    reconstructions = 0.7 * images + 0.3 * images[:, :, ::-1] ** 2
+
+    def local_mean(x):
+        return scipy.ndimage.gaussian_filter(x, 1.5, radius=5, mode="mirror", axes=(1, 2))
+
+    mean1, mean2 = local_mean(images), local_mean(reconstructions)
+    variance1, variance2 = local_mean(images**2) - mean1**2, local_mean(reconstructions**2) - mean2**2
+    covariance = local_mean(images * reconstructions) - mean1 * mean2
+    contrast = (2 * covariance + 0.03**2) / (variance1 + variance2 + 0.03**2)
+    expected = ((2 * mean1 * mean2 + 0.01**2) / (mean1**2 + mean2**2 + 0.01**2) * contrast).mean()
+    assert expected == pytest.approx(0.87978, abs=1e-5)
+    arguments = (torch.from_numpy(x).float().unsqueeze(1) for x in (images, reconstructions))
+    assert ssim(*arguments) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("measure", [mse, ssim])
@@ -281,9 +310,16 @@ def test_distance_between_too_few_images_is_refused(figure, fewest, monkeypatch)
     figure(enough, enough)
 
 
-def test_fid_is_the_frechet_distance_of_all_features():
-    ours, theirs = random_features(2100), random_features(2048, seed=1) * 2
-    assert fid(ours, theirs) == frechet_distance(*feature_statistics(ours), *feature_statistics(theirs))
+def test_fid_and_frechet_distance_are_pinned():
+    """By scipy's matrix square root, on two sets of unequal size whose covariances do not commute."""
+    ours, theirs = waves(2100, 4), 1.5 * waves(2048, 4)[:, ::-1] + [0, 0.1, 0, 0.2]
+    sigma1, sigma2 = np.cov(ours.T), np.cov(theirs.T)
+    difference = ours.mean(0) - theirs.mean(0)
+    expected = difference @ difference + np.trace(sigma1 + sigma2 - 2 * scipy.linalg.sqrtm(sigma1 @ sigma2).real)
+    assert expected == pytest.approx(0.738535, rel=1e-5)
+    assert fid(ours, theirs) == pytest.approx(expected, rel=1e-6)
+    statistics = feature_statistics(ours), feature_statistics(theirs)
+    assert frechet_distance(*statistics[0], *statistics[1]) == pytest.approx(expected, rel=1e-6)
     assert fid(ours, ours) == pytest.approx(0, abs=1e-9)
 
 
@@ -304,18 +340,36 @@ def test_kid_of_two_halves_of_a_set_is_near_zero(monkeypatch):
     assert kid(features[:2000], features[2000:], seed=1) != (mean, deviation)
 
 
-def test_kid_is_the_unbiased_estimate_over_all_pairs(monkeypatch):
+def test_kid_is_pinned(monkeypatch):
+    """By its definition: the unbiased estimate over all pairs. With 1,000 images a side, every subset is the set."""
     monkeypatch.setattr(fid_module, "KID_SUBSETS", 2)
-    ours, theirs = random_features(1000, 3), random_features(1000, 3, seed=1) + 0.3  # one subset, whatever the order
+    ours, theirs = waves(1000, 4), 1.2 * waves(1000, 4)[:, ::-1] + 0.1
 
     def kernel(x, y):
-        return (x.astype(np.float64) @ y.T.astype(np.float64) / 3 + 1) ** 3
+        return (x @ y.T / 4 + 1) ** 3
 
     def off_diagonal(x):
         return (kernel(x, x).sum() - np.trace(kernel(x, x))) / (1000 * 999)
 
     expected = off_diagonal(ours) + off_diagonal(theirs) - 2 * kernel(ours, theirs).mean()
-    assert kid(ours, theirs, seed=0)[0] == pytest.approx(expected, rel=1e-3)
+    assert expected == pytest.approx(0.181023, rel=1e-5)
+    mean, deviation = kid(ours.astype(np.float32), theirs.astype(np.float32), seed=0)
+    assert mean == pytest.approx(expected, rel=1e-3) and deviation < 1e-4
+
+
+def test_inception_score_is_pinned():
+    """By its definition, exp of the mean of KL(p(y|x) || p(y)), for ten parts of the images in torchmetrics' order."""
+    logits = 3 * waves(1000, 5)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+    def score(part):
+        return np.exp((part * np.log(part / part.mean(0))).sum(1).mean())
+
+    assert score(p) == pytest.approx(1.246774, rel=1e-5)
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).numpy()
+    scores = [score(part) for part in np.split(p[order], 10)]
+    assert inception_score(logits) == pytest.approx((np.mean(scores), np.std(scores, ddof=1)), rel=1e-5)
+    assert np.mean(scores) == pytest.approx(score(p), rel=0.01)
 
 
 def test_inception_score_of_uniform_logits_is_one():

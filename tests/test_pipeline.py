@@ -15,7 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_datasets import write_idx
 from test_parity import GOLDEN, PREFIX
 
-import files
 from datasets import load_dataset
 from errors import UserError
 from models import SDID, build_model
