@@ -26,6 +26,11 @@ demo: install
 sample: install
 	$(RUN) -u main.py --checkpoint pretrained/fmnist --stage sample
 
+.PHONY: format
+format: install
+	$(RUN) -m ruff check --fix-only .
+	$(RUN) -m ruff format .
+
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
