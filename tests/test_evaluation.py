@@ -14,7 +14,8 @@ from metrics.frechet import feature_statistics, frechet_distance
 from models import FSVAE, SDID, VQSVAE, VQVAE
 from pipeline.evaluation import metrics as evaluation
 from pipeline.evaluation import model_metrics as model_figures
-from pipeline.evaluation.metrics import Evaluation, FeatureNetwork, Metric, temperature
+from pipeline.evaluation import temperature
+from pipeline.evaluation.metrics import Evaluation, FeatureNetwork, Metric
 from pipeline.evaluation.model_metrics import energy_figures, reconstruction_figures
 from pipeline.options import EvaluationOptions
 from pipeline.run_folder import RunFolder
