@@ -13,7 +13,8 @@ from pipeline.configuration import Call, resolve
 from pipeline.runtime import processes
 from pipeline.runtime.device import choose_machine, keep_freed_memory
 from pipeline.runtime.terminal import print_anywhere
-from pipeline.stages import Pipeline
+from pipeline.session import Session
+from pipeline.stages import execute
 from pipeline.training.interruption import Interrupted
 
 
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
                 o = call.options.run
                 machine = choose_machine(o.device, o.precision, o.compile)
             with call.run, processes.in_contact(lambda: how_to_go_on(call)):
-                Pipeline(call, machine).execute()
+                execute(Session(call, machine))
         except UserError as error:
             stop(f"error: {error}")
         except Interrupted as interrupted:

@@ -22,8 +22,14 @@ class Call(NamedTuple):
 
 
 def resolve(arguments: list[str] | None, description: str = "") -> Call:
-    """The options and the run folder of a command line; raises UserError where they do not fit each other."""
-    typed = vars(build_parser(description).parse_args(arguments))
+    """Options and run folder of a command line; raises UserError where they do not fit each other."""
+    return assemble(vars(build_parser(description).parse_args(arguments)))
+
+
+def assemble(typed: Mapping[str, Any]) -> Call:
+    """The same from values by option name, as a call of the library gives them."""
+    if unknown := set(typed) - set(DEFAULTS):
+        raise UserError(f"there is no option {', '.join(sorted(unknown))}")
     _check_combination(typed)
     started = _started_from(typed.get("start_from"))
     run = RunFolder(_folder(DEFAULTS | started | typed))

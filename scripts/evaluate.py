@@ -17,15 +17,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
+import spiking_diffusion
 from datasets import DATASETS, ImageData, load_dataset
 from errors import UserError
 from image_files import alternate, expand, find_images, read_images
 from pipeline.checkpoints import write_json
-from pipeline.evaluation.metrics import Evaluation
-from pipeline.evaluation.records import context, print_figures
+from pipeline.evaluation.records import print_figures
 from pipeline.options import SAMPLE_METRICS, EvaluationOptions, names, parse_metrics
 from pipeline.run_folder import RunFolder
-from pipeline.runtime.device import choose_machine
 from pipeline.runtime.terminal import print_anywhere
 
 
@@ -64,8 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def evaluate(args: argparse.Namespace) -> list[dict]:
-    """The figures, as in a run's metrics.json."""
-    machine = choose_machine(args.device, "float32")
+    """The metrics, as in a run's metrics.json."""
     if args.real and args.dataset_name:
         raise UserError("real images and --dataset_name are two real sides: give one of them")
     if args.real:
@@ -78,10 +76,9 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     ours, theirs = list(images.shape[2:]), list(data.test.shape[2:])
     if ours != theirs:
         raise UserError(f"the images in {generated} are {ours} pixels, those of {data.name} {theirs}: make them alike")
-    options = EvaluationOptions(**{key: getattr(args, key) for key in names(EvaluationOptions)})
-    evaluation = Evaluation(options, data, machine, args.seed, len(images))
-    figures = evaluation.figures(to_channels(images, data.test.shape[1]), str(generated))
-    return [{**figure, **context(machine)} for figure in figures]
+    options = {key: getattr(args, key) for key in names(EvaluationOptions)}
+    images = to_channels(images, data.test.shape[1]).numpy()
+    return spiking_diffusion.evaluate(images, data, drawn=str(generated), device=args.device, seed=args.seed, **options)
 
 
 def as_data(path: Path) -> ImageData:

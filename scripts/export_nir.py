@@ -31,12 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from errors import UserError
 from models import SDID, VQSVAE, ResidualSDID
 from models.spiking import SpikingStack, membrane_weights, set_plain, weighted_sum
-from pipeline.configuration import resolve
-from pipeline.runtime.device import choose_machine
+from pipeline.options import autoencoder_weights
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.grids import save_figure
-from pipeline.stages import Pipeline
 from scripts.nir_graphs import ResidualGraph, SDIDGraph, spiking_layers
+from spiking_diffusion import open_session
 
 IMAGES = 8  # that spikes are compared on
 ROUNDING = 1e-9  # allowed difference of outputs that are not spikes
@@ -119,20 +118,20 @@ def of_denoiser(model: SDID | ResidualSDID, codes: Tensor) -> Export:
 
 def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]:
     """The networks of a run, or for one that is not exported a line that says why. Raises UserError."""
-    place = [] if data_path is None else ["--data_path", str(data_path)]
-    call = resolve(["--checkpoint", str(run_folder), "--device", "cpu", *place])
-    pipeline = Pipeline(call, choose_machine("cpu", "float32"))
-    autoencoder = pipeline.load_autoencoder().double().eval()
+    place = {} if data_path is None else {"data_path": data_path}
+    session = open_session(checkpoint=autoencoder_weights(str(run_folder)), device="cpu", precision="float32", **place)
+    autoencoder = session.load_autoencoder().double().eval()
     set_plain(autoencoder, True)
-    images = pipeline.data.test[:IMAGES].double() / 255
+    images = session.data.test[:IMAGES].double() / 255
     if isinstance(autoencoder, VQSVAE):
         yield from of_autoencoder(autoencoder, images)
     else:
-        yield f"autoencoder: not exported, this is {call.options.autoencoder.model} and only that of snn-vq-vae is"
-    if not (pipeline.has_denoiser and call.run.denoiser.is_file()):
+        model = session.options.autoencoder.model
+        yield f"autoencoder: not exported, this is {model} and only that of snn-vq-vae is"
+    if not (session.has_codes and session.run.denoiser.is_file()):
         yield "denoiser: not exported, the run has none"
         return
-    denoiser = pipeline.networks.load_denoiser(autoencoder).double().eval()
+    denoiser = session.networks.load_denoiser(autoencoder).double().eval()
     set_plain(denoiser, True)
     yield of_denoiser(denoiser, autoencoder.encode(images))
 

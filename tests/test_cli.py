@@ -15,12 +15,12 @@ import torch
 from conftest import LIVELY, PRECISION, SMALL
 from PIL import Image
 
+import main
 from models import AUTOENCODERS, DENOISERS, SDID, build_model
 from pipeline.configuration import resolve
 from pipeline.evaluation.metrics import GENERATED_METRICS
 from pipeline.options import CODES, DECLARATIONS, DEFAULTS, LR_SCHEDULES, MASKS, SAMPLE_METRICS, SECTIONS, TITLES
 from pipeline.sampling.masks import MASKS as HIDDEN
-from pipeline.stages import Pipeline
 from pipeline.training import loop as training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -404,7 +404,7 @@ def test_out_of_memory(mistake, small, tmp_path, monkeypatch):
 
 
 def test_an_error_of_the_program_keeps_its_traceback(cli, run, monkeypatch):
-    monkeypatch.setattr(Pipeline, "execute", lambda _: [][0])
+    monkeypatch.setattr(main, "execute", lambda _: [][0])
     with pytest.raises(IndexError):
         cli("--checkpoint", run / "model.pth")
 

@@ -29,12 +29,11 @@ import files
 import main
 from datasets import load_dataset
 from errors import UserError
-from pipeline import checkpoints, run_folder
+from pipeline import checkpoints, run_folder, stages
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
 from pipeline.evaluation import cache
 from pipeline.options import DECLARATIONS
 from pipeline.run_folder import RunFolder
-from pipeline.stages import Pipeline
 from pipeline.training import loop as training
 from pipeline.training import objectives as trainers
 from pipeline.training.interruption import SIGNALS, Interrupted, Interruption
@@ -337,7 +336,7 @@ def test_ctrl_c_advises_what_works(cli, small, run, tmp_path, monkeypatch):
         (run / "last.pth").unlink()
         assert cli("--checkpoint", run).err == again  # a packed run
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "evaluate", interrupt)
+        patch.setattr(stages, "evaluate", interrupt)
         outcome = cli(*small, "--result_path", tmp_path / "new")
     command = f"go on with: python -u main.py --resume {place(tmp_path / 'new')}"
     assert (outcome.status, outcome.err) == (130, f"interrupted: {command}\n")
@@ -690,7 +689,7 @@ def test_options_are_taken_or_refused_in_one_line(words, tmp_path):
     """`words` in the place of a command line; nothing is run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        patch.setattr("pipeline.stages.Pipeline.execute", nothing_to_do)
+        patch.setattr("main.execute", nothing_to_do)
         error = io.StringIO()
         patch.setattr("sys.stderr", error)
         patch.setattr("sys.stdout", io.StringIO())

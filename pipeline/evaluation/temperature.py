@@ -13,7 +13,8 @@ from pipeline.checkpoints import write_json
 from pipeline.evaluation.feature_networks import fad_network, reference_features
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.processes import from_writer, is_writer
-from pipeline.sampling.generators import CodeDiffusion
+from pipeline.sampling.generators import CodeDiffusion, Generator
+from pipeline.session import Session
 
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 IMAGES = 500  # drawn at each, from the same noise, so that they differ by the temperature alone
@@ -74,3 +75,13 @@ def _chosen_before(path: Path, depends_on: dict[str, Any]) -> float | None:
         return None
     print(f"temperature {content['temperature']:g}, as chosen before in {path}")
     return content["temperature"]
+
+
+def with_temperature(session: Session, generator: Generator) -> Generator:
+    """The model at the temperature of the options; with "auto", at one that is chosen on held-out images."""
+    o = session.options
+    if o.sampling.temperature != "auto" or not isinstance(generator, CodeDiffusion):
+        return generator
+    weights = session.networks.digest()
+    temperature = choose_temperature(generator, session.data, o.evaluation.fad_weights, session.run, weights)
+    return replace(generator, temperature=temperature, chosen=True)

@@ -81,6 +81,7 @@ class CodeDiffusion:
     sample_steps: int | None = None
     reveal_order: str = "random"
     batch_size: int = 64
+    chosen: bool = False  # whether the temperature was chosen on held-out images
 
     @property
     def diffusion(self) -> AbsorbingDiffusion:
@@ -122,8 +123,9 @@ class CodeDiffusion:
     def drawn(self) -> str:
         """See Generator."""
         final = f" changing to {self.final_temperature:g}" if self.final_temperature else ""
+        chosen = " chosen on held-out training images" if self.chosen else ""
         order = ", spread order" if self.reveal_order == "spread" else ""
-        return f"temperature {self.temperature:g}{final}, {self.sample_steps or 'all'} timesteps{order}"
+        return f"temperature {self.temperature:g}{chosen}{final}, {self.sample_steps or 'all'} timesteps{order}"
 
     def trajectory(self) -> Tensor:
         """How sample 0 came about, a picture uint8 `[3,H,W]`."""

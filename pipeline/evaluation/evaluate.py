@@ -1,0 +1,62 @@
+"""The evaluation of a run: which images have to be drawn, the metrics, and metrics.json."""
+
+import sys
+
+from errors import UserError
+from pipeline.evaluation.metrics import Evaluation
+from pipeline.evaluation.model_metrics import energy_figures, reconstruction_figures
+from pipeline.evaluation.records import write_figures
+from pipeline.evaluation.temperature import check_held_out, with_temperature
+from pipeline.options import METRICS, SAMPLE_METRICS, as_written
+from pipeline.sampling.batches import GRID_IMAGES
+from pipeline.sampling.draw import draw
+from pipeline.session import Session
+
+
+def evaluate(session: Session) -> None:
+    """Compute the metrics that are asked for and write them to metrics.json.
+
+    Images are drawn only if one of these needs them, or at the end of a training. Metrics of the autoencoder alone need
+    no denoiser.
+    """
+    o, run = session.options, session.run
+    run.read_figures()  # damage is reported now, not after the samples are drawn
+    wanted = METRICS if o.evaluation.metrics is None else o.evaluation.metrics
+    trained = o.run.stage == "all" and not o.run.checkpoint
+    of_samples = trained or bool(set(wanted) & set(SAMPLE_METRICS))
+    draws = of_samples or "energy" in wanted
+    generator = session.load_generator(draws)
+    evaluation = prepare_evaluation(session)
+    generator = with_temperature(session, generator) if draws else generator
+    figures = []
+    if of_samples:
+        count = o.sampling.num_samples or evaluation.images_needed or GRID_IMAGES
+        figures += evaluation.figures(draw(session, generator, count, reuse=True), generator.drawn)
+    figures += reconstruction_figures(generator, evaluation, wanted)
+    if "energy" in wanted:
+        figures += energy_figures(generator, session.data.test, o.run.seed)
+    if change := session.data_change(session.data):
+        print(f"warning: {change}", file=sys.stderr)
+        figures = [figure | {"data": change} for figure in figures]
+    if run.path != session.networks.trained.path:
+        figures = [figure | {"checkpoint": as_written(o.run.checkpoint)} for figure in figures]
+    write_figures(run, figures, session.machine, session.networks.digest())  # by one process
+
+
+def prepare_evaluation(session: Session) -> Evaluation:
+    """Raises UserError if a metric that is asked for by name cannot be computed."""
+    o = session.options
+    if "codebook" in (o.evaluation.metrics or ()) and not session.has_codes:
+        raise UserError(f"--metrics codebook: {o.autoencoder.model} has no codes")
+    return Evaluation(o.evaluation, session.data, session.machine, o.run.seed, o.sampling.num_samples)
+
+
+def check_evaluation(session: Session) -> None:
+    """Raise UserError if the evaluation after a training could not do what is asked for.
+
+    Its networks are let go of, so that the training has the memory.
+    """
+    if session.options.evaluation.metrics is not None:
+        prepare_evaluation(session)
+    if session.options.sampling.temperature == "auto" and session.has_codes:
+        check_held_out(session.data)

@@ -1,0 +1,111 @@
+"""What every stage of a call works with: options, run folder, device, data, and the trained networks."""
+
+from functools import cached_property, partial
+from typing import Any
+
+from torch import nn
+
+from datasets import ImageData, load_dataset
+from errors import UserError
+from models import AUTOENCODERS, FSVAE
+from models.vq_autoencoder import VQAutoencoder
+from pipeline.configuration import Call
+from pipeline.networks import Networks
+from pipeline.runtime.device import Machine
+from pipeline.runtime.processes import from_writer
+from pipeline.sampling.generators import CodeDiffusion, Generator, PriorSampling
+
+
+class Session:
+    """One call of the program.
+
+    Args:
+        call: options and run folder.
+        machine: device and precision.
+        data: the data set, if it is there already; otherwise it is loaded when a stage first needs it.
+
+    Attributes:
+        last: what last.pth holds of a training that is resumed, else empty.
+    """
+
+    def __init__(self, call: Call, machine: Machine, data: ImageData | None = None):
+        self.options, self.run, self.recorded = call
+        self.machine, self._given = machine, data
+        self.networks = Networks(self.options, self.run, machine)
+        self.last: dict[str, Any] = {}
+        if self.options.run.resume:
+            self.run.lock()
+            self.last = from_writer(self.run.read_last)
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The data set. Raises UserError if it is not the one that a resumed training began with."""
+        o = self.options.data
+        load = partial(
+            load_dataset,
+            o.dataset_name,
+            o.data_path,
+            train_images=o.train_images,
+            held_out=o.held_out,
+            image_size=o.image_size,
+            channels=o.channels,
+        )
+        data = self._given or from_writer(load)
+        if self.recorded["image_shape"] and data.shape != tuple(self.recorded["image_shape"]):
+            shapes = f"{data.shape}, those of the run were {tuple(self.recorded['image_shape'])}"
+            raise UserError(f"the images in {o.data_path} are {shapes} (channels, height, width): correct --data_path")
+        if (change := self.data_change(data)) and self.options.run.resume:
+            raise UserError(f"{change}; a training cannot continue on other data: correct --data_path, or start anew")
+        return data
+
+    def data_change(self, data: ImageData) -> str | None:
+        """How the data differ from those the run was trained on, in words; None if they do not, or it is unknown."""
+        before, now = self.recorded["data"] or {}, data.fingerprint
+        changed = [split for split in before if before[split] != now[split]]
+        counts = [f"{split} ({now[split]['count']} images, then {before[split]['count']})" for split in changed]
+        return f"{self.options.data.data_path} has other images than the run: {', '.join(counts)}" if counts else None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return tuple(self.recorded["image_shape"] or self.data.shape)
+
+    @property
+    def code_grid(self) -> tuple[int, int]:
+        """Height and width of an image's grid of codes. Raises UserError if it has fewer timesteps than asked for."""
+        height, width = (side // self.options.autoencoder.downsampling for side in self.image_shape[1:])
+        most, steps = height * width, self.options.sampling.sample_steps
+        if steps is not None and steps > most:
+            raise UserError(f"images of this size have {most} timesteps: say --sample_steps {most} instead of {steps}")
+        return height, width
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the model has codes and a denoiser of them; otherwise it draws from its own prior."""
+        return AUTOENCODERS[self.options.autoencoder.model] is not FSVAE
+
+    def load_autoencoder(self) -> nn.Module:
+        """The trained autoencoder."""
+        return self.networks.load_autoencoder(self.image_shape[0])
+
+    def load_generator(self, draws: bool = True) -> Generator:
+        """The trained model; one that does not draw needs no denoiser.
+
+        Raises UserError if its files are not there or do not fit each other.
+        """
+        autoencoder = self.load_autoencoder()
+        self.run.check_writable()
+        if self.has_codes:
+            return self.code_diffusion(autoencoder, self.networks.load_denoiser(autoencoder) if draws else None)
+        return PriorSampling(autoencoder, self.machine, self.options.run.seed, self.options.sampling.eval_batch_size)
+
+    def code_diffusion(self, autoencoder: VQAutoencoder, denoiser: nn.Module | None) -> CodeDiffusion:
+        """Both networks with the sampling options; at temperature 1 where one is still to be chosen."""
+        o = self.options.sampling
+        settings = {
+            key: getattr(o, key) for key in ("temperature", "final_temperature", "sample_steps", "reveal_order")
+        }
+        if o.temperature == "auto":
+            settings |= {"temperature": 1.0, "final_temperature": None}
+        settings["batch_size"] = o.eval_batch_size
+        return CodeDiffusion(autoencoder, denoiser, self.code_grid, self.machine, self.options.run.seed, **settings)

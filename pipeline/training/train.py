@@ -1,0 +1,106 @@
+"""The two trainings: the autoencoder on images, then the denoiser on their codes."""
+
+from functools import partial
+
+import torch
+
+from errors import UserError
+from pipeline.checkpoints import load_weights, save_weights
+from pipeline.options import as_written
+from pipeline.runtime.processes import from_writer
+from pipeline.runtime.seeds import derive_seed
+from pipeline.sampling.batches import encode_images
+from pipeline.session import Session
+from pipeline.training.loop import Schedule, Trainer
+from pipeline.training.objectives import fsvae_trainer, sdid_trainer, vqsvae_trainer
+
+
+def check(session: Session) -> None:
+    """Find whatever is wrong with data, options and folder before hours are spent. Raises UserError."""
+    o, run = session.options, session.run
+    if session.data.variance == 0:
+        raise UserError("all training images are of one and the same colour: nothing can be learned from them")
+    run.read_log()
+    run.read_figures()
+    stage, size = o.run.stage, o.autoencoder.codebook_size
+    if stage == "sdid" and not session.has_codes:
+        raise UserError(f"--stage sdid: {o.autoencoder.model} draws from its own prior and has no second stage")
+    if stage == "sdid" and (codes := session.load_autoencoder().codebook_size) != size:
+        path = session.networks.autoencoder_path
+        raise UserError(f"{path} has {codes} codes: say so with --codebook_size {codes}")
+    if stage != "vqsvae" and session.has_codes:
+        _check_denoiser(session)
+
+
+def begin(session: Session) -> None:
+    """Record options and data in the run folder; stage 2 on another run's autoencoder gets a copy of it."""
+    o, run, networks = session.options, session.run, session.networks
+    options = {key: as_written(value) for key, value in o.values().items() if key not in ("resume", "checkpoint")}
+    session.recorded = {"image_shape": session.data.shape, "data": session.data.fingerprint}
+    run.write_config(options | session.recorded)
+    if not o.run.resume:
+        run.remove_last()
+    if networks.autoencoder_path != run.model:
+        save_weights(run.model, from_writer(partial(load_weights, networks.autoencoder_path)))
+        networks.autoencoder_path = run.model
+
+
+def _check_denoiser(session: Session) -> None:
+    """Raise UserError if stage 2 could not begin as asked; print a line if it begins untrained after all."""
+    denoiser = session.networks.new_denoiser(session.code_grid, len(session.data.train))
+    if session.last.get("stage") != "sdid" and not session.networks.begin_denoiser(denoiser):
+        print(f"{session.options.run.start_from} has no denoiser: the new one is trained from scratch")
+
+
+def train_autoencoder(session: Session) -> bool:
+    """Stage 1; False if it ran out of time before its last epoch."""
+    if _has_stage_1(session):
+        return True
+    o, data, machine = session.options.training, session.data, session.machine
+    torch.manual_seed(derive_seed(session.options.run.seed, "weights", 1))
+    model = session.networks.new_autoencoder(*data.shape[:2])
+    if not session.last:  # a resumed training has its weights
+        session.networks.begin_autoencoder(model)
+    settings = {"run": session.run, "schedule": _schedule(session, o.epochs, o.lr), "machine": machine}
+    if session.has_codes:
+        trainer = vqsvae_trainer(machine.place(model), data.train, data.test, data.variance, **settings)
+    else:
+        trainer = fsvae_trainer(machine.place(model), data.train, data.test, **settings)
+    return _train(session, trainer)
+
+
+def _has_stage_1(session: Session) -> bool:
+    """Whether a resumed run has its autoencoder already: it is at stage 2, or stage 1 was all it had to train."""
+    alone = session.options.run.resume and not session.last and from_writer(session.run.model.is_file)
+    return bool(alone) or session.last.get("stage") == "sdid"
+
+
+def train_denoiser(session: Session) -> bool:
+    """Stage 2, on the codes of the training images; False if it ran out of time before its last epoch."""
+    o, machine, networks = session.options.training, session.machine, session.networks
+    autoencoder = session.load_autoencoder()
+    codes = encode_images(autoencoder, session.data.train, machine, session.options.sampling.eval_batch_size)
+    torch.manual_seed(derive_seed(session.options.run.seed, "weights", 2))
+    denoiser = machine.place(networks.new_denoiser(session.code_grid, len(codes)))
+    if session.last.get("stage") != "sdid":  # a resumed training has weights and prototypes
+        networks.begin_denoiser(denoiser)
+        networks.fit_prototypes(denoiser, codes, autoencoder)
+    schedule = _schedule(session, o.diffusion_epochs, o.diffusion_lr or o.lr, o.fixed_norm)
+    settings = {"run": session.run, "schedule": schedule, "machine": machine}
+    generator = session.code_diffusion(autoencoder, denoiser)
+    return _train(session, sdid_trainer(denoiser, generator, codes, o.loss, **settings))
+
+
+def _schedule(session: Session, epochs: int, lr: float, fixed_norm: float = 0.0) -> Schedule:
+    o, run = session.options.training, session.options.run
+    how = {"lr_schedule": o.lr_schedule, "ema_decay": o.ema_decay, "fixed_norm": fixed_norm}
+    return Schedule(epochs, o.batch_size, lr, run.seed, run.max_minutes, run.save_every, **how)
+
+
+def _train(session: Session, trainer: Trainer) -> bool:
+    if session.last.get("stage") == trainer.name:
+        try:
+            trainer.restore(session.last)
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise UserError(f"{session.run.last} does not fit its config.json: put back both as written") from error
+    return trainer.train()

@@ -1,0 +1,146 @@
+"""The library under the command line: a trained model with NumPy arrays in and out, training, and evaluation.
+
+model = SpikingDiffusion.load("pretrained/fmnist")
+images = model.sample(16, seed=1)
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from datasets import ImageData
+from errors import UserError
+from models.vq_autoencoder import VQAutoencoder
+from pipeline.configuration import assemble
+from pipeline.evaluation.metrics import Evaluation
+from pipeline.evaluation.records import context
+from pipeline.options import EvaluationOptions, autoencoder_weights
+from pipeline.runtime.device import choose_machine
+from pipeline.sampling.batches import decode_codes
+from pipeline.sampling.generators import CodeDiffusion
+from pipeline.session import Session
+from pipeline.stages import train
+
+
+class SpikingDiffusion:
+    """A trained spiking autoencoder and the denoiser of its codes.
+
+    Images are NumPy arrays uint8 `[N,C,H,W]`, codes int64 `[N,h,w]`. `generator` holds the networks and the sampling
+    settings, for whoever needs them as PyTorch modules.
+    """
+
+    def __init__(self, generator: CodeDiffusion):
+        self.generator = generator
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: str = "auto", precision: str = "auto", **options: Any
+    ) -> "SpikingDiffusion":
+        """The model in a run folder, in a packed copy of one, or in a model.pth beside its diff_result/.
+
+        `options` are named as on the command line and override those of the run, such as `temperature=0.8` or
+        `sample_steps=20`. Raises UserError if there is no such model, or if it draws from a prior instead of codes.
+        """
+        session = open_session(checkpoint=autoencoder_weights(str(path)), device=device, precision=precision, **options)
+        autoencoder = session.load_autoencoder()
+        if not isinstance(autoencoder, VQAutoencoder):
+            raise UserError(f"{path} is of {session.options.autoencoder.model}, which has no codes")
+        return cls(session.code_diffusion(autoencoder, session.networks.load_denoiser(autoencoder)))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        generator = self.generator
+        height, width = (side * generator.autoencoder.downsampling for side in generator.grid)
+        return generator.autoencoder.channels, height, width
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Images uint8 `[N,C,H,W]` to codes int64 `[N,h,w]`. Raises ValueError for images of another shape or type."""
+        return self.generator.encode(self._checked(images)).long().numpy()
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Codes, integers `[N,h,w]` in 0..K-1, to images uint8 `[N,C,H,W]`. Raises ValueError for other codes."""
+        grid, size = self.generator.grid, self.generator.autoencoder.codebook_size
+        if codes.ndim != 3 or codes.shape[1:] != grid or (codes.size and not 0 <= codes.min() <= codes.max() < size):
+            raise ValueError(f"codes [N,{grid[0]},{grid[1]}] from 0 to {size - 1} expected, not {list(codes.shape)}")
+        generator = self.generator
+        tensor = torch.from_numpy(np.ascontiguousarray(codes, dtype=np.int64))
+        return decode_codes(generator.autoencoder, tensor, generator.machine, generator.batch_size).numpy()
+
+    def sample(self, count: int, seed: int | None = None) -> np.ndarray:
+        """Draw `count` images uint8 `[N,C,H,W]`; image i depends on seed and i alone. Without a seed, the run's."""
+        return self._seeded(seed).draw(range(count)).numpy()
+
+    def inpaint(self, images: np.ndarray, hidden: np.ndarray, seed: int | None = None) -> np.ndarray:
+        """Draw the pixels `hidden`, bool `[H,W]`, of images uint8 `[N,C,H,W]` anew, given the others.
+
+        Codes whose encoder sees a hidden pixel are drawn anew, so that nothing of what was there is known.
+        """
+        pixels = self._checked(images)
+        if hidden.dtype != bool or hidden.shape != self.image_shape[1:]:
+            raise ValueError(
+                f"hidden must be bool {list(self.image_shape[1:])}, not {hidden.dtype} {list(hidden.shape)}"
+            )
+        return self._seeded(seed).inpaint(pixels, torch.from_numpy(hidden)).numpy()
+
+    def _seeded(self, seed: int | None) -> CodeDiffusion:
+        return self.generator if seed is None else replace(self.generator, seed=seed)
+
+    def _checked(self, images: np.ndarray) -> torch.Tensor:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != self.image_shape:
+            shape = ",".join(map(str, self.image_shape))
+            raise ValueError(f"images uint8 [N,{shape}] expected, not {images.dtype} {list(images.shape)}")
+        return torch.from_numpy(np.ascontiguousarray(images))
+
+
+def train_autoencoder(data: ImageData, result_path: str | Path, **options: Any) -> Path:
+    """Train stage 1 on a data set and return the run folder, which is made below `result_path`.
+
+    `options` are named as on the command line. Raises UserError where the program would end with a message.
+    """
+    return _train("vqsvae", data, result_path, options)
+
+
+def train_denoiser(data: ImageData, result_path: str | Path, **options: Any) -> Path:
+    """Train stage 2 on the codes of a data set, in the folder where `train_autoencoder` left the autoencoder."""
+    return _train("sdid", data, result_path, options)
+
+
+def _train(stage: str, data: ImageData, result_path: str | Path, options: dict[str, Any]) -> Path:
+    place = {"stage": stage, "dataset_name": data.name, "result_path": Path(result_path)}
+    session = open_session(data, **place, **options)
+    with session.run:
+        train(session)
+    return session.run.path
+
+
+def evaluate(
+    images: np.ndarray,
+    data: ImageData,
+    metrics: tuple[str, ...] | None = None,
+    *,
+    drawn: str = "",
+    device: str = "auto",
+    seed: int = 42,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Metrics of generated images, uint8 `[N,C,H,W]`, against a data set: records as in metrics.json.
+
+    `metrics` are names of `--metrics`, by default all that are available. `drawn` is recorded as the images' origin.
+    Further options: `reference`, `fid_weights`, `paper_fid_weights`, `fad_weights`. Raises UserError if a metric that
+    is named cannot be computed.
+    """
+    machine = choose_machine(device, "float32")
+    evaluation = Evaluation(EvaluationOptions(metrics=metrics, **options), data, machine, seed, len(images))
+    records = evaluation.figures(torch.from_numpy(np.ascontiguousarray(images)), drawn)
+    return [{**record, **context(machine)} for record in records]
+
+
+def open_session(data: ImageData | None = None, **options: Any) -> Session:
+    """A session with options named as on the command line, on the device that they name."""
+    call = assemble(options)
+    o = call.options.run
+    return Session(call, choose_machine(o.device, o.precision, o.compile), data)

@@ -1,0 +1,96 @@
+"""The library: arrays in and out, the same results as the command line, and the example of the README."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL
+
+from datasets import load_dataset
+from errors import UserError
+from pipeline.checkpoints import load_weights
+from spiking_diffusion import SpikingDiffusion, evaluate, train_autoencoder, train_denoiser
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+@pytest.fixture
+def model(finished):
+    return SpikingDiffusion.load(finished.path, device="cpu", precision="float32")
+
+
+def test_the_readme_example_runs(monkeypatch):
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(README.parent)
+    names = {}
+    exec(example, names)
+    images, codes = names["images"], names["codes"]
+    assert images.shape == names["restored"].shape == names["completed"].shape == (16, 1, 28, 28)
+    assert codes.shape == (16, 14, 14) and codes.dtype == np.int64 and images.dtype == np.uint8
+    assert np.array_equal(names["completed"][..., :14], images[..., :14])
+
+
+def test_samples_are_those_of_the_command_line(model, finished):
+    with np.load(finished.path / "samples" / "images.npz") as archive:
+        assert np.array_equal(model.sample(5).transpose(0, 2, 3, 1), archive["images"])
+    assert np.array_equal(model.sample(3, seed=7), model.sample(5, seed=7)[:3])
+    assert np.array_equal(model.sample(2, seed=42), model.sample(2)), "the seed of the run"
+
+
+def test_codes_and_back(model, grey):
+    images = load_dataset("ImageFolder", grey[3], image_size=16).test.numpy()
+    codes = model.encode(images)
+    assert codes.shape == (4, 4, 4) and codes.dtype == np.int64
+    assert model.decode(codes).shape == images.shape and model.decode(codes).dtype == np.uint8
+    assert np.array_equal(model.decode(codes[:, :, ::1].astype(np.int16)), model.decode(codes))
+    hidden = np.zeros((16, 16), bool)
+    hidden[:, 8:] = True
+    completed = model.inpaint(images, hidden, seed=1)
+    assert np.array_equal(completed[..., :8], images[..., :8])
+    assert np.array_equal(model.inpaint(images[:2], hidden, seed=1), completed[:2])
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda model: model.encode(np.zeros((2, 1, 16, 16))),
+        lambda model: model.encode(np.zeros((2, 16, 16), np.uint8)),
+        lambda model: model.encode(np.zeros((2, 3, 16, 16), np.uint8)),
+        lambda model: model.decode(np.zeros((2, 5, 4), np.int64)),
+        lambda model: model.decode(np.full((2, 4, 4), 8)),
+        lambda model: model.decode(np.full((2, 4, 4), -1)),
+        lambda model: model.inpaint(np.zeros((2, 1, 16, 16), np.uint8), np.zeros((16, 16))),
+        lambda model: model.inpaint(np.zeros((2, 1, 16, 16), np.uint8), np.zeros((8, 16), bool)),
+    ],
+)
+def test_arrays_that_do_not_fit(mistake, model):
+    with pytest.raises(ValueError, match=r"expected|must be"):
+        mistake(model)
+
+
+def test_a_model_that_is_not_there(tmp_path, finished):
+    with pytest.raises(UserError, match="is not there"):
+        SpikingDiffusion.load(tmp_path / "none")
+    with pytest.raises(UserError, match="no option temprature"):
+        SpikingDiffusion.load(finished.path, temprature=1)
+
+
+def test_training_and_evaluation(small, finished, tmp_path, grey):
+    """The same weights as the command line's, and metrics of the images that were drawn."""
+    data = load_dataset("ImageFolder", grey[3], image_size=16)
+    words = small[len(grey) :]
+    switches = {"--revive_codes": True, "--clipped_error": True}
+    options = {word[2:]: value for word, value in switches.items() if word in words}
+    plain = [word for word in words if word not in switches]
+    options |= {name[2:]: value for name, value in zip(plain[::2], plain[1::2], strict=True)}
+    options |= {"data_path": grey[3], "image_size": 16}
+    run = train_autoencoder(data, tmp_path, **options)
+    assert train_denoiser(data, tmp_path, **options) == run
+    for name in ("model.pth", "diff_result/diff_model.pth"):
+        ours, theirs = load_weights(run / name), load_weights(finished.path / name)
+        assert all((ours[key] == theirs[key]).all() for key in theirs), name
+    images = SpikingDiffusion.load(run, device="cpu", precision="float32").sample(5)
+    with pytest.raises(UserError, match="needs at least 5000 generated images, not 5"):
+        evaluate(images, data, ("fad",), device="cpu")
+    assert "--num_samples" in SMALL and evaluate(images, data, device="cpu") == []
