@@ -135,7 +135,7 @@ def evaluate(
     """
     machine = choose_machine(device, "float32")
     evaluation = Evaluation(EvaluationOptions(metrics=metrics, **options), data, machine, seed, len(images))
-    records = evaluation.figures(torch.from_numpy(np.ascontiguousarray(images)), drawn)
+    records = evaluation.compute(torch.from_numpy(np.ascontiguousarray(images)), drawn)
     return [{**record, **context(machine)} for record in records]
 
 

@@ -38,7 +38,7 @@ PACKAGES = (
 """What training and metrics depend on; their versions are recorded."""
 
 LOG_KEYS = {"stage", "epoch", "images", "images_per_second"}
-FIGURE_KEYS = {"name", "value", "protocol", "split", "num_generated", "num_real"}
+RECORD_KEYS = {"name", "value", "protocol", "split", "num_generated", "num_real"}
 """What each line of log.jsonl and each record of metrics.json has, whatever version of this program wrote it."""
 
 FIXED = (*with_role(Role.TRAINING), "start_from", "data")
@@ -139,7 +139,7 @@ class RunFolder:
     @property
     def trained(self) -> "RunFolder":
         """The folder of the training: another one where this holds only what `--checkpoint` wrote to --result_path."""
-        checkpoints = (figure.get("checkpoint") for figure in self.read_figures())
+        checkpoints = (figure.get("checkpoint") for figure in self.read_records())
         elsewhere = None if self.config.exists() else next(filter(None, checkpoints), None)
         return RunFolder(Path(elsewhere).parent) if elsewhere else self
 
@@ -234,6 +234,6 @@ class RunFolder:
             self._curves[stage] = SummaryWriter(str(self.path / "tensorboard" / stage), purge_step=epoch)
         return self._curves[stage]
 
-    def read_figures(self) -> list[dict[str, Any]]:
+    def read_records(self) -> list[dict[str, Any]]:
         """The records of metrics.json; none if it is not there. Raises UserError if it is damaged."""
-        return _read_records(self.metrics, json.loads, FIGURE_KEYS)
+        return _read_records(self.metrics, json.loads, RECORD_KEYS)

@@ -22,7 +22,7 @@ from datasets import DATASETS, ImageData, load_dataset
 from errors import UserError
 from image_files import alternate, expand, find_images, read_images
 from pipeline.checkpoints import write_json
-from pipeline.evaluation.records import print_figures
+from pipeline.evaluation.records import print_records
 from pipeline.options import SAMPLE_METRICS, EvaluationOptions, names, parse_metrics
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         figures = evaluate(args)
         if args.output:
             write_json(args.output, figures)
-        print_figures(figures)
+        print_records(figures)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

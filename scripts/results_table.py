@@ -93,7 +93,7 @@ def read_run(run: RunFolder) -> Row:
 
     Raises UserError where no config.json tells what was trained.
     """
-    options, figures, epochs = run.trained.read_config(), run.read_figures(), run.trained.read_log()
+    options, figures, epochs = run.trained.read_config(), run.read_records(), run.trained.read_log()
     if not {"dataset_name", "model"} <= options.keys():
         missing = f"{run.trained.config} does not say which model the figures in {run.path} are of"
         raise UserError(f"{missing}: put back the file that the run wrote, or leave the folder out")

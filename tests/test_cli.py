@@ -426,7 +426,7 @@ def test_a_users_first_minutes(tmp_path):
         "stage 2 (sdid) epoch 1/1",
     ]
     table, paths = process.stdout.split(f"the run is in {run}:\n")
-    assert "figure" in table and all((tmp_path / line.strip()).exists() for line in paths.splitlines())
+    assert "metric" in table and all((tmp_path / line.strip()).exists() for line in paths.splitlines())
 
     figures = (tmp_path / run / "metrics.json").read_text()
     (tmp_path / "elsewhere").mkdir()

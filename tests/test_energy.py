@@ -12,7 +12,7 @@ from diffusion.absorbing import AbsorbingDiffusion
 from metrics.energy import Operations, count, firing_rates
 from models import SDID, VQSVAE, ResidualSDID
 from models.spiking import LIF, SpikingStack, set_plain
-from pipeline.evaluation.model_metrics import energy_figures
+from pipeline.evaluation.model_metrics import energy_records
 from pipeline.runtime.device import Machine
 from pipeline.sampling.generators import CodeDiffusion, literally
 
@@ -273,7 +273,7 @@ def test_firing_rates_are_those_of_the_trajectory(autoencoder, denoiser, images)
 def test_energy_figures_say_what_was_counted(autoencoder, denoiser, images):
     generator = generator_of(autoencoder, denoiser, sample_steps=4, temperature=0.5)
     uint8 = (images * 255).byte()
-    figures = {figure["name"]: figure for figure in energy_figures(generator, uint8, seed=7)}
+    figures = {figure["name"]: figure for figure in energy_records(generator, uint8, seed=7)}
     sample, encoding = figures["energy_sample"], figures["energy_encode"]
     assert "4 denoiser passes" in sample["protocol"] and "mean of the 4" in figures["energy_denoiser_pass"]["protocol"]
     assert sample["drawn"] == generator.drawn == "temperature 0.5, 4 timesteps"

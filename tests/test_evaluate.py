@@ -61,12 +61,12 @@ def distance(generated, real):
 def table(monkeypatch, tmp_path):
     """One metric on the stand-in, as the FID is on Inception."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(evaluation, "NETWORKS", {"pixels": lambda *_: FeatureNetwork(Pixels(), pixels, "pixels")})
+    monkeypatch.setattr(evaluation, "LOADERS", {"pixels": lambda *_: FeatureNetwork(Pixels(), pixels, "pixels")})
     metric = Metric("pixels", 5, 5, lambda seen: {"fid": distance(seen.generated, seen.real)})
     monkeypatch.setattr(evaluation, "GENERATED_METRICS", {"fid": metric})
 
 
-def figures(*arguments):
+def records(*arguments):
     return evaluate.evaluate(evaluate.parse([str(argument) for argument in (*arguments, "--device", "cpu")]))
 
 
@@ -87,11 +87,11 @@ def test_folder_archive_and_memory_give_the_same_figure(channels, tmp_path, caps
     in_memory = [torch.from_numpy(images).permute(0, 3, 1, 2) for images in (generated, real)]
     expected = distance(*(pixels(images, Pixels()) for images in in_memory))
     for sides in (archives, folders, (folders[0], archives[1])):
-        (figure,) = figures(*sides)
+        (figure,) = records(*sides)
         assert figure["value"] == pytest.approx(expected) and expected > 1
         assert (figure["num_generated"], figure["num_real"]) == (12, 9) and str(sides[0]) in figure["drawn"]
     evaluate.main([str(archives[0]), str(archives[1]), "--output", str(tmp_path / "figures.json"), "--device", "cpu"])
-    assert json.loads((tmp_path / "figures.json").read_text()) == figures(*archives)
+    assert json.loads((tmp_path / "figures.json").read_text()) == records(*archives)
     assert f"{expected:.4f}" in capsys.readouterr().out
 
 
@@ -99,36 +99,36 @@ def test_a_run_against_its_data_set(run, grey):
     with np.load(run / "samples" / "images.npz") as archive:
         images = torch.from_numpy(archive["images"]).permute(0, 3, 1, 2)
     test = load_dataset("ImageFolder", grey[3], image_size=16)
-    (figure,) = figures(run, "--reference", "train")
+    (figure,) = records(run, "--reference", "train")
     assert figure["value"] == pytest.approx(distance(pixels(images, Pixels()), pixels(test.train, Pixels())))
     assert (figure["split"], figure["num_real"]) == ("train", 120)
 
 
 def test_a_run_whose_data_set_is_elsewhere(run, grey):
     """A packed run does not say where."""
-    expected = figures(run)
+    expected = records(run)
     config = json.loads((run / "config.json").read_text())
     del config["data_path"]
     (run / "config.json").write_text(json.dumps(config))
-    assert figures(run, "--data_path", grey[3]) == expected
+    assert records(run, "--data_path", grey[3]) == expected
 
 
 def test_samples_that_a_checkpoint_left_elsewhere(cli, run, grey, tmp_path):
-    expected = figures(run, "--reference", "train")
+    expected = records(run, "--reference", "train")
     assert cli("--checkpoint", run, "--result_path", tmp_path / "elsewhere", "--num_samples", 5).status == 0
-    (figure,) = figures(tmp_path / "elsewhere", "--reference", "train")
+    (figure,) = records(tmp_path / "elsewhere", "--reference", "train")
     assert figure["value"] == expected[0]["value"]
 
 
 def test_figures_say_what_they_were_computed_with(run):
-    (figure,) = figures(run, "--reference", "train")
+    (figure,) = records(run, "--reference", "train")
     assert figure["precision"] == "float32" and figure["threads"] == torch.get_num_threads()
     assert figure["versions"]["torch"] and figure["processor"]
 
 
 def test_pictures_against_a_data_set(tmp_path):
     pictures = write_folder(tmp_path / "pictures", random_pictures(6, channels=1, size=28))
-    (figure,) = figures(pictures, "--dataset_name", "Digits")
+    (figure,) = records(pictures, "--dataset_name", "Digits")
     assert figure["num_real"] == 360 and figure["value"] > 0
 
 
@@ -140,7 +140,7 @@ def test_sizes_and_colours_must_be_alike(tmp_path, capsys):
     small = write_npz(tmp_path / "s.npz", random_pictures(6, size=8))
     assert "have colours" in mistake(capsys, colour, grey)
     assert "[16, 16]" in mistake(capsys, colour, small)
-    assert len(figures(grey, colour)) == 1  # grey is repeated
+    assert len(records(grey, colour)) == 1  # grey is repeated
 
 
 def test_odd_picture_is_named(tmp_path, capsys):
@@ -163,7 +163,7 @@ def test_subfolders_are_searched(tmp_path):
     images = random_pictures(7)
     write_folder(tmp_path / "folder" / "a", images[:3])
     write_folder(tmp_path / "folder" / "b", images[3:])
-    assert figures(tmp_path / "folder", write_npz(tmp_path / "all.npz", images))[0]["num_generated"] == 7
+    assert records(tmp_path / "folder", write_npz(tmp_path / "all.npz", images))[0]["num_generated"] == 7
 
 
 def test_the_first_images_are_of_all_folders(tmp_path):

@@ -13,10 +13,9 @@ from metrics.extraction import extract
 from metrics.frechet import feature_statistics, frechet_distance
 from models import FSVAE, SDID, VQSVAE, VQVAE
 from pipeline.evaluation import metrics as evaluation
-from pipeline.evaluation import model_metrics as model_figures
-from pipeline.evaluation import temperature
+from pipeline.evaluation import model_metrics, temperature
 from pipeline.evaluation.metrics import Evaluation, FeatureNetwork, Metric
-from pipeline.evaluation.model_metrics import energy_figures, reconstruction_figures
+from pipeline.evaluation.model_metrics import energy_records, reconstruction_records
 from pipeline.options import EvaluationOptions
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
@@ -63,7 +62,7 @@ def pooling(monkeypatch, tmp_path):
         raise UserError("it cannot be downloaded")
 
     networks = {"free": load("free"), "fixed": load("fixed", fixed=(4, 5)), "missing": refuse}
-    monkeypatch.setattr(evaluation, "NETWORKS", networks)
+    monkeypatch.setattr(evaluation, "LOADERS", networks)
 
     def distance(seen):
         return {"distance": frechet_distance(*feature_statistics(seen.generated), *feature_statistics(seen.real))}
@@ -86,7 +85,7 @@ def test_all_that_can_be_had_and_what_cannot_is_said_in_one_line(data, pooling, 
     ready = prepared(data)
     assert list(ready.metrics) == ["distance", "counts"] and ready.images_needed == 6
     assert capsys.readouterr().out == "no both, more: it cannot be downloaded\n"
-    figures = {figure["name"]: figure for figure in ready.figures(noise(8), "so")}
+    figures = {figure["name"]: figure for figure in ready.compute(noise(8), "so")}
     assert sorted(pooling) == ["fixed", "free"]  # each network is loaded once
     statistics = (feature_statistics(pooled(images, Pooling())) for images in (noise(8), data.test))
     (mu, sigma), (real_mu, real_sigma) = statistics
@@ -95,24 +94,24 @@ def test_all_that_can_be_had_and_what_cannot_is_said_in_one_line(data, pooling, 
     assert figures["distance"].items() >= expected.items()
     assert (figures["n"]["value"], figures["m"]["value"]) == (4, 5)
     assert (figures["n"]["num_generated"], figures["n"]["num_real"]) == (4, 5)
-    (n, m) = ready.figures(noise(8), "so", ["counts"], whole=True)
+    (n, m) = ready.compute(noise(8), "so", ["counts"], whole=True)
     assert (n["value"], m["value"], n["num_generated"]) == (8, 5, 8)
 
 
 def test_against_the_training_split_where_the_protocol_leaves_it_open(data):
     ready = prepared(data, reference="train")
-    figures = {figure["name"]: figure for figure in ready.figures(noise(6), "so")}
+    figures = {figure["name"]: figure for figure in ready.compute(noise(6), "so")}
     assert (figures["distance"]["split"], figures["distance"]["num_real"]) == ("train", 9)
     assert (figures["n"]["split"], figures["n"]["num_real"]) == ("test", 5)
 
 
 def test_the_real_side_comes_from_the_cache_and_is_the_same(data, monkeypatch):
-    first = prepared(data, metrics=["distance"]).figures(noise(6), "so")
+    first = prepared(data, metrics=["distance"]).compute(noise(6), "so")
     monkeypatch.setattr(evaluation, "reference_features", evaluation.reference_features)
     asked = []
     original = Pooling.forward
     monkeypatch.setattr(Pooling, "forward", lambda self, images: asked.append(len(images)) or original(self, images))
-    assert prepared(data, metrics=["distance"]).figures(noise(6), "so") == first
+    assert prepared(data, metrics=["distance"]).compute(noise(6), "so") == first
     assert sum(asked) == 6  # generated images only
 
 
@@ -277,7 +276,7 @@ def test_a_sample_costs_a_pass_of_the_denoiser_at_each_timestep_and_a_decoding()
 
 def test_energy_in_microjoules():
     generator = generators()["snn-vq-vae"]
-    figures = {figure["name"]: figure for figure in energy_figures(generator, noise(4), 0)}
+    figures = {figure["name"]: figure for figure in energy_records(generator, noise(4), 0)}
     counted = generator.cost(noise(4)).operations["sample"]
     assert figures["energy_sample"]["value"] == pytest.approx((4.6 * counted.macs + 0.9 * counted.acs) / 1e6)
     assert figures["energy_sample_without_spikes"]["value"] == pytest.approx(4.6 * counted.dense_macs / 1e6)
@@ -288,14 +287,14 @@ def test_energy_in_microjoules():
 def test_reconstructions_are_scored_as_samples_are(data, monkeypatch):
     """FAD of the autoencoder, the floor of whatever draws its codes: by the same network and reference."""
     generator = generators()["vq-vae"]
-    monkeypatch.setattr(model_figures, "FAD_IMAGES", 7)
+    monkeypatch.setattr(model_metrics, "FAD_IMAGES", 7)
     table = {**evaluation.GENERATED_METRICS, "fad": evaluation.GENERATED_METRICS["distance"]}
     monkeypatch.setattr(evaluation, "GENERATED_METRICS", table)
     ready = prepared(data, metrics=["fad"])
-    (figure,) = reconstruction_figures(generator, ready, ["fad"])
+    (figure,) = reconstruction_records(generator, ready, ["fad"])
     reconstructed, real = (pooled(images, Pooling()) for images in (generator.reconstruct(data.test), data.test))
     expected = frechet_distance(*feature_statistics(reconstructed), *feature_statistics(real))
     assert figure["name"] == "reconstruction_fad" and figure["value"] == pytest.approx(expected)
     assert figure["num_generated"] == 7 and "reconstructions" in figure["drawn"]
-    monkeypatch.setattr(model_figures, "FAD_IMAGES", 8)
-    assert reconstruction_figures(generator, ready, ["fad"]) == []
+    monkeypatch.setattr(model_metrics, "FAD_IMAGES", 8)
+    assert reconstruction_records(generator, ready, ["fad"]) == []

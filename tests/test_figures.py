@@ -51,7 +51,7 @@ def test_figures_of_other_weights_are_dropped_with_a_word(change, cli, run):
         weights = torch.load(path, weights_only=True)
         torch.save({name: value * 1.01 if value.dim() > 1 else value for name, value in weights.items()}, path)
     outcome = cli("--checkpoint", run, "--metrics", "mse")
-    (line,) = [line for line in outcome.out.splitlines() if "dropped figures of other weights" in line]
+    (line,) = [line for line in outcome.out.splitlines() if "dropped metrics of other weights" in line]
     assert str(run / "metrics.json") in line and "ssim, codebook_usage" in line and " mse" not in line
     assert [figure["name"] for figure in read(run)] == ["mse"]
 

@@ -159,7 +159,7 @@ def test_a_metric_that_needs_no_samples_leaves_them_alone(metrics, cli, run):
 def test_samples_are_used_again_if_they_were_drawn_alike(cli, run, monkeypatch):
     """And drawn anew with other settings, of other weights, or where there are too few or the file is damaged."""
     monkeypatch.setattr(evaluation, "GENERATED_METRICS", {"is": Metric("none", 3, 0, lambda _: {"is": 0.0})})
-    monkeypatch.setattr(evaluation, "NETWORKS", {"none": lambda *_: FeatureNetwork(torch.nn.Identity(), None, "none")})
+    monkeypatch.setattr(evaluation, "LOADERS", {"none": lambda *_: FeatureNetwork(torch.nn.Identity(), None, "none")})
     evaluate = ("--checkpoint", run, "--metrics", "is", "--num_samples")
     archive = run / "samples" / "images.npz"
 

@@ -4,8 +4,8 @@ import sys
 
 from errors import UserError
 from pipeline.evaluation.metrics import Evaluation
-from pipeline.evaluation.model_metrics import energy_figures, reconstruction_figures
-from pipeline.evaluation.records import write_figures
+from pipeline.evaluation.model_metrics import energy_records, reconstruction_records
+from pipeline.evaluation.records import write_records
 from pipeline.evaluation.temperature import check_held_out, with_temperature
 from pipeline.options import METRICS, SAMPLE_METRICS, as_written
 from pipeline.sampling.batches import GRID_IMAGES
@@ -20,7 +20,7 @@ def evaluate(session: Session) -> None:
     no denoiser.
     """
     o, run = session.options, session.run
-    run.read_figures()  # damage is reported now, not after the samples are drawn
+    run.read_records()  # damage is reported now, not after the samples are drawn
     wanted = METRICS if o.evaluation.metrics is None else o.evaluation.metrics
     trained = o.run.stage == "all" and not o.run.checkpoint
     of_samples = trained or bool(set(wanted) & set(SAMPLE_METRICS))
@@ -28,19 +28,19 @@ def evaluate(session: Session) -> None:
     generator = session.load_generator(draws)
     evaluation = prepare_evaluation(session)
     generator = with_temperature(session, generator) if draws else generator
-    figures = []
+    records = []
     if of_samples:
         count = o.sampling.num_samples or evaluation.images_needed or GRID_IMAGES
-        figures += evaluation.figures(draw(session, generator, count, reuse=True), generator.drawn)
-    figures += reconstruction_figures(generator, evaluation, wanted)
+        records += evaluation.compute(draw(session, generator, count, reuse=True), generator.drawn)
+    records += reconstruction_records(generator, evaluation, wanted)
     if "energy" in wanted:
-        figures += energy_figures(generator, session.data.test, o.run.seed)
+        records += energy_records(generator, session.data.test, o.run.seed)
     if change := session.data_change(session.data):
         print(f"warning: {change}", file=sys.stderr)
-        figures = [figure | {"data": change} for figure in figures]
+        records = [record | {"data": change} for record in records]
     if run.path != session.networks.trained.path:
-        figures = [figure | {"checkpoint": as_written(o.run.checkpoint)} for figure in figures]
-    write_figures(run, figures, session.machine, session.networks.digest())  # by one process
+        records = [record | {"checkpoint": as_written(o.run.checkpoint)} for record in records]
+    write_records(run, records, session.machine, session.networks.digest())  # by one process
 
 
 def prepare_evaluation(session: Session) -> Evaluation:

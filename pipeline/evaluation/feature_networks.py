@@ -1,4 +1,4 @@
-"""Networks that look at images for the figures: trained once for each data set, and what they see of real images."""
+"""Feature networks: trained once for each data set; and their features of real images, computed once."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from pipeline.evaluation.cache import cached
 from pipeline.runtime.device import Machine
 
 BATCH_SIZE = 128
-NETWORK_SEED = 0  # not the run's: figures of all runs on a data set come from one network
+NETWORK_SEED = 0  # not the run's: all runs on a data set are judged by one network
 FEWEST_STEPS = 1000  # small data sets get more epochs
 
 Loss = Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
@@ -47,7 +47,7 @@ class FadNetwork(NamedTuple):
 def classifier(data: ImageData, machine: Machine, seed: int = NETWORK_SEED) -> tuple[Classifier, str]:
     """A classifier trained on `data`'s training split, and its protocol. Raises UserError where it has no classes."""
     if data.train_labels is None:
-        raise UserError(f"{data.name} has no classes for a classifier to learn: leave out the figures that need one")
+        raise UserError(f"{data.name} has no classes for a classifier to learn: leave out the metrics that need one")
     classes = int(data.train_labels.max()) + 1
     examples = data.train, data.train_labels
     return _trained(CLASSIFIER, lambda: Classifier(data.shape[0], classes), data.name, examples, machine, seed)

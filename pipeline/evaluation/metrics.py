@@ -1,4 +1,4 @@
-"""Figures of generated images: which can be had, and how they are computed; each comes with its protocol."""
+"""Metrics of generated images: which are available, and how they are computed, each with its protocol."""
 
 from collections.abc import Callable, Collection
 from functools import cached_property
@@ -39,55 +39,57 @@ from metrics.inception import (
 )
 from metrics.manifold import manifold_figures
 from pipeline.evaluation.feature_networks import classifier, fad_network, reference_features
-from pipeline.evaluation.records import record
+from pipeline.evaluation.records import make_record
 from pipeline.options import EvaluationOptions
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import from_writer, is_writer
 
 FID_IMAGES = 10_000  # generated for FID, as is usual
-Figures = dict[str, float]
+Values = dict[str, float]
 
 
 class FeatureNetwork(NamedTuple):
-    """What looks at images for some figures.
+    """A network whose features of images some metrics are computed from.
 
     Attributes:
-        network: and `features`, which takes images and network to features `[N,D]`.
-        protocol: what there is to say about it.
-        fixed: the numbers of generated and real images, if the protocol fixes them; then the split is test, too.
-        reference: statistics that came with the network, of FAD alone.
+        network: the network.
+        extract: images uint8 `[N,C,H,W]` and the network to features `[N,D]`.
+        protocol: what has to be stated of it.
+        fixed: the numbers of generated and real images, where the protocol fixes them; the split is then test.
+        reference: statistics of the test split that came with the network; of FAD alone.
     """
 
     network: nn.Module
-    features: Callable[[Tensor, nn.Module], np.ndarray]
+    extract: Callable[[Tensor, nn.Module], np.ndarray]
     protocol: str
     fixed: tuple[int, int] | None = None
     reference: Any = None
 
 
-class Seen:
-    """What a network sees of generated and real images, looked at when first asked for; `seed` is for KID's subsets.
+class Features:
+    """Features of generated and of real images, each extracted when first used; `seed` is for KID's subsets.
 
-    Of the generated ones, as many as the protocol says, or with `whole` all.
+    Of the generated images, as many as the protocol says, or with `whole` all.
     """
 
-    def __init__(self, look: FeatureNetwork, images: Tensor, data: ImageData, split: str, seed: int, whole: bool):
-        self.look, self.data, self.seed = look, data, seed
-        self.split = "test" if look.fixed else split
+    def __init__(self, source: FeatureNetwork, images: Tensor, data: ImageData, split: str, seed: int, whole: bool):
+        self.source, self.data, self.seed = source, data, seed
+        self.network = source.network
+        self.split = "test" if source.fixed else split
         real = getattr(data, self.split)
-        first, real_first = look.fixed or (len(images), len(real))
+        first, real_first = source.fixed or (len(images), len(real))
         self.images, self.real_images = images if whole else images[:first], real[:real_first]
 
     @cached_property
     def generated(self) -> np.ndarray:
-        """Features `[N,D]` of the generated images."""
-        return self.look.features(self.images, self.look.network)
+        """Of the generated images: `[N,D]`."""
+        return self.source.extract(self.images, self.network)
 
     @cached_property
     def real(self) -> np.ndarray:
-        """Features `[M,D]` of the real images, from the cache if they are there."""
-        look, name = self.look, f"{Path(self.data.name).name}-{self.split}"
-        return reference_features(look.network, look.features, self.real_images, name)
+        """Of the real images: `[M,D]`; from the cache if they are there."""
+        name = f"{Path(self.data.name).name}-{self.split}"
+        return reference_features(self.network, self.source.extract, self.real_images, name)
 
 
 def _inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork:
@@ -112,8 +114,8 @@ def _classifier(options: EvaluationOptions, data: ImageData, machine: Machine) -
     return FeatureNetwork(network, classifier_features, origin)
 
 
-NETWORKS = {"inception": _inception, "paper": _paper_inception, "fad": _fad, "classifier": _classifier}
-"""Loaders; they raise UserError where there is no such network for the data set, or no weights."""
+LOADERS = {"inception": _inception, "paper": _paper_inception, "fad": _fad, "classifier": _classifier}
+"""Loaders of feature networks. They raise UserError if there is none for the data set, or no weights."""
 
 
 class Metric(NamedTuple):
@@ -123,44 +125,44 @@ class Metric(NamedTuple):
         network: whose features it is computed from.
         generated: the smallest number of generated images.
         real: the smallest number of real images.
-        figures: the values by name.
+        values: computes its values, by name.
         always_test: whether its protocol has the test split for reference, whatever `--reference` says.
     """
 
     network: str
     generated: int
     real: int
-    figures: Callable[[Seen], Figures]
+    values: Callable[[Features], Values]
     always_test: bool = False
 
 
-def _kid(seen: Seen) -> Figures:
-    return dict(zip(("kid", "kid_std"), kid(seen.generated, seen.real, seen.seed), strict=True))
+def _kid(features: Features) -> Values:
+    return dict(zip(("kid", "kid_std"), kid(features.generated, features.real, features.seed), strict=True))
 
 
-def _inception_score(seen: Seen) -> Figures:
-    score = inception_score(inception_logits(seen.generated, seen.look.network))
+def _inception_score(features: Features) -> Values:
+    score = inception_score(inception_logits(features.generated, features.network))
     return dict(zip(("inception_score", "inception_score_std"), score, strict=True))
 
 
-def _prdc(seen: Seen) -> Figures:
-    return manifold_figures(seen.generated, seen.real)._asdict()
+def _prdc(features: Features) -> Values:
+    return manifold_figures(features.generated, features.real)._asdict()
 
 
-def _classifier_figures(seen: Seen) -> Figures:
-    logits, real = (classifier_logits(features, seen.look.network) for features in (seen.generated, seen.real))
+def _classifier_metrics(features: Features) -> Values:
+    logits, real = (classifier_logits(each, features.network) for each in (features.generated, features.real))
     return {
-        "classifier_frechet": classifier_distance(seen.generated, seen.real),
-        "classifier_accuracy": accuracy(real, getattr(seen.data, f"{seen.split}_labels")),
+        "classifier_frechet": classifier_distance(features.generated, features.real),
+        "classifier_accuracy": accuracy(real, getattr(features.data, f"{features.split}_labels")),
         "class_balance": class_balance(logits),
         "confidence": mean_confidence(logits),
         "confidence_real": mean_confidence(real),
-        **{f"classifier_{name}": value for name, value in _prdc(seen).items()},
+        **{f"classifier_{name}": value for name, value in _prdc(features).items()},
     }
 
 
 GENERATED_METRICS = {
-    "fid": Metric("inception", FID_IMAGES, FEWEST_IMAGES, lambda seen: {"fid": fid(seen.generated, seen.real)}),
+    "fid": Metric("inception", FID_IMAGES, FEWEST_IMAGES, lambda both: {"fid": fid(both.generated, both.real)}),
     "kid": Metric("inception", FID_IMAGES, KID_SUBSET_SIZE, _kid),
     "is": Metric("inception", FID_IMAGES, 0, _inception_score),
     "prdc": Metric("inception", FID_IMAGES, FEWEST_IMAGES, _prdc),
@@ -168,16 +170,16 @@ GENERATED_METRICS = {
         "paper",
         PAPER_IMAGES,
         PAPER_IMAGES,
-        lambda seen: {"paper_fid": paper_fid(seen.generated, seen.real)},
+        lambda both: {"paper_fid": paper_fid(both.generated, both.real)},
         always_test=True,
     ),
-    "fad": Metric("fad", FAD_IMAGES, 0, lambda seen: {"fad": fad(seen.generated, seen.look.reference)}, True),
-    "classifier": Metric("classifier", FAD_IMAGES, FEATURES + 1, _classifier_figures),
+    "fad": Metric("fad", FAD_IMAGES, 0, lambda both: {"fad": fad(both.generated, both.source.reference)}, True),
+    "classifier": Metric("classifier", FAD_IMAGES, FEATURES + 1, _classifier_metrics),
 }
 
 
 class Evaluation:
-    """The figures of generated images that can be computed here, found out before any image is drawn.
+    """The metrics of generated images that can be computed here, which is found out before any image is drawn.
 
     Args:
         options: which metrics, the reference split, and the feature networks' weights. Where no metrics are named, all
@@ -187,8 +189,8 @@ class Evaluation:
         seed: of KID's subsets.
         num_samples: number of generated images; None: as many as the metrics need.
 
-    Of several processes, one has the networks and computes the figures. Raises UserError where a metric was asked for
-    by name and cannot be computed.
+    Of several processes, rank 0 alone has the networks and computes the metrics. Raises UserError if a metric that is
+    named cannot be computed.
     """
 
     def __init__(
@@ -208,7 +210,7 @@ class Evaluation:
 
     @property
     def images_needed(self) -> int:
-        """Generated images that the figures take; 0 if there is none to compute."""
+        """The number of generated images that the metrics need; 0 if there is none to compute."""
         return max((metric.generated for metric in self.metrics.values()), default=0)
 
     def _obstacle(self, metric: Metric) -> str | None:
@@ -224,10 +226,10 @@ class Evaluation:
         return None
 
     def _load(self, name: str) -> FeatureNetwork:
-        """The network of this name; loaded once, refused each time with the same words."""
+        """The feature network of this name; loaded once, refused with the same words each time."""
         if name not in self.networks:
             try:
-                self.networks[name] = NETWORKS[name](self.options, self.data, self.machine)
+                self.networks[name] = LOADERS[name](self.options, self.data, self.machine)
             except UserError as error:
                 self.networks[name] = error
         network = self.networks[name]
@@ -235,29 +237,29 @@ class Evaluation:
             raise network
         return network
 
-    def figures(
+    def compute(
         self, images: Tensor, drawn: str, metrics: Collection[str] | None = None, whole: bool = False
     ) -> list[dict]:
-        """Figures of generated `images`, uint8 `[N,C,H,W]`; `drawn` says how or from where.
+        """Records of generated `images`, uint8 `[N,C,H,W]`; `drawn` says how or from where they were drawn.
 
-        Of all metrics that can be computed, or of those in `metrics`; none in a process that has no networks. `whole`
-        as in `Seen`.
+        Of all available metrics, or of those in `metrics`; empty in processes other than rank 0. `whole` as in
+        `Features`.
         """
         computed = self.metrics if is_writer() else {}
         chosen = [metric for name, metric in computed.items() if metrics is None or name in metrics]
         split, networks = self.options.reference, {metric.network for metric in chosen}
-        seen = {name: Seen(self._load(name), images, self.data, split, self.seed, whole) for name in networks}
+        features = {name: Features(self._load(name), images, self.data, split, self.seed, whole) for name in networks}
         return [
-            record(
-                figure,
+            make_record(
+                name,
                 value,
-                seen[metric.network].look.protocol,
-                split=seen[metric.network].split,
-                real=len(seen[metric.network].real_images),
-                generated=len(seen[metric.network].images),
+                features[metric.network].source.protocol,
+                split=features[metric.network].split,
+                real=len(features[metric.network].real_images),
+                generated=len(features[metric.network].images),
                 seed=self.seed,
                 drawn=drawn,
             )
             for metric in chosen
-            for figure, value in metric.figures(seen[metric.network]).items()
+            for name, value in metric.values(features[metric.network]).items()
         ]

@@ -1,4 +1,4 @@
-"""Figures of a model itself: how well it reconstructs, which codes it uses, what it costs; each with its protocol."""
+"""Metrics of a model itself: reconstruction quality, codebook use, energy; each with its protocol."""
 
 from collections.abc import Collection
 
@@ -9,39 +9,39 @@ from metrics.energy import PICOJOULES_PER_AC, PICOJOULES_PER_MAC
 from metrics.fad import FAD_IMAGES
 from metrics.reconstruction import mse, ssim
 from pipeline.evaluation.metrics import Evaluation
-from pipeline.evaluation.records import record
+from pipeline.evaluation.records import make_record
 from pipeline.sampling.generators import CodeDiffusion, Generator
 from pipeline.sampling.grids import to_float
 
 ENERGY_IMAGES = 16
 
 
-def reconstruction_figures(generator: Generator, evaluation: Evaluation, wanted: Collection[str]) -> list[dict]:
-    """Figures of the autoencoder on the whole test split: MSE, SSIM, codebook, and FAD, the floor of any generator."""
+def reconstruction_records(generator: Generator, evaluation: Evaluation, wanted: Collection[str]) -> list[dict]:
+    """Metrics of the autoencoder on the test split: MSE, SSIM, codebook use, and FAD, a lower bound for samples."""
     test, seed = evaluation.data.test, evaluation.seed
-    figures = []
+    records = []
     about = {"split": "test", "real": len(test), "seed": seed}
     mean = "reconstructions as 8-bit images in [0,1], mean over all"
     if {"mse", "ssim", "fad"} & set(wanted):
         reconstructed = generator.reconstruct(test)
         pair = to_float(test), to_float(reconstructed)
         if "mse" in wanted:
-            figures.append(record("mse", mse(*pair), f"{mean} pixels", **about))
+            records.append(make_record("mse", mse(*pair), f"{mean} pixels", **about))
         if "ssim" in wanted:
-            figures.append(record("ssim", ssim(*pair), f"{mean} images, torchmetrics", **about))
+            records.append(make_record("ssim", ssim(*pair), f"{mean} images, torchmetrics", **about))
         if len(test) >= FAD_IMAGES:
-            scored = evaluation.figures(reconstructed, "reconstructions of the test split", ["fad"], whole=True)
-            figures += [figure | {"name": "reconstruction_fad"} for figure in scored]
+            scored = evaluation.compute(reconstructed, "reconstructions of the test split", ["fad"], whole=True)
+            records += [record | {"name": "reconstruction_fad"} for record in scored]
     if "codebook" in wanted and isinstance(generator, CodeDiffusion):
         codes, size = generator.encode(test), generator.autoencoder.codebook_size
-        figures += [
-            record("codebook_usage", usage(codes, size), f"share of the {size} codes that occur", **about),
-            record("codebook_perplexity", perplexity(codes, size), "exp of the code entropy in nats", **about),
+        records += [
+            make_record("codebook_usage", usage(codes, size), f"share of the {size} codes that occur", **about),
+            make_record("codebook_perplexity", perplexity(codes, size), "exp of the code entropy in nats", **about),
         ]
-    return figures
+    return records
 
 
-def energy_figures(generator: Generator, test: Tensor, seed: int) -> list[dict]:
+def energy_records(generator: Generator, test: Tensor, seed: int) -> list[dict]:
     """Energy in µJ per image of each part and of a whole sample, with and without spikes, and the mean firing rate.
 
     Encoding is counted on ENERGY_IMAGES test images, what takes part in a sample on as many samples.
@@ -50,18 +50,20 @@ def energy_figures(generator: Generator, test: Tensor, seed: int) -> list[dict]:
     cost = generator.cost(images)
     real = {"split": "test", "real": len(images), "seed": seed}
     drawn = {"split": "test", "real": 0, "generated": len(images), "seed": seed, "drawn": generator.drawn}
-    figures = []
+    records = []
     for part, counted in cost.operations.items():
         about, on = real if part == "encode" else drawn, cost.protocols[part]
         counts = {"macs": counted.macs, "acs": counted.acs}
         protocol = f"µJ an image, {PICOJOULES_PER_MAC} pJ a MAC, {PICOJOULES_PER_AC} pJ an AC; {on}"
-        figures.append(record(f"energy_{part}", counted.energy / 1e6, protocol, **about, **counts))
+        records.append(make_record(f"energy_{part}", counted.energy / 1e6, protocol, **about, **counts))
         protocol = f"µJ an image, each layer once, without spikes, {PICOJOULES_PER_MAC} pJ a MAC; {on}"
         dense = {"macs": counted.dense_macs}
-        figures.append(record(f"energy_{part}_without_spikes", counted.dense_energy / 1e6, protocol, **about, **dense))
+        records.append(
+            make_record(f"energy_{part}_without_spikes", counted.dense_energy / 1e6, protocol, **about, **dense)
+        )
     if cost.firing_rates:
         mean = sum(cost.firing_rates.values()) / len(cost.firing_rates)
         protocol = "spikes per neuron and spike step, mean over layers, of encoding, decoding and drawing"
         about = real | drawn | {"real": len(images)}
-        figures.append(record("firing_rate", mean, protocol, **about, layers=cost.firing_rates))
-    return figures
+        records.append(make_record("firing_rate", mean, protocol, **about, layers=cost.firing_rates))
+    return records

@@ -1,4 +1,4 @@
-"""What a figure of metrics.json is, and the table of them that is printed."""
+"""Records of metrics.json: what each holds, how they are merged, and the table that is printed."""
 
 from typing import Any
 
@@ -8,53 +8,55 @@ from pipeline.runtime.device import Machine, describe_machine
 from pipeline.runtime.processes import by_writer
 
 
-def record(name: str, value: float, protocol: str, *, split: str, real: int, generated: int = 0, **more: Any) -> dict:
-    """One figure of metrics.json; everything that is needed to compare it is beside it."""
+def make_record(
+    name: str, value: float, protocol: str, *, split: str, real: int, generated: int = 0, **more: Any
+) -> dict:
+    """One metric as metrics.json holds it, with everything that is needed to compare it."""
     counts = {"num_generated": generated, "num_real": real}
     return {"name": name, "value": value, "protocol": protocol, "split": split, **counts, **more}
 
 
 def context(machine: Machine) -> dict[str, Any]:
-    """What the value of a figure depends on besides its protocol, the images and the weights."""
+    """What the value of a metric depends on besides its protocol, the images and the weights."""
     return {"precision": machine.precision, **describe_machine(machine.device), "versions": versions()}
 
 
 @by_writer
-def write_figures(run: RunFolder, figures: list[dict], machine: Machine, weights: str) -> None:
-    """Merge figures of networks with the digest `weights` into metrics.json, and print the table of them.
+def write_records(run: RunFolder, records: list[dict], machine: Machine, weights: str) -> None:
+    """Merge records of the networks with the digest `weights` into metrics.json, and print them as a table.
 
-    A figure that is there by the same name, protocol and split is replaced, others stay if they are of the same
-    weights. Those of other weights, or of weights they do not know, are dropped, and a line says which.
+    A record of the same name, protocol and split is replaced. The others are kept if they are of the same weights;
+    those of other or unknown weights are dropped, and a line says which.
     """
-    figures = [{**figure, **context(machine), "weights": weights} for figure in figures]
-    computed = {_identity(figure) for figure in figures}
-    others = [figure for figure in run.read_figures() if _identity(figure) not in computed]
-    write_json(run.metrics, [*(figure for figure in others if figure.get("weights") == weights), *figures])
-    if dropped := dict.fromkeys(figure["name"] for figure in others if figure.get("weights") != weights):
-        print(f"{run.metrics}: dropped figures of other weights: {', '.join(dropped)}")
-    print_figures(figures)
+    records = [{**record, **context(machine), "weights": weights} for record in records]
+    computed = {_identity(record) for record in records}
+    others = [record for record in run.read_records() if _identity(record) not in computed]
+    write_json(run.metrics, [*(record for record in others if record.get("weights") == weights), *records])
+    if dropped := dict.fromkeys(record["name"] for record in others if record.get("weights") != weights):
+        print(f"{run.metrics}: dropped metrics of other weights: {', '.join(dropped)}")
+    print_records(records)
 
 
-def _identity(figure: dict) -> tuple[str, str, str]:
-    return figure["name"], figure["protocol"], figure["split"]
+def _identity(record: dict) -> tuple[str, str, str]:
+    return record["name"], record["protocol"], record["split"]
 
 
-def print_figures(figures: list[dict]) -> None:
-    """Print a table of figures with their protocols."""
-    if not figures:
+def print_records(records: list[dict]) -> None:
+    """Print a table of metrics with their protocols."""
+    if not records:
         return
-    for drawn in dict.fromkeys(figure["drawn"] for figure in figures if "drawn" in figure):
+    for drawn in dict.fromkeys(record["drawn"] for record in records if "drawn" in record):
         print(f"\ngenerated images: {drawn}")
-    width = max(len(figure["name"]) for figure in figures)
-    print(f"\n{'figure':{width}}  {'value':>10}  protocol")
+    width = max(len(record["name"]) for record in records)
+    print(f"\n{'metric':{width}}  {'value':>10}  protocol")
     said = None
-    for figure in figures:
-        protocol = describe(figure)
-        print(f"{figure['name']:{width}}  {figure['value']:10.4f}  {'same' if protocol == said else protocol}")
+    for record in records:
+        protocol = describe(record)
+        print(f"{record['name']:{width}}  {record['value']:10.4f}  {'same' if protocol == said else protocol}")
         said = protocol
 
 
-def describe(figure: dict) -> str:
-    """Protocol of a figure and the images it is of, in a line."""
-    counts = {"generated": figure["num_generated"], f"{figure['split']} images": figure["num_real"]}
-    return f"{figure['protocol']} ({', '.join(f'{number} {what}' for what, number in counts.items() if number)})"
+def describe(record: dict) -> str:
+    """Protocol of a metric and the images it was computed on, in one line."""
+    counts = {"generated": record["num_generated"], f"{record['split']} images": record["num_real"]}
+    return f"{record['protocol']} ({', '.join(f'{number} {what}' for what, number in counts.items() if number)})"

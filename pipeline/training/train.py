@@ -21,7 +21,7 @@ def check(session: Session) -> None:
     if session.data.variance == 0:
         raise UserError("all training images are of one and the same colour: nothing can be learned from them")
     run.read_log()
-    run.read_figures()
+    run.read_records()
     stage, size = o.run.stage, o.autoencoder.codebook_size
     if stage == "sdid" and not session.has_codes:
         raise UserError(f"--stage sdid: {o.autoencoder.model} draws from its own prior and has no second stage")
