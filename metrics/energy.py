@@ -92,7 +92,9 @@ def count(model: nn.Module, call: Callable[[], Any], images: int, spike_steps: i
                 hooks.enter_context(layer.register_forward_hook(see))
         call()
     if not runs or any(n % (spike_steps * images) for n in runs.values()):
-        raise ValueError(f"layers did not run {spike_steps} times for each of {images} images: is plain mode on?")
+        raise ValueError(
+            f"layers did not run {spike_steps} times for each of {images} images: is the reference backend chosen?"
+        )
     return Operations(totals["macs"] / images, totals["acs"] / images, totals["full"] / images / spike_steps)
 
 
@@ -113,6 +115,6 @@ def firing_rates(model: nn.Module, call: Callable[[], Any]) -> dict[str, float]:
     with torch.no_grad(), OutputMonitor(model, BaseNode, lambda spikes: spikes.float().mean().item()) as monitor:
         call()
     if monitor.monitored_layers and not monitor.records:
-        raise ValueError("no neuron ran: is plain mode on?")
+        raise ValueError("no neuron ran: is the reference backend chosen?")
     runs = {name: monitor[name] for name in monitor.monitored_layers}
     return {name: sum(rates) / len(rates) for name, rates in runs.items() if rates}

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 from errors import UserError
 from models import SDID, VQSVAE, ResidualSDID
-from models.spiking import SpikingStack, membrane_weights, set_plain, weighted_sum
+from models.spiking import SpikingStack, membrane_weights, use_backend, weighted_sum
 from pipeline.configuration import resolve
 from pipeline.runtime.device import choose_machine
 from pipeline.runtime.terminal import print_anywhere
@@ -83,7 +83,7 @@ class Comparison(NamedTuple):
 
 
 def of_autoencoder(model: VQSVAE, images: Tensor) -> Iterator[Export | str]:
-    """Encoder, spike generator and decoder of a model in plain mode; `images [N,C,H,W]` in [0,1]."""
+    """Encoder, spike generator and decoder of a model; `images [N,C,H,W]` in [0,1]."""
     quantizer, decoder, embedded = model.vq_layer, model.decoder, model.vq_layer.embed(model.encode(images))
 
     def export(name: str, what: str, stack: SpikingStack, x: Tensor, wanted: Callable, outside: Callable) -> Export:
@@ -105,16 +105,16 @@ def of_autoencoder(model: VQSVAE, images: Tensor) -> Iterator[Export | str]:
 
 
 def of_denoiser(model: SDID | ResidualSDID, codes: Tensor) -> Export:
-    """The denoiser, in plain mode, on `codes [N,h,w]` of which more and more are masked."""
+    """The denoiser, on `codes [N,h,w]` of which more and more are masked."""
     timesteps = codes[0].numel()
     t = torch.linspace(1, timesteps, len(codes)).long()
     chance = torch.rand(codes.shape, generator=torch.Generator().manual_seed(0))
     tokens = torch.where(chance * timesteps < t.view(-1, 1, 1), model.codebook_size, codes)
-    condition = [model.prototypes.draw(0, range(len(codes)))] if model.prototypes else []
+    condition = model.prototypes.draw(0, range(len(codes))) if model.prototypes else None
     graph = SDIDGraph(model) if isinstance(model, SDID) else ResidualGraph(model)
-    planes = graph.planes(tokens, t, *condition)
+    planes = graph.planes(tokens, t, condition)
     steps = planes.expand(model.spike_steps, *planes.shape)
-    return Export("denoiser", graph.what, graph, steps, model, lambda: model(tokens, t, *condition), graph.logits)
+    return Export("denoiser", graph.what, graph, steps, model, lambda: model(tokens, t, condition), graph.logits)
 
 
 def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]:
@@ -123,7 +123,6 @@ def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]
     call = resolve(["--checkpoint", str(run_folder), "--device", "cpu", *place])
     pipeline = Pipeline(call, choose_machine("cpu", "float32"))
     autoencoder = pipeline.load_autoencoder().double().eval()
-    set_plain(autoencoder, True)
     images = pipeline.data.test[:IMAGES].double() / 255
     if isinstance(autoencoder, VQSVAE):
         yield from of_autoencoder(autoencoder, images)
@@ -133,7 +132,6 @@ def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]
         yield "denoiser: not exported, the run has none"
         return
     denoiser = pipeline.networks.load_denoiser(autoencoder).double().eval()
-    set_plain(denoiser, True)
     yield of_denoiser(denoiser, autoencoder.encode(images))
 
 
@@ -148,7 +146,8 @@ def observe(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list
             spikes.append(output[0])
 
     hooks = [module.register_forward_hook(record) for module in network.modules()]
-    output = run()
+    with use_backend("reference"):  # which calls every neuron as a module
+        output = run()
     for hook in hooks:
         hook.remove()
     return output, spikes
