@@ -35,9 +35,8 @@ from metrics.inception import (
     inception_logits,
     load_inception,
     load_paper_inception,
-    paper_inception_features,
 )
-from metrics.manifold import manifold_figures
+from metrics.manifold import manifold_metrics
 from pipeline.evaluation.feature_networks import classifier, fad_network, reference_features
 from pipeline.evaluation.records import record
 from pipeline.options import EvaluationOptions
@@ -98,7 +97,7 @@ def _inception(options: EvaluationOptions, data: ImageData, machine: Machine) ->
 def _paper_inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork:
     network = load_paper_inception(options.paper_fid_weights, machine.device)
     protocol = "the release's: ImageNet Inception, normalised twice, SVD root"
-    return FeatureNetwork(network, paper_inception_features, protocol, fixed=(PAPER_IMAGES, PAPER_IMAGES))
+    return FeatureNetwork(network, inception_features, protocol, fixed=(PAPER_IMAGES, PAPER_IMAGES))
 
 
 def _fad(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork:
@@ -144,7 +143,7 @@ def _inception_score(seen: Seen) -> Figures:
 
 
 def _prdc(seen: Seen) -> Figures:
-    return manifold_figures(seen.generated, seen.real)._asdict()
+    return manifold_metrics(seen.generated, seen.real)._asdict()
 
 
 def _classifier_figures(seen: Seen) -> Figures:
