@@ -1,1 +1,1 @@
-"""Absorbing-state discrete diffusion: forward process, losses, sampler."""
+"""Absorbing-state discrete diffusion: forward process, losses and sampler."""

@@ -1,7 +1,8 @@
 """Absorbing-state discrete diffusion over grids of codes (arXiv 2308.10187; D3PM, arXiv 2107.03006).
 
-A token is masked by timestep t with probability t/T and stays masked; a denoiser learns to predict masked tokens. This
-file knows no network and no image: a denoiser is passed in.
+A token is masked by timestep t with probability t/T and then stays masked; a denoiser learns to predict masked tokens.
+Nothing here depends on networks, images or processes: a denoiser is a function that is passed in, and what is random is
+drawn beforehand, for each example of its own.
 """
 
 import math
@@ -15,20 +16,34 @@ from torch import Tensor
 
 LOSSES = ("reweighted_elbo", "elbo", "cross_entropy", "spread_cross_entropy")
 REVEAL_ORDERS = {"random": 1, "spread": 2}
-"""Orders in which a sample's tokens are revealed, and the pace of each; see `AbsorbingDiffusion.noise`."""
+"""Orders in which tokens are revealed, and the schedule exponent of each; see `AbsorbingDiffusion.noise`."""
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+Predict = Callable[[Tensor, Tensor], Tensor]
 """Tokens `[N,h,w]` and timesteps `[N]` to logits `[N,K,h,w]`."""
 
-LocalDenoiser = Callable[..., Tensor]
-"""Tokens `[N,h,w]`, timesteps `[N]` and wanted positions, bool `[N,h,w]` with P set, to their logits `[P,K]`.
+PredictAt = Callable[..., Tensor]
+"""Tokens `[N,h,w]`, timesteps `[N]` and positions, bool `[N,h,w]` with P set, to the logits there `[P,K]`.
 
-Where there is one, the condition `[N]` follows.
+A condition `[N]` is the fourth argument, if there is one.
 """
 
 
+class TrainingNoise(NamedTuple):
+    """All that is random in the loss of N examples: timesteps `t` int64 `[N]` in 1..T, and which tokens are masked.
+
+    `mask` is bool `[N,h,w]`.
+    """
+
+    t: Tensor
+    mask: Tensor
+
+    def part(self, chosen: slice) -> "TrainingNoise":
+        """The noise of the chosen examples."""
+        return TrainingNoise(self.t[chosen], self.mask[chosen])
+
+
 class SamplingNoise(NamedTuple):
-    """All that is random in drawing N samples: when each token is revealed, and the number that picks its code.
+    """All that is random in N samples: when each token is revealed, and the uniform number that determines its code.
 
     `reveal_times` int64 `[N,h,w]` in 1..T, `uniforms` float64 `[N,h,w]` in [0,1).
     """
@@ -38,30 +53,36 @@ class SamplingNoise(NamedTuple):
 
 
 class AbsorbingDiffusion:
-    """Forward process, losses and sampler for codes 0..codebook_size-1; the mask token is `codebook_size`."""
+    """Forward process, losses and sampler with `num_timesteps` T, for codes 0..K-1; `codebook_size` K is the mask."""
 
     def __init__(self, codebook_size: int, num_timesteps: int):
         self.mask_token = codebook_size
         self.num_timesteps = num_timesteps
 
-    def q_sample(self, codes: Tensor, t: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Mask each token of `codes [N,h,w]` with probability `t/T`, `t [N]`; returns tokens and mask `[N,h,w]`."""
-        uniforms = torch.rand(codes.shape, generator=generator, device=codes.device)
-        mask = uniforms < (t / self.num_timesteps).view(-1, 1, 1)
-        return torch.where(mask, self.mask_token, codes), mask
+    def training_noise(
+        self, count: int, grid: tuple[int, int], generator: torch.Generator, kind: str = "reweighted_elbo"
+    ) -> TrainingNoise:
+        """The noise of `count` training examples with the given `grid` (h, w), on the device of `generator`.
 
-    def q_spread(self, codes: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Mask `codes [N,h,w]` as samples in the spread order are at a moment uniform on their passes.
-
-        Returns tokens and mask `[N,h,w]`, and the timesteps `[N]` in 1..T.
+        Timesteps are uniform on 1..T, and tokens are masked independently with probability t/T. For
+        "spread_cross_entropy", tokens are masked as in a sample in the spread order, at a uniformly drawn step.
         """
-        count, height, width = codes.shape
-        how = {"generator": generator, "device": codes.device}
-        order = spread_order(torch.rand(count, 2, height, width, **how))
-        gone = torch.rand(count, **how) ** REVEAL_ORDERS["spread"]
-        revealed = (self.num_timesteps * gone).long()
-        t, mask = self.num_timesteps - revealed, order >= revealed.view(-1, 1, 1)
-        return torch.where(mask, self.mask_token, codes), mask, t
+        if kind == "spread_cross_entropy":
+            return self._spread_noise(count, grid, generator)
+        how = {"generator": generator, "device": generator.device}
+        t = torch.randint(1, self.num_timesteps + 1, (count,), **how)
+        return TrainingNoise(t, torch.rand(count, *grid, **how) < (t / self.num_timesteps).view(-1, 1, 1))
+
+    def _spread_noise(self, count: int, grid: tuple[int, int], generator: torch.Generator) -> TrainingNoise:
+        how = {"generator": generator, "device": generator.device}
+        order = spread_order(torch.rand(count, 2, *grid, **how))
+        elapsed = torch.rand(count, **how) ** REVEAL_ORDERS["spread"]
+        revealed = (self.num_timesteps * elapsed).long()
+        return TrainingNoise(self.num_timesteps - revealed, order >= revealed.view(-1, 1, 1))
+
+    def q_sample(self, codes: Tensor, mask: Tensor) -> Tensor:
+        """The tokens of `codes [N,h,w]` under a `mask [N,h,w]`: `[N,h,w]`."""
+        return torch.where(mask, self.mask_token, codes)
 
     def cross_entropy(self, logits: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
         """Cross-entropy in nats summed over the masked tokens of each image: `[N]`."""
@@ -69,11 +90,12 @@ class AbsorbingDiffusion:
         return (nll * mask).flatten(1).sum(1)
 
     def weighted_loss(self, cross_entropy: Tensor, t: Tensor, kind: str = "reweighted_elbo") -> Tensor:
-        """Batch mean of the loss in bits per token, from `cross_entropy [N]` and `t [N]`.
+        """Batch mean of the loss in bits per token, from `cross_entropy [N]` in nats and timesteps `t [N]`.
 
-        "elbo": `CE / t * T / (T ln 2)`. "reweighted_elbo": `(1 - t/T) CE / (T ln 2)`, whose weight is 0 at t = T, so
-        the very first prediction of sampling is never trained directly; this is the release's default and kept.
-        "cross_entropy" and "spread_cross_entropy": `CE / (T ln 2)`, every masked token weighs the same, at t = T too.
+        "elbo": `CE / t * T / (T ln 2)`, the evidence lower bound. "reweighted_elbo": `(1 - t/T) CE / (T ln 2)`, the
+        release's default, kept although its weight is 0 at t = T, so that the first prediction of sampling is never
+        trained directly. "cross_entropy" and "spread_cross_entropy": `CE / (T ln 2)`, equal weights for all masked
+        tokens.
         """
         total = self.num_timesteps
         weighted = {
@@ -84,27 +106,10 @@ class AbsorbingDiffusion:
         }
         return weighted[kind].mean() / (math.log(2) * total)
 
-    def loss(
-        self,
-        denoiser: Denoiser,
-        codes: Tensor,
-        generator: torch.Generator,
-        kind: str = "reweighted_elbo",
-        part: slice = slice(None),
-    ) -> Tensor:
-        """Training loss for `codes [N,h,w]`, t drawn uniformly from 1..T for each image.
-
-        "spread_cross_entropy" has the masks of `q_spread` instead: those that sampling in this order will meet. With
-        `part`, the loss of these images alone, whose noise is what they have in the whole batch.
-        """
-        if kind == "spread_cross_entropy":
-            tokens, mask, t = self.q_spread(codes, generator)
-        else:
-            t = torch.randint(1, self.num_timesteps + 1, (len(codes),), generator=generator, device=codes.device)
-            tokens, mask = self.q_sample(codes, t, generator)
-        codes, t, tokens, mask = (values[part] for values in (codes, t, tokens, mask))
-        logits = denoiser(tokens, t)
-        return self.weighted_loss(self.cross_entropy(logits, codes, mask), t, kind)
+    def loss(self, denoiser: Predict, codes: Tensor, noise: TrainingNoise, kind: str = "reweighted_elbo") -> Tensor:
+        """Mean training loss of `codes [N,h,w]` in bits per token, given `training_noise` of the same kind."""
+        logits = denoiser(self.q_sample(codes, noise.mask), noise.t)
+        return self.weighted_loss(self.cross_entropy(logits, codes, noise.mask), noise.t, kind)
 
     def noise(
         self,
@@ -114,11 +119,12 @@ class AbsorbingDiffusion:
         sample_steps: int | None = None,
         reveal_order: str = "random",
     ) -> SamplingNoise:
-        """The noise of the samples with these numbers; sample i has the same whatever it is drawn together with.
+        """The noise of the samples with these indices, on a `grid` (h, w); that of sample i follows from `seed` and i.
 
-        Tokens are revealed at `sample_steps` (T) of the timesteps. "random": the process's own times, independent and
-        uniform on 1..T. "spread": in `spread_order`, and slowly at first; with fewer timesteps than tokens, those that
-        are revealed together then depend less on each other.
+        Tokens are revealed at `sample_steps` of the timesteps, by default all T. "random": at independent times,
+        uniform on 1..T, as the forward process masks them. "spread": in `spread_order`, few at first; with fewer
+        timesteps than tokens, tokens that are revealed together then depend less on each other. Raises ValueError for
+        `sample_steps` outside 1..T.
         """
         generators = [np.random.default_rng((seed, i)) for i in samples]
         if reveal_order == "random":
@@ -129,22 +135,22 @@ class AbsorbingDiffusion:
         uniforms = torch.from_numpy(np.stack([g.random(grid) for g in generators]))
         return SamplingNoise(self.reveal_schedule(times, sample_steps, REVEAL_ORDERS[reveal_order]), uniforms)
 
-    def reveal_schedule(self, reveal_times: Tensor, sample_steps: int | None = None, pace: int = 1) -> Tensor:
-        """Reveal times rounded up to the next of `sample_steps` timesteps, T at the most.
+    def reveal_schedule(self, reveal_times: Tensor, sample_steps: int | None = None, exponent: int = 1) -> Tensor:
+        """Reveal times in 1..T, of any shape, rounded up to the next of `sample_steps` timesteps.
 
-        At the end of step j of J, `(j/J)^pace` of the time from T to 0 has gone by, but a timestep at least for each
-        step: with pace 1 they are spread evenly over 1..T. Raises ValueError for a number of steps not in 1..T.
+        After step j of J, a fraction `(j/J)^exponent` of the time from T to 0 has elapsed, but at least one timestep in
+        each step; with exponent 1 the steps are evenly spaced. Raises ValueError for `sample_steps` outside 1..T.
         """
         total = self.num_timesteps
         steps = total if sample_steps is None else sample_steps
         if not 1 <= steps <= total:
             raise ValueError(f"sample_steps must lie in 1..{total}, got {steps}")
-        gone = [max(j, total * j**pace // steps**pace) for j in range(steps)]
-        timesteps = total - torch.tensor(gone[::-1], device=reveal_times.device)
+        elapsed = [max(j, total * j**exponent // steps**exponent) for j in range(steps)]
+        timesteps = total - torch.tensor(elapsed[::-1], device=reveal_times.device)
         return timesteps[torch.searchsorted(timesteps, reveal_times)]
 
     def timesteps(self, sample_steps: int | None = None, reveal_order: str = "random") -> list[int]:
-        """The timesteps at which tokens can be revealed, from the first, T or less, to the last; see `noise`."""
+        """The timesteps at which tokens can be revealed, in descending order; see `noise`."""
         all_times = torch.arange(1, self.num_timesteps + 1)
         times = self.reveal_schedule(all_times, sample_steps, REVEAL_ORDERS[reveal_order])
         return times.unique().flip(0).tolist()
@@ -152,22 +158,21 @@ class AbsorbingDiffusion:
     @torch.no_grad()
     def sample(
         self,
-        denoiser: LocalDenoiser,
+        denoiser: PredictAt,
         noise: SamplingNoise,
         temperature: float = 1.0,
         given: Tensor | None = None,
         final_temperature: float | None = None,
         condition: Tensor | None = None,
     ) -> Tensor:
-        """Draw codes int64 `[N,h,w]`; those that are not the mask token in `given [N,h,w]` stay as they are.
+        """Draw codes int64 `[N,h,w]`; tokens of `given [N,h,w]` that are not masked are kept.
 
-        `condition [N]` is what else the denoiser is told of each sample.
+        The temperature changes linearly from `temperature` at t = T to `final_temperature` at t = 0; None: it does not
+        change. `condition [N]` is passed on to the denoiser.
 
-        The temperature changes evenly from `temperature` at t = T to `final_temperature` (the same) at t = 0.
-
-        In the random order a token that is still masked is revealed with probability 1/t at t = T..1, hence at a time
-        uniform on 1..T. A timestep that reveals nothing in an image changes nothing, so each image goes straight to its
-        next reveal: images of one batch are at different t, and only logits of revealed tokens are asked for.
+        In the reverse process a masked token is revealed with probability 1/t at each t = T..1, hence at a time uniform
+        on 1..T. A timestep that reveals nothing in an image changes nothing and is skipped: images of one batch are at
+        different t, and the denoiser is asked for the logits of revealed tokens only.
         """
         times = noise.reveal_times
         temperatures = self._temperatures(times, temperature, final_temperature)
@@ -175,8 +180,8 @@ class AbsorbingDiffusion:
         active = torch.arange(len(tokens), device=tokens.device)
         conditions = () if condition is None else (condition,)
         while len(active):
-            hidden = tokens[active] == self.mask_token
-            t = torch.where(hidden, times[active], 0).flatten(1).amax(1)
+            masked = tokens[active] == self.mask_token
+            t = torch.where(masked, times[active], 0).flatten(1).amax(1)
             active, t = active[t > 0], t[t > 0]
             where = (tokens[active] == self.mask_token) & (times[active] == t.view(-1, 1, 1))
             if len(active):
@@ -189,12 +194,12 @@ class AbsorbingDiffusion:
     @torch.no_grad()
     def sample_every_timestep(
         self,
-        denoiser: Denoiser,
+        denoiser: Predict,
         noise: SamplingNoise,
         temperature: float = 1.0,
         final_temperature: float | None = None,
     ) -> Tensor:
-        """The sampler written out: all T timesteps, the whole grid at each. Same codes as `sample`, for comparison."""
+        """Reference sampler: every timestep T..1, the whole grid at each. Gives the same codes as `sample`."""
         temperatures = self._temperatures(noise.reveal_times, temperature, final_temperature)
         tokens = torch.full_like(noise.reveal_times, self.mask_token)
         for t in range(self.num_timesteps, 0, -1):
@@ -204,31 +209,34 @@ class AbsorbingDiffusion:
         return tokens
 
     def _temperatures(self, times: Tensor, first: float, last: float | None) -> Tensor:
-        """Float64, of the shape of `times`."""
+        """Temperatures at `times`, float64 of the same shape."""
         change = 0.0 if last is None else last - first
         return first + change * (1 - times.double() / self.num_timesteps)
 
     def trajectory(self, codes: Tensor, noise: SamplingNoise, t: int) -> Tensor:
-        """Tokens `[N,h,w]` as they were after timestep t of the run that drew `codes` from `noise` (t = T+1: none)."""
+        """Tokens `[N,h,w]` after timestep t of the sampling that gave `codes` from `noise`; all masked for t = T+1."""
         return torch.where(noise.reveal_times >= t, codes, self.mask_token)
 
 
-def spread_places(height: int, width: int) -> Tensor:
-    """Numbers from 0, int64 `[h,w]`: cells that are half a height, half a width or both apart have the same one."""
+def spread_groups(height: int, width: int) -> Tensor:
+    """Groups of distant cells, int64 `[h,w]` from 0: cells half a height, half a width or both apart share a group."""
     rows, columns = -(-height // 2), -(-width // 2)
     return torch.arange(rows * columns).view(rows, columns).repeat(2, 2)[:height, :width]
 
 
 def spread_order(keys: Tensor) -> Tensor:
-    """Orders of the cells of N grids, int64 `[N,h,w]` from 0, in which cells of one place follow one another.
+    """Random orders of the cells of N grids, int64 ranks `[N,h,w]` from 0, in which cells of a group are consecutive.
 
-    `keys [N,2,h,w]` are random numbers in [0,1): of the places, by which these are sorted, and of each one's cells.
+    `keys [N,2,h,w]` in [0,1) are random: the first sort the groups (see `spread_groups`), the second the cells of each.
     """
-    turns = keys[:, 0].flatten(1).argsort(1).argsort(1)[:, spread_places(*keys.shape[2:]).to(keys.device)]
+    turns = keys[:, 0].flatten(1).argsort(1).argsort(1)[:, spread_groups(*keys.shape[2:]).to(keys.device)]
     return (turns + keys[:, 1]).flatten(1).argsort(1).argsort(1).view_as(turns)
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperatures: Tensor) -> Tensor:
-    """Codes int64 `[P]` from `softmax(logits / temperatures)` of logits `[P,K]`, by inverting its sum at `uniforms`."""
+    """Codes int64 `[P]` drawn from `softmax(logits / temperatures)` by inverting its cumulative sum at `uniforms`.
+
+    `logits` are `[P,K]`, `uniforms` in [0,1) and `temperatures` `[P]`.
+    """
     probabilities = torch.softmax(logits.double() / temperatures[:, None], 1)
     return (probabilities.cumsum(1) < uniforms[:, None]).sum(1).clamp_max(logits.shape[1] - 1)

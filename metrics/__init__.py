@@ -1,16 +1,22 @@
-"""Measures of pictures and codes: arrays in, numbers out; one file a family.
+"""Metrics: arrays in, numbers out.
 
-reconstruction  MSE and SSIM of pictures against their reconstructions
-codebook        how much of the codebook the codes use
+Of the model itself:
 
-Generated against real pictures, from features:
+reconstruction  MSE and SSIM between images and their reconstructions
+codebook        usage and perplexity of the codebook
+energy          synaptic operations, energy and firing rates
 
-frechet         Fréchet distance between two sets of features, whatever the extractor
+Of generated against real images, from features:
+
+frechet         Fréchet distance between two sets of features
 fid             FID, the paper's FID, KID and Inception score
 manifold        precision, recall, density and coverage
 fad             Fréchet autoencoder distance, and its network
-classifier      distance, balance and confidence in the eyes of a classifier, and the classifier
-inception       the two Inception networks, pictures to features
+classifier      Fréchet distance, class balance and confidence from a classifier, and the classifier
+inception       features of the two Inception networks
 
-extraction      a network over many pictures; counts: refusal of too few pictures
+Used by the others:
+
+extraction      runs a network on many images
+counts          refuses too few images
 """

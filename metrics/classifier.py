@@ -1,4 +1,4 @@
-"""Figures in the eyes of a classifier that was trained on the data set's own classes, and the classifier."""
+"""Metrics from a classifier that is trained on the data set's own classes, and the classifier."""
 
 import numpy as np
 import torch
@@ -37,34 +37,34 @@ def _block(channels: int, out: int, stride: int) -> tuple[nn.Module, ...]:
 
 
 def classifier_features(images: Tensor, network: Classifier, batch_size: int = 500) -> np.ndarray:
-    """What the last layer sees, float32 [N,128], of images uint8 [N,C,H,W]. Raises ValueError for other images."""
+    """Input of the last layer, float32 [N,128], for images uint8 [N,C,H,W]. Raises ValueError for other images."""
     return extract(images, lambda batch: network.body(batch / 255), network, batch_size, "classifier")
 
 
 @torch.inference_mode()
 def classifier_logits(features: np.ndarray, network: Classifier) -> np.ndarray:
-    """Logits, float32 [N,K], of `classifier_features` [N,128] of the same network."""
+    """Logits, float32 [N,K], from `classifier_features` [N,128] of the same network."""
     return network.head(torch.from_numpy(features).to(network.head.weight.device)).cpu().numpy()
 
 
 def classifier_distance(generated: np.ndarray, real: np.ndarray) -> float:
-    """Fréchet distance of `classifier_features` [N,128] and [M,128]; 0 is best.
+    """Fréchet distance between `classifier_features` [N,128] and [M,128]; 0 is best.
 
-    Raises UserError where a side has not more images than there are features.
+    Raises UserError unless both sets have more images than there are features.
     """
     check_enough("the classifier distance", FEATURES + 1, generated=generated, real=real)
     return frechet_distance(*feature_statistics(generated), *feature_statistics(real))
 
 
 def accuracy(logits: np.ndarray, labels: Tensor) -> float:
-    """Share of images, logits [N,K], whose largest logit is that of their label, int64 [N]."""
+    """Fraction of images, given their logits [N,K], that are classified as their label, int64 [N]."""
     return (logits.argmax(axis=1) == labels.numpy()).mean().item()
 
 
 def class_balance(logits: np.ndarray) -> float:
-    """Entropy of the shares of the predicted classes over log K, for logits [N,K] of generated images.
+    """Normalised entropy of the predicted classes, for logits [N,K] of generated images.
 
-    1: all classes equally often, 0: one class only.
+    1 if all K classes are equally frequent, 0 if there is only one.
     """
     classes = logits.shape[1]
     shares = torch.bincount(torch.from_numpy(logits.argmax(axis=1)), minlength=classes).double() / len(logits)
@@ -72,8 +72,8 @@ def class_balance(logits: np.ndarray) -> float:
 
 
 def mean_confidence(logits: np.ndarray) -> float:
-    """Mean probability of the predicted class, for logits [N,K]: near 1 where images are clearly of one class.
+    """Mean probability of the predicted class, for logits [N,K]: near 1 if every image clearly belongs to one class.
 
-    To be read beside the same figure of the test split.
+    Compare it with the same metric of the test split.
     """
     return torch.from_numpy(logits).double().softmax(1).amax(1).mean().item()

@@ -5,8 +5,8 @@ from collections.abc import Sized
 from errors import UserError
 
 
-def check_enough(figure: str, fewest: int, **sides: Sized) -> None:
-    """Raise UserError where one of `sides` (by name, as in generated=images) has fewer than `fewest` elements."""
-    for side, images in sides.items():
-        if len(images) < fewest:
-            raise UserError(f"{figure} needs at least {fewest} {side} images, not {len(images)}")
+def check_enough(metric: str, minimum: int, **sets: Sized) -> None:
+    """Raise UserError if one of the named `sets` (as in generated=images) has fewer than `minimum` elements."""
+    for name, images in sets.items():
+        if len(images) < minimum:
+            raise UserError(f"{metric} needs at least {minimum} {name} images, not {len(images)}")

@@ -1,4 +1,4 @@
-"""Images to features, a batch at a time: what all feature extractors share."""
+"""Runs a feature network on many images, in batches."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,10 @@ from tqdm import tqdm
 def extract(
     images: Tensor, function: Callable[[Tensor], Tensor], network: nn.Module, batch_size: int, title: str
 ) -> np.ndarray:
-    """`function` of each batch, put together: float32 [N,D] for images uint8 [N,C,H,W] with C = 1 or 3.
+    """`function` of images uint8 [N,C,H,W], C = 1 or 3, in batches: float32 [N,D].
 
-    Batches come to `function` as uint8 on the device of `network`, which computes in evaluation mode. Raises
-    ValueError for other images.
+    `function` receives batches as uint8 on the device of `network`, which is put into evaluation mode. `title` is shown
+    beside the progress bar. Raises ValueError for other images.
     """
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"uint8 [N,1 or 3,H,W] expected, not {images.dtype} {list(images.shape)}")

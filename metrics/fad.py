@@ -14,16 +14,16 @@ from metrics.extraction import extract
 from metrics.frechet import feature_statistics, frechet_distance
 
 FAD_IMAGES = 5000  # generated
-SIDE = 32  # of the images that the network sees
+SIDE = 32  # of the network's input
 WIDTHS = (32, 64, 128, 256)
 FEATURES = 64
-PUBLISHED = {"MNIST": "mnist", "FMNIST": "fashion"}  # name of a data set -> in the names of published files
+PUBLISHED = {"MNIST": "mnist", "FMNIST": "fashion"}  # data set -> prefix of the published files
 
 Statistics = tuple[np.ndarray, np.ndarray]
 
 
 class FadAutoencoder(nn.Module):
-    """Images float [N,C,32,32] in [-1,1] to 64 latents and back; names of weights as in the published files."""
+    """Images float [N,C,32,32] in [-1,1] to 64 latents and back; the weights have the names of the published files."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -58,9 +58,9 @@ def _double(channels: int, out: int) -> nn.ConvTranspose2d:
 def load_published(folder: Path, name: str) -> tuple[FadAutoencoder, Statistics] | None:
     """Network and statistics of the test split (mean [64], covariance [64,64]) as published with FSVAE.
 
-    From `folder/stat_checkpoints/NAME_64.pth`, of which encoder and latent layer are taken, and
-    `folder/stats/NAME_test_64.npz`; None where there are no weights for the data set `name`. Raises UserError where
-    `folder` is another folder or a file cannot be used.
+    Encoder and latent layer are read from `folder/stat_checkpoints/PREFIX_64.pth`, the statistics from
+    `folder/stats/PREFIX_test_64.npz`. None if there are no weights for the data set `name`. Raises UserError if
+    `folder` is not the published one or a file cannot be read.
     """
     if not (folder / "stat_checkpoints").is_dir():
         raise UserError(f"{folder} holds no folder stat_checkpoints: --fad_weights names the one that does")
@@ -76,7 +76,7 @@ def load_published(folder: Path, name: str) -> tuple[FadAutoencoder, Statistics]
             module.load_state_dict({key: state[f"{part}.{key}"] for key in module.state_dict()})
         with np.load(statistics) as stored:
             reference = stored["mu"].astype(np.float64), stored["sigma"].astype(np.float64)
-    except Exception as error:  # foreign or damaged bytes fail in any way
+    except Exception as error:  # unpickling a wrong or damaged file can raise anything
         raise UserError(
             f"cannot use {weights} with {statistics} ({type(error).__name__}): put back the published files"
         ) from error
@@ -89,30 +89,30 @@ def fad_features(images: Tensor, network: FadAutoencoder, batch_size: int = 500)
 
 
 def to_fad_size(images: Tensor) -> Tensor:
-    """Images uint8 [N,C,H,W] as [N,C,32,32], resized bilinearly as 8-bit pictures.
+    """Images uint8 [N,C,H,W], resized bilinearly to uint8 [N,C,32,32].
 
-    By Pillow, as when the published statistics were made: other libraries round some pixels to the level beside it.
+    Pillow resizes them, as for the published statistics: other libraries round some pixels differently.
     """
     if images.shape[-2:] == (SIDE, SIDE):
         return images
     mode = "L" if images.shape[1] == 1 else "RGB"
     resized = torch.empty(len(images), SIDE, SIDE, images.shape[1], dtype=torch.uint8)
     for slot, pixels in zip(resized, images.permute(0, 2, 3, 1).contiguous().cpu().numpy(), strict=True):
-        picture = Image.frombytes(mode, (pixels.shape[1], pixels.shape[0]), pixels.tobytes())
-        picture = picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        slot.copy_(torch.from_numpy(np.array(picture)).view_as(slot))
+        image = Image.frombytes(mode, (pixels.shape[1], pixels.shape[0]), pixels.tobytes())
+        image = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        slot.copy_(torch.from_numpy(np.array(image)).view_as(slot))
     return resized.permute(0, 3, 1, 2).contiguous()  # [N,32,32,C] -> [N,C,32,32]
 
 
 def to_fad_range(images: Tensor) -> Tensor:
-    """Images uint8 in [-1,1], of any shape."""
+    """Images uint8 of any shape to float in [-1,1]."""
     return images / 127.5 - 1
 
 
 def fad(generated: np.ndarray, reference: Statistics) -> float:
-    """FAD of `fad_features` [N,64] against mean [64] and covariance [64,64] of the test split's; 0 is best.
+    """FAD of `fad_features` [N,64], given mean [64] and covariance [64,64] of those of the test split; 0 is best.
 
-    The published protocol has `FAD_IMAGES`; UserError where there are fewer.
+    Raises UserError for fewer images than the published protocol has, `FAD_IMAGES`.
     """
     check_enough("FAD", FAD_IMAGES, generated=generated)
     return frechet_distance(*feature_statistics(generated), *reference)

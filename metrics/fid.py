@@ -1,4 +1,4 @@
-"""The figures on Inception's features: FID, the paper's FID, KID, and the Inception score on its logits."""
+"""Metrics from Inception's features and logits: FID, the paper's FID, KID and Inception score."""
 
 import warnings
 
@@ -11,26 +11,26 @@ from torchmetrics.image.kid import poly_mmd
 from metrics.counts import check_enough
 from metrics.frechet import feature_statistics, frechet_distance, frechet_distance_of_release
 
-# As many as there are features: with fewer, the covariance falls short of full rank by construction.
-FEWEST_IMAGES = 2048
-PAPER_IMAGES = 1280  # of each side, in the paper
+FEWEST_IMAGES = 2048  # the number of features: with fewer images the covariance cannot have full rank
+PAPER_IMAGES = 1280  # generated, and as many real ones, in the paper
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 SCORE_SPLITS, FEWEST_SCORED = 10, 1000
 
 
 def fid(generated: np.ndarray, real: np.ndarray) -> float:
-    """Fréchet Inception distance (Heusel et al. 2017) of `inception_features` [N,2048] and [M,2048]; 0 is best.
+    """Fréchet Inception distance (Heusel et al. 2017) between `inception_features` [N,2048] and [M,2048]; 0 is best.
 
-    Raises UserError where a side has fewer than `FEWEST_IMAGES`.
+    Raises UserError if either set has fewer than `FEWEST_IMAGES`.
     """
     check_enough("FID", FEWEST_IMAGES, generated=generated, real=real)
     return frechet_distance(*feature_statistics(generated), *feature_statistics(real))
 
 
 def paper_fid(generated: np.ndarray, real: np.ndarray) -> float:
-    """FID as the paper's release computes it, from `paper_inception_features` [N,2048] and [M,2048].
+    """FID as the paper's release computes it, from [N,2048] and [M,2048] features of `load_paper_inception`.
 
-    The first `PAPER_IMAGES` of each side count; UserError where there are fewer. No other FID is comparable with it.
+    It uses the first `PAPER_IMAGES` of each set and raises UserError if there are fewer. It is not comparable with any
+    other FID.
     """
     check_enough("the paper's FID", PAPER_IMAGES, generated=generated, real=real)
     statistics = (feature_statistics(features[:PAPER_IMAGES]) for features in (generated, real))
@@ -39,10 +39,11 @@ def paper_fid(generated: np.ndarray, real: np.ndarray) -> float:
 
 
 def kid(generated: np.ndarray, real: np.ndarray, seed: int) -> tuple[float, float]:
-    """Kernel Inception distance (Bińkowski et al. 2018) of `inception_features` [N,2048] and [M,2048].
+    """Kernel Inception distance (Bińkowski et al. 2018) between `inception_features` [N,2048] and [M,2048].
 
     Mean and standard deviation of the unbiased squared MMD with the kernel (x·y/D + 1)³ over 100 pairs of random
-    subsets of 1,000, drawn from `seed`; around 0 for equal distributions. Raises UserError for fewer than 1,000.
+    subsets of 1,000 images; `seed` determines the subsets. About 0 for equal distributions. Raises UserError if either
+    set has fewer than 1,000 images.
     """
     check_enough("KID", KID_SUBSET_SIZE, generated=generated, real=real)
     generator = torch.Generator().manual_seed(seed)
@@ -55,10 +56,10 @@ def kid(generated: np.ndarray, real: np.ndarray, seed: int) -> tuple[float, floa
 
 
 def inception_score(logits: np.ndarray) -> tuple[float, float]:
-    """Inception score (Salimans et al. 2016) of generated images' `inception_logits` [N,K]: from 1 to K, K is best.
+    """Inception score (Salimans et al. 2016) of generated images from their `inception_logits` [N,K]: 1 to K (best).
 
-    Mean and standard deviation over 10 parts of the images, in an order that torchmetrics draws, here always the
-    same. Raises UserError for fewer than 1,000.
+    Mean and standard deviation over 10 random splits of the images, the same at every call. Raises UserError for fewer
+    than 1,000 images.
     """
     check_enough("the Inception score", FEWEST_SCORED, generated=logits)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):

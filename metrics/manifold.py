@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: which share of one set lies where the other set is."""
+"""Precision, recall, density and coverage, from nearest neighbours in feature space."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from metrics.counts import check_enough
 
-BLOCK = 1000  # rows of the matrix of distances that are in memory at a time
+BLOCK = 1000  # rows of the distance matrix in memory at a time
 
 
-class ManifoldFigures(NamedTuple):
-    """Shares in [0,1], except for density, which may exceed 1; 1 is best."""
+class ManifoldMetrics(NamedTuple):
+    """All in [0,1], except density, which may exceed 1; 1 is best."""
 
     precision: float
     recall: float
@@ -20,36 +20,37 @@ class ManifoldFigures(NamedTuple):
     coverage: float
 
 
-def manifold_figures(generated: np.ndarray, real: np.ndarray, neighbours: int = 5) -> ManifoldFigures:
+def manifold_metrics(generated: np.ndarray, real: np.ndarray, neighbours: int = 5) -> ManifoldMetrics:
     """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    Features are [N,D] and [M,D]. The ball of an image reaches to its k-th nearest neighbour in its own set, exclusive,
-    k being `neighbours`. Precision: generated images in a ball of a real one. Recall: real images in a ball of a
-    generated one. Density: balls of real images around a generated one, over k. Coverage: real images with a
-    generated one in their ball. Raises UserError where a side has not more than k images.
+    Features are [N,D] and [M,D]. The open ball of an image reaches to its k-th nearest neighbour in its own set, k =
+    `neighbours`. Precision: fraction of the generated images that lie in the ball of a real one. Recall: fraction of
+    the real images that lie in the ball of a generated one. Density: mean number of real images' balls that contain a
+    generated image, divided by k. Coverage: fraction of the real images whose ball contains a generated one. Raises
+    UserError unless both sets have more than k images.
     """
     check_enough("precision and recall", neighbours + 1, generated=generated, real=real)
     generated, real = (torch.from_numpy(features).double() for features in (generated, real))
     generated_radii, real_radii = _radii(generated, neighbours), _radii(real, neighbours)
-    around = torch.zeros(len(generated), dtype=torch.int64)  # balls of real images around each generated one
+    containing = torch.zeros(len(generated), dtype=torch.int64)  # number of real balls around each generated image
     recalled = covered = 0
     for rows, radii in zip(real.split(BLOCK), real_radii.split(BLOCK), strict=True):
         squared = _squared_distances(rows, generated)  # [b,N]
         inside = squared < radii[:, None]
-        around += inside.sum(0)
+        containing += inside.sum(0)
         covered += inside.any(1).sum().item()
         recalled += (squared < generated_radii).any(1).sum().item()
-    return ManifoldFigures(
-        precision=(around > 0).double().mean().item(),
+    return ManifoldMetrics(
+        precision=(containing > 0).double().mean().item(),
         recall=recalled / len(real),
-        density=around.double().mean().item() / neighbours,
+        density=containing.double().mean().item() / neighbours,
         coverage=covered / len(real),
     )
 
 
 def _radii(features: Tensor, neighbours: int) -> Tensor:
     """Squared distance of each of [N,D] to its k-th nearest neighbour: [N]."""
-    # +1, as each is the nearest to itself
+    # +1, as the nearest is the image itself
     return torch.cat(
         [_squared_distances(rows, features).kthvalue(neighbours + 1, dim=1).values for rows in features.split(BLOCK)]
     )

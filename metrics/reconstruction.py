@@ -1,4 +1,4 @@
-"""How close reconstructions are to their pictures: MSE and SSIM, over all pictures and in [0,1]."""
+"""MSE and SSIM between images and their reconstructions."""
 
 import torch
 from torch import Tensor
@@ -6,19 +6,19 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 
 def mse(images: Tensor, reconstructions: Tensor) -> float:
-    """Mean squared error over every value of every picture.
+    """Mean squared error over all values of all images.
 
-    Both are float [N,C,H,W] in [0,1]; raises ValueError where they are not alike.
+    Both are float [N,C,H,W] in [0,1]; raises ValueError if shapes or types differ.
     """
     _check_pair(images, reconstructions)
     return (images - reconstructions).square().mean(dtype=torch.float64).item()
 
 
 def ssim(images: Tensor, reconstructions: Tensor, batch_size: int = 256) -> float:
-    """Structural similarity (Wang et al. 2004, Gaussian window 11 wide), the mean over pictures; 1 is best.
+    """Structural similarity (Wang et al. 2004, 11x11 Gaussian window), the mean over images; 1 is best.
 
-    Both are float [N,C,H,W] in [0,1]; raises ValueError where they are not alike. `batch_size` bounds the
-    memory and does not change the value.
+    Both are float [N,C,H,W] in [0,1]; raises ValueError if shapes or types differ. `batch_size` limits the memory and
+    does not change the value.
     """
     _check_pair(images, reconstructions)
     batches = zip(reconstructions.split(batch_size), images.split(batch_size), strict=True)

@@ -1,50 +1,55 @@
-"""The networks, and the tables of them that the command line offers."""
+"""The networks, and the tables of them that the command line offers.
+
+Constructor parameters have the names of the command line's options (pipeline/options.py).
+"""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from models.denoiser import Denoiser
 from models.fsvae import FSVAE
 from models.residual_sdid import ResidualSDID
 from models.sdid import SDID
 from models.vq_svae import VQSVAE
 from models.vq_vae import VQVAE
 
-DENOISERS: dict[str, type[nn.Module]] = {"sdid": SDID, "residual": ResidualSDID}
+DENOISERS: dict[str, type[Denoiser]] = {"sdid": SDID, "residual": ResidualSDID}
 AUTOENCODERS: dict[str, type[nn.Module]] = {"snn-vq-vae": VQSVAE, "vq-vae": VQVAE, "snn-vae": FSVAE}
 
 
 def model_options(name: str) -> tuple[str, ...]:
-    """Names of the options of an autoencoder of the table; raises ValueError naming the valid ones."""
+    """Names of an autoencoder's options; raises ValueError, which names the valid ones, for an unknown name."""
     return _options(AUTOENCODERS, name)
 
 
 def denoiser_options(name: str) -> tuple[str, ...]:
-    """Names of the options of a denoiser of the table; raises ValueError naming the valid ones."""
+    """Names of a denoiser's options; raises ValueError, which names the valid ones, for an unknown name."""
     return _options(DENOISERS, name)
 
 
 def build_model(name: str, **options: Any) -> nn.Module:
-    """An autoencoder of the table; raises ValueError, which names the valid ones, for a wrong name or option."""
+    """A new autoencoder; raises ValueError, which names the valid ones, for an unknown name or option."""
     return _build(AUTOENCODERS, name, options)
 
 
-def build_denoiser(name: str, **options: Any) -> nn.Module:
-    """A denoiser of the table; raises ValueError, which names the valid ones, for a wrong name or option."""
+def build_denoiser(name: str, **options: Any) -> Denoiser:
+    """A new denoiser; raises ValueError, which names the valid ones, for an unknown name or option."""
     return _build(DENOISERS, name, options)
 
 
-def _options(table: dict[str, type[nn.Module]], name: str) -> tuple[str, ...]:
+def _options(table: Mapping[str, type[nn.Module]], name: str) -> tuple[str, ...]:
     if name not in table:
         raise ValueError(f"unknown network {name!r}: choose one of {', '.join(table)}")
     return tuple(inspect.signature(table[name]).parameters)
 
 
-def _build(table: dict[str, type[nn.Module]], name: str, options: dict[str, Any]) -> nn.Module:
+def _build(table: Mapping[str, type[nn.Module]], name: str, options: dict[str, Any]) -> nn.Module:
     known = _options(table, name)
-    if strange := sorted(set(options).difference(known)):
-        raise ValueError(f"{name} has no option {', '.join(strange)}: its options are {', '.join(known)}")
+    if unknown := sorted(set(options).difference(known)):
+        raise ValueError(f"{name} has no option {', '.join(unknown)}: its options are {', '.join(known)}")
     return table[name](**options)
 
 
@@ -55,6 +60,7 @@ __all__ = [
     "SDID",
     "VQSVAE",
     "VQVAE",
+    "Denoiser",
     "ResidualSDID",
     "build_denoiser",
     "build_model",

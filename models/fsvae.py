@@ -1,12 +1,13 @@
-"""FSVAE, a fully spiking variational autoencoder (arXiv 2110.00375), as a baseline of arXiv 2308.10187.
+"""FSVAE, a fully spiking variational autoencoder (arXiv 2110.00375), a baseline of arXiv 2308.10187.
 
-Its latents are spikes: those of step t follow a Bernoulli distribution given by what came before, of which a spiking
-network represents the probability by k binary outputs, and a draw is one of them picked at random.
+Its latents are spikes. Those of spike step t follow a Bernoulli distribution conditioned on the previous steps: a
+spiking network represents its probability by k binary outputs, one of which is picked at random as the sample.
 
-As in the release, the linear layers have no batch norm, which they have in FSVAE: a spike step then depends on no
-statistics of later ones, and the latents that are trained are those that are drawn. They begin silent. In a trial on
-Fashion-MNIST (batches of 32, hidden = 8), latents fired after 100 training steps; the prior, which begins with no
-spikes as its input, drew nothing before step 900. Batch norm wakes it sooner; the error at step 1,000 is the same.
+Unlike in FSVAE, the linear layers have no batch norm, as in the release of arXiv 2308.10187: a spike step then does not
+depend on statistics of later ones, so that latents in training and in sampling have the same distribution. The layers
+are silent at first. In a trial on Fashion-MNIST (batches of 32, hidden_channels = 8), latents fired after 100 training
+steps, and the prior, whose first input has no spikes, after 900. With batch norm it fires earlier, but the
+reconstruction error at step 1,000 is the same.
 """
 
 import math
@@ -27,7 +28,7 @@ TIE_NOISE = 1e-3
 
 
 class FSVAEOutput(NamedTuple):
-    """`images [N,C,H,W]` in [0,1], and scalars: `loss`, the sum that is minimised, of `mmd` and `mse`.
+    """Reconstructions `images [N,C,H,W]` in [0,1], and three scalars: the training `loss = mse + mmd` and its terms.
 
     `mse` is the reconstruction error before clipping.
     """
@@ -39,7 +40,7 @@ class FSVAEOutput(NamedTuple):
 
 
 class BernoulliNetwork(nn.Module):
-    """Three linear layers, each followed by LIF: k binary candidates for each of a step's L latents."""
+    """Three linear layers, each followed by LIF: at each spike step, k binary candidates for each of L latents."""
 
     def __init__(self, inputs: int, latent_dim: int, candidates: int):
         super().__init__()
@@ -48,9 +49,9 @@ class BernoulliNetwork(nn.Module):
         self.latent_dim = latent_dim
 
     def from_rest(self) -> Callable[[Tensor], Tensor]:
-        """A function that goes one spike step on each time it is called: `[N,inputs]` to candidates `[N,L,k]`.
+        """A function that runs the next spike step at each call: inputs `[N,inputs]` to candidates `[N,L,k]`.
 
-        A neuron knows the past only by its potential, so a step gives what running all steps up to it from rest would.
+        Between calls it keeps the membrane potentials, which are the whole state of the neurons.
         """
         potentials = [0.0] * len(self.layers)
 
@@ -63,20 +64,20 @@ class BernoulliNetwork(nn.Module):
 
 
 def choose(candidates: Tensor, picks: Tensor) -> Tensor:
-    """Of `candidates [N,L,k]` those with the indices `picks [N,L]`: `[N,L]`; the gradient goes to these alone."""
+    """The `candidates [N,L,k]` at the indices `picks [N,L]`: `[N,L]`; only these receive a gradient."""
     return candidates.gather(2, picks[..., None])[..., 0]
 
 
 class FSVAE(nn.Module):
-    """Image to spiking latents and back, and a spiking prior to draw latents from.
+    """Images to spiking latents and back, and a spiking prior of the latents.
 
     Args:
-        channels: of the images.
-        image_size: side of the square images, a multiple of 4.
+        channels: channels of the images.
+        image_size: side of the square images, a multiple of 4. Raises ValueError if it is not.
         latent_dim: number of latents L.
         candidates: binary outputs k that represent a latent's probability.
         spike_steps: S.
-        hidden: channels of the first hidden layer; the second has twice as many.
+        hidden_channels: channels of the first hidden layer; the second has twice as many.
         embedding_dim: channels of the encoder's output.
     """
 
@@ -89,7 +90,7 @@ class FSVAE(nn.Module):
         latent_dim: int = 56,
         candidates: int = 20,
         spike_steps: int = 16,
-        hidden: int = 32,
+        hidden_channels: int = 32,
         embedding_dim: int = 16,
     ):
         super().__init__()
@@ -99,16 +100,16 @@ class FSVAE(nn.Module):
         features = embedding_dim * side**2
         self.channels, self.spike_steps = channels, spike_steps
         self.latent_dim, self.candidates = latent_dim, candidates
-        self.encoder = Encoder(channels, hidden, embedding_dim, spike_steps)
+        self.encoder = Encoder(channels, hidden_channels, embedding_dim, spike_steps)
         self.to_latent = nn.Sequential(nn.Linear(features, latent_dim), LIF())
         self.posterior = BernoulliNetwork(2 * latent_dim, latent_dim, candidates)
         self.prior = BernoulliNetwork(latent_dim, latent_dim, candidates)
         self.from_latent = nn.Sequential(nn.Linear(latent_dim, features), LIF(), nn.Unflatten(2, (-1, side, side)))
-        self.decoder = Decoder(channels, hidden, embedding_dim, spike_steps)
+        self.decoder = Decoder(channels, hidden_channels, embedding_dim, spike_steps)
 
     @staticmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, int]:
-        """All options but `spike_steps`, read off a model's weights. KeyError if they are of something else."""
+        """All options but `spike_steps`, inferred from a model's weights. Raises KeyError for another network's."""
         hidden, channels = weights["encoder.snn_convs.0.weight"].shape[:2]
         embedding_dim = len(weights["encoder.snn_convs.6.weight"])
         latent_dim, features = weights["to_latent.0.weight"].shape
@@ -117,12 +118,12 @@ class FSVAE(nn.Module):
             image_size=FSVAE.downsampling * math.isqrt(features // embedding_dim),
             latent_dim=latent_dim,
             candidates=len(weights["prior.layers.2.weight"]) // latent_dim,
-            hidden=hidden,
+            hidden_channels=hidden,
             embedding_dim=embedding_dim,
         )
 
     def noise(self, seed: int, samples: Iterable[int]) -> Tensor:
-        """The picks of the samples with these numbers, int64 `[S,N,L]` in 0..k-1; each has its own generator."""
+        """The picks of the samples with these indices, int64 `[S,N,L]` in 0..k-1, each from a generator of its own."""
         shape = (self.spike_steps, self.latent_dim)
         picks = [np.random.default_rng((seed, i)).integers(self.candidates, size=shape) for i in samples]
         return torch.from_numpy(np.stack(picks, 1))
@@ -136,36 +137,36 @@ class FSVAE(nn.Module):
         return (self._pixels(latents) + 0.5).clamp(0, 1)
 
     def sample(self, picks: Tensor) -> Tensor:
-        """Latents `[S,N,L]` drawn from the prior with `picks [S,N,L]`, each step's given the step before."""
+        """Latents `[S,N,L]` drawn from the prior with `picks [S,N,L]`, one spike step after another."""
         return self._draw(self.prior, picks)[0]
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None, p: float = 0.0) -> FSVAEOutput:
         """Reconstruct images `[N,C,H,W]` in [0,1] from latents drawn with `generator`.
 
-        The loss is the plain mean squared error, not divided by the pixels' variance, as in the release, and the MMD
-        of FSVAE: the squared difference of the potentials that the mean spikes of posterior and prior evoke.
-        `p`, which training raises from 0.1 to 0.3, is the probability of scheduled sampling, see `_follow`.
+        The loss is the mean squared error, not divided by the pixels' variance, as in the release, plus FSVAE's MMD:
+        the mean squared difference between the postsynaptic potentials of the mean spikes of posterior and prior.
+        `p` is the probability of scheduled sampling, see `_prior_means`; training raises it from 0.1 to 0.3.
         """
         shape = (self.spike_steps, len(images), self.latent_dim)
         picks = torch.randint(self.candidates, shape, generator=generator, device=images.device)
         latents, posterior = self._draw(self.posterior, picks, self._features(images))
-        prior = self._follow(latents.detach(), p, generator)
+        prior = self._prior_means(latents.detach(), p, generator)
         mmd = F.mse_loss(postsynaptic_potential(posterior), postsynaptic_potential(prior))
         y = self._pixels(latents)
         mse = F.mse_loss(y, images - 0.5)
         return FSVAEOutput((y + 0.5).clamp(0, 1), mse + mmd, mmd, mse)
 
     def _features(self, images: Tensor) -> Tensor:
-        """Images in [0,1] to the spikes x `[S,N,L]` that the posterior is given."""
+        """Images in [0,1] to the posterior's input spikes x `[S,N,L]`."""
         spikes = self.encoder(images - 0.5).flatten(2)  # [S,N,D,h,w] -> [S,N,D*h*w]
         with full_precision(spikes):
             return self.to_latent(spikes.to(self.to_latent[0].weight.dtype))
 
     def _draw(self, network: BernoulliNetwork, picks: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Latents drawn from q(z_t | x_<=t, z_<t), or from p(z_t | z_<t) without `features` x, and their mean spikes.
+        """Latents drawn from q(z_t | x_<=t, z_<t), or without `features` x from p(z_t | z_<t), and their mean spikes.
 
-        All are `[S,N,L]`; the mean is that of the candidates. A latent enters the next step without gradient, as in
-        FSVAE.
+        All are `[S,N,L]`; the means are over the candidates. No gradient passes from a step to the latents of the
+        previous one, as in FSVAE.
         """
         step, dtype = network.from_rest(), network.layers[0].weight.dtype
         z = torch.zeros(picks.shape[1:], dtype=dtype, device=picks.device)
@@ -178,11 +179,11 @@ class FSVAE(nn.Module):
                 z = latents[-1].detach()
         return torch.stack(latents), torch.stack(means)
 
-    def _follow(self, latents: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
+    def _prior_means(self, latents: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
         """Mean spikes `[S,N,L]` of the prior given the posterior's `latents [S,N,L]`.
 
-        Scheduled sampling: with probability `p` for each image and step from the sixth on, what the prior is given
-        next is its own z_t, as it will be in `sample`: what most candidates say; a little noise breaks ties.
+        Scheduled sampling: with probability `p` for each image and step from the sixth on, the prior's next input is
+        its own prediction, as in `sample`: the majority of the candidates, with a little noise to break ties.
         """
         step, z = self.prior.from_rest(), torch.zeros_like(latents[0])
         like = {"generator": generator, "dtype": z.dtype, "device": z.device}

@@ -1,9 +1,9 @@
 """Batch norm and LIF over all spike steps in one compiled pass on the CPU.
 
-On the CPU, SpikingJelly's multi-step LIF is a loop of tensor operations over the spike steps, each of which reads
-and writes the whole activation. `fused_lif.cpp` keeps the membrane potential in registers instead. It is compiled by
-the system's C++ compiler on first use and kept in the cache, if that can be written; where nothing can be compiled,
-`available()` says so once and the networks run on SpikingJelly's neuron. Same mathematics, same gradients.
+On the CPU, SpikingJelly's multi-step LIF is a loop of tensor operations over the spike steps, each of which reads and
+writes the whole activation. `fused_lif.cpp` keeps the membrane potential in registers instead; outputs and gradients
+are the same. The system's C++ compiler compiles it on first use, and the library is cached if the cache is writable.
+Without a compiler, `available()` warns once and the networks run on SpikingJelly's neuron.
 """
 
 import ctypes
@@ -18,10 +18,10 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from files import from_cache, to_cache
+from models.reduction import SINGLE_PROCESS, Reduction
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
@@ -32,7 +32,7 @@ NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bf
 
 
 def _processor() -> str:
-    """What `-march=native` depends on: a cache folder may be shared by different machines."""
+    """The processor's features, on which `-march=native` depends: different machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
@@ -41,7 +41,7 @@ def _processor() -> str:
 
 
 def _load() -> ctypes.CDLL:
-    """The kernels from the cache, or compiled now. Raises OSError or subprocess.CalledProcessError."""
+    """The kernels, from the cache or newly compiled. Raises OSError or subprocess.CalledProcessError."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler found")
@@ -59,12 +59,12 @@ def _load() -> ctypes.CDLL:
 
 
 def _checksum(content: bytes) -> bytes:
-    """What stands at the end of a library in the cache, where loaders do not look."""
+    """The checksum that is appended to a cached library, where loaders ignore it."""
     return hashlib.sha256(content).digest()
 
 
 def _load_checked(path: Path) -> ctypes.CDLL:
-    """A library of the cache. Raises ValueError if it is damaged: to run it would end the process, or worse."""
+    """A cached library. Raises ValueError if it is damaged: running it could crash the process, or worse."""
     content = path.read_bytes()
     if _checksum(content[:-32]) != content[-32:]:
         raise ValueError("wrong checksum")
@@ -86,7 +86,7 @@ def _library() -> ctypes.CDLL | None:
 
 @torch.compiler.disable
 def available() -> bool:
-    """Whether the compiled kernels can be used on this machine; warns once when they cannot."""
+    """Whether the compiled kernels can be used on this machine; warns once if not."""
     return _library() is not None
 
 
@@ -106,26 +106,23 @@ def _empty_sums(channels: int) -> Tensor:
     return torch.zeros(torch.get_num_threads(), 2, channels, dtype=torch.float64)
 
 
-def _total(sums: Tensor, rows: int, synchronised: bool) -> tuple[Tensor, int]:
-    """Sums `[threads,2,C]` over the threads `[2,C]`, and the rows they are of; over all processes if `synchronised`."""
+def _total(sums: Tensor, rows: int, reduction: Reduction) -> tuple[Tensor, int]:
+    """Totals `[2,C]` of `sums [threads,2,C]` over threads and processes, and the total number of rows summed."""
     total = sums.sum(0)
-    if not synchronised:
-        return total, rows
-    numbers = torch.cat((total.flatten(), total.new_tensor([rows])))
-    dist.all_reduce(numbers)
+    numbers = reduction.total(torch.cat((total.flatten(), total.new_tensor([rows]))))
     return numbers[:-1].view_as(total), int(numbers[-1])
 
 
-def moments(x: Tensor, synchronised: bool = False) -> tuple[Tensor, Tensor, int]:
+def moments(x: Tensor, reduction: Reduction = SINGLE_PROCESS) -> tuple[Tensor, Tensor, int]:
     """Mean and biased variance of each channel, float64 `[C]`, of channels-last `x [B,C,H,W]`, and the count B*H*W.
 
-    If `synchronised`, of the `x` of all processes together.
+    With a `reduction`, of the `x` of all processes together.
     """
     channels = x.shape[1]
     positions = x.numel() // channels
     sums = _empty_sums(channels)
     _call(f"moments_{NAMES[x.dtype]}", x, positions, channels, sums)
-    total, positions = _total(sums, positions, synchronised)
+    total, positions = _total(sums, positions, reduction)
     mean, square = total / positions
     return mean, (square - mean.square()).clamp_min(0), positions
 
@@ -133,14 +130,12 @@ def moments(x: Tensor, synchronised: bool = False) -> tuple[Tensor, Tensor, int]
 class _NormLIF(torch.autograd.Function):
     """Normalise with given statistics, then fire; differentiates through batch statistics when `training`.
 
-    `offset` was left out of `x` and of `mean`, from both of which it would cancel in training mode. If `synchronised`,
-    the statistics are those of all processes, and so are the sums that the gradient of `x` needs.
+    `offset` was left out of `x` and of `mean`, from both of which it would cancel in training mode. The gradient of `x`
+    needs sums over all examples, which `reduction` extends to all processes.
     """
 
     @staticmethod
-    def forward(
-        ctx, x, offset, weight, bias, mean, invstd, spike_steps, constant, readout, dtype, training, synchronised
-    ):
+    def forward(ctx, x, offset, weight, bias, mean, invstd, spike_steps, constant, readout, dtype, training, reduction):
         scale = weight.double() * invstd
         shift = bias.double() - mean * scale
         accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -154,7 +149,7 @@ class _NormLIF(torch.autograd.Function):
         sizes = (spike_steps, positions, channels, constant)
         _call(f"forward_{ctx.kernel}", x, scale, shift, readout, *sizes, out)
         ctx.save_for_backward(x, weight, scale, shift, mean, invstd, readout)
-        ctx.sizes, ctx.training, ctx.synchronised = sizes, training, synchronised
+        ctx.sizes, ctx.training, ctx.reduction = sizes, training, reduction
         return out
 
     @staticmethod
@@ -166,7 +161,7 @@ class _NormLIF(torch.autograd.Function):
         sums = _empty_sums(channels)
         _call(f"backward_{ctx.kernel}", x, scale, shift, mean, invstd, readout, *ctx.sizes, grad_out, grad, sums)
         grad_bias, grad_weight = sums.sum(0)
-        (total, product), rows = _total(sums, x.numel() // channels, ctx.synchronised)
+        (total, product), rows = _total(sums, x.numel() // channels, ctx.reduction)
         # dx = scale * (g - mean(g) - xhat * mean(g * xhat)), written as a g + b x + c
         a = scale.double()
         b = -a * invstd.double() * product / rows if ctx.training else torch.zeros_like(a)
@@ -177,7 +172,7 @@ class _NormLIF(torch.autograd.Function):
         return grad, grad_offset, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 8
 
 
-@torch.compiler.disable  # the tracer cannot look into the library, and has nothing to gain there
+@torch.compiler.disable  # the compiler cannot trace the library, and would gain nothing
 def norm_lif(
     x: Tensor,
     offset: Tensor,
@@ -194,19 +189,19 @@ def norm_lif(
         x: `[S*N,C,H,W]`, the spike step varying slowest, or `[N,C,H,W]` when `constant` over the spike steps.
         offset: bias `[C]` of the convolution that made `x` without it.
         norm: its parameters and running statistics are used and, in training mode, updated as if a `constant`
-            input had been normalised at each of the S steps. Of a SyncBatchNorm, statistics are taken over all
-            processes, as torch itself does on GPUs only.
+            input had been normalised at each of the S steps. For a SyncBatchNorm, which torch itself supports on
+            GPUs only, statistics are over all processes: it must have an attribute `reduction`.
         readout: weights `[S]`; given, only `sum_s readout[s] * spikes[s]` is computed.
-        dtype: of the result; that of `x` when None.
+        dtype: type of the result; None for that of `x`.
 
     Returns:
         Spikes `[S*N,C,H,W]`, or the readout `[N,C,H,W]`; channels-last.
     """
     x = x.contiguous(memory_format=torch.channels_last)
-    synchronised = norm.training and isinstance(norm, nn.SyncBatchNorm)
+    reduction = norm.reduction if norm.training and isinstance(norm, nn.SyncBatchNorm) else SINGLE_PROCESS
     if norm.training:
         with torch.no_grad():
-            mean, variance, count = moments(x, synchronised)
+            mean, variance, count = moments(x, reduction)
             count *= spike_steps if constant else 1
             norm.num_batches_tracked += 1
             share = norm.momentum if norm.momentum is not None else (1 / norm.num_batches_tracked).to(norm.running_var)
@@ -216,5 +211,5 @@ def norm_lif(
         mean, variance = norm.running_mean.double() - offset.detach(), norm.running_var.double()
     invstd = (variance + norm.eps).rsqrt()
     statistics = (offset, norm.weight, norm.bias, mean, invstd)
-    modes = (norm.training, synchronised)
+    modes = (norm.training, reduction)
     return _NormLIF.apply(x, *statistics, spike_steps, constant, readout, dtype or x.dtype, *modes)

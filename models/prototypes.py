@@ -1,4 +1,4 @@
-"""What a picture is like as a whole, told to a denoiser before it draws codes: the nearest of some average grids."""
+"""A global condition for a denoiser: which of a set of average code grids is nearest to the image."""
 
 import warnings
 from collections.abc import Iterable, Iterator
@@ -6,78 +6,82 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
 from models.quantizer import Codebook, nearest_rows
 from models.spiking import full_precision
 
 NO_PROTOTYPE = -1
-"""In place of a prototype's number: the denoiser is told nothing."""
+"""In place of a prototype's index: the image is not conditioned."""
 
-ROUNDS = 10  # of k-means
-AT_ONCE = 4096  # grids whose embeddings are held in memory
+MAX_ITERATIONS = 10  # of k-means
+CHUNK = 4096  # grids whose embeddings are in memory at a time
 
 
 class Prototypes(nn.Module):
-    """A condition of the denoiser: of G average grids of codes, the one nearest to the image.
+    """Conditions a denoiser on one of G prototypes, average grids of codes: the one nearest to the image.
 
-    For a sample one is drawn, as often as it is the nearest to a training image: how a picture hangs together, which is
-    hard to draw code by code, is known from the start (compare arXiv 2312.03701). Its codes enter as spikes, through a
-    convolution whose weights begin at zero.
+    In training it is the nearest prototype. For a sample, a prototype is drawn in proportion to its frequency among the
+    training images, so that the global structure, which is hard to sample code by code, is fixed from the start
+    (compare representation-conditioned generation, arXiv 2312.03701). Its codes enter as one-hot spikes through a
+    convolution whose weights are initially zero.
 
-    Buffers, which `fit` finds: `grids` int32 `[G,h,w]`; `counts` int64 `[G]`, of the training images nearest to each.
+    Buffers, set by `fit`: the prototypes `grids`, int32 `[G,h,w]`, and `counts`, int64 `[G]`, the number of training
+    images nearest to each.
 
     Args:
         count: number of prototypes G.
         codebook_size: number of codes K.
-        width: channels of the currents that come out.
+        channels: channels C of the output currents.
         patch: side of the square of codes that becomes one position.
-        grid: height and width of the grid of codes.
+        grid: height h and width w of the grid of codes.
     """
 
-    def __init__(self, count: int, codebook_size: int, width: int, patch: int, grid: tuple[int, int]):
+    def __init__(self, count: int, codebook_size: int, channels: int, patch: int, grid: tuple[int, int]):
         super().__init__()
         self.codebook_size = codebook_size
         self.register_buffer("grids", torch.zeros(count, *grid, dtype=torch.int32))
         self.register_buffer("counts", torch.zeros(count, dtype=torch.int64))
-        self.embed = nn.Conv2d(codebook_size, width, patch, stride=patch, bias=False)
+        self.embed = nn.Conv2d(codebook_size, channels, patch, stride=patch, bias=False)
         nn.init.zeros_(self.embed.weight)
 
-    def forward(self, chosen: Tensor) -> Tensor:
-        """Numbers `[N]` in 0..G-1 or NO_PROTOTYPE to currents `[N,width,h/patch,w/patch]`, for that 0."""
-        codes = self.grids[chosen.clamp_min(0)].long()
-        spikes = F.one_hot(codes, self.codebook_size) * (chosen != NO_PROTOTYPE).view(-1, 1, 1, 1)
+    def forward(self, indices: Tensor) -> Tensor:
+        """Indices `[N]` in 0..G-1, or NO_PROTOTYPE, to currents `[N,C,h/patch,w/patch]`; zeros for NO_PROTOTYPE."""
+        codes = self.grids[indices.clamp_min(0)].long()
+        spikes = F.one_hot(codes, self.codebook_size) * (indices != NO_PROTOTYPE).view(-1, 1, 1, 1)
         return self.embed(spikes.permute(0, 3, 1, 2).to(self.embed.weight))  # [N,h,w,K] -> [N,K,h,w]
 
     def fit(self, codes: Tensor, codebook: Codebook, seed: int) -> None:
-        """Find the prototypes of `codes [N,h,w]`, N >= G: mean embeddings of groups, as the codes nearest to them.
+        """Set the prototypes from `codes [N,h,w]`, N >= G: the codes nearest to the mean embeddings of G clusters.
 
-        The groups are those of k-means on embeddings that are averaged over squares of 2x2 codes.
+        The clusters are found by k-means on the embeddings, average-pooled over 2x2 codes.
         """
+        from sklearn.cluster import KMeans  # here because importing scikit-learn takes a second
+        from sklearn.exceptions import ConvergenceWarning
+
         count = len(self.grids)
         coarse = torch.cat([F.avg_pool2d(part, 2, ceil_mode=True).flatten(1) for part in _embedded(codes, codebook)])
-        kmeans = KMeans(count, init="random", n_init=1, max_iter=ROUNDS, random_state=seed)
+        kmeans = KMeans(count, init="random", n_init=1, max_iter=MAX_ITERATIONS, random_state=seed)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # of images that are all alike: it does no harm
-            groups = kmeans.fit_predict(coarse.cpu().numpy())
+            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than clusters: harmless
+            clusters = kmeans.fit_predict(coarse.cpu().numpy())
         device = codebook.embeddings.weight.device
-        groups = torch.from_numpy(groups).to(device).long()
+        clusters = torch.from_numpy(clusters).to(device).long()
         sums = torch.zeros(count, codebook.embeddings.embedding_dim, *codes.shape[1:], device=device)
-        for members, part in zip(groups.split(AT_ONCE), _embedded(codes, codebook), strict=True):
+        for members, part in zip(clusters.split(CHUNK), _embedded(codes, codebook), strict=True):
             sums.index_add_(0, members, part)
-        self.grids.copy_(codebook.nearest_codes(sums / groups.bincount(minlength=count).clamp_min(1).view(-1, 1, 1, 1)))
+        sizes = clusters.bincount(minlength=count).clamp_min(1)
+        self.grids.copy_(codebook.nearest_codes(sums / sizes.view(-1, 1, 1, 1)))
         self.counts.copy_(self.nearest(codes, codebook).bincount(minlength=count))
 
     def nearest(self, codes: Tensor, codebook: Codebook) -> Tensor:
-        """Numbers int64 `[N]` of the prototypes whose embeddings are nearest to those of `codes [N,h,w]`."""
+        """Indices int64 `[N]` of the prototypes whose embeddings are nearest to those of `codes [N,h,w]`."""
         with torch.no_grad(), full_precision(codebook.embeddings.weight):
             centres = torch.cat([part.flatten(1) for part in _embedded(self.grids, codebook)])
             return torch.cat([nearest_rows(part.flatten(1), centres) for part in _embedded(codes, codebook)])
 
     def draw(self, seed: int, samples: Iterable[int]) -> Tensor:
-        """Numbers int64 `[N]` for the samples with these numbers, by how often the prototypes occur."""
+        """Indices int64 `[N]` of prototypes for the samples with these indices, drawn in proportion to `counts`."""
         ends = self.counts.cumsum(0).cpu().numpy()
         images = [np.random.default_rng((seed, sample, 1)).integers(ends[-1]) for sample in samples]
         return torch.from_numpy(ends.searchsorted(images, "right"))
@@ -85,6 +89,6 @@ class Prototypes(nn.Module):
 
 @torch.no_grad()
 def _embedded(codes: Tensor, codebook: Codebook) -> Iterator[Tensor]:
-    """The embeddings of `codes [N,h,w]`, in parts `[n,D,h,w]` of AT_ONCE."""
-    for part in codes.split(AT_ONCE):
+    """The embeddings of `codes [N,h,w]`, in chunks `[n,D,h,w]`."""
+    for part in codes.split(CHUNK):
         yield codebook.embed(part.long().to(codebook.embeddings.weight.device))

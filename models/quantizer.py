@@ -1,13 +1,13 @@
-"""Vector quantisers: the codebook, and the spiking one with learned readout and spike generator."""
+"""Vector quantisers: the codebook, and the spiking quantiser with its learned readout and spike generator."""
 
 from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.reduction import SINGLE_PROCESS, Reduction
 from models.spiking import (
     SpikingStack,
     full_precision,
@@ -19,16 +19,16 @@ from models.spiking import (
 COMMITMENT = 0.25
 
 READOUTS = {"both": None, "rate": 1.0, "potential": 0.0}
-"""How encoder spikes become vectors, and what `alpha` is fixed to; None: it is learned."""
+"""How encoder spikes become vectors, and the fixed value of `alpha`; None: it is learned."""
 
 SPIKE_GENERATORS = ("adaptive", "repeat", "poisson")
 """How embeddings become the decoder's input; see `SpikingQuantizer.generate_spikes`."""
 
 
 class QuantizerOutput(NamedTuple):
-    """`quantized`, the decoder's input; integer `codes [N,h,w]`; the scalar `loss`.
+    """The decoder's input `quantized`, integer `codes [N,h,w]` and the scalar `loss`.
 
-    `quantized` is `[N,D,h,w]`, the embeddings, or `[S,N,D,h,w]`, spikes; its gradient goes straight to the encoder.
+    `quantized` is embeddings `[N,D,h,w]` or spikes `[S,N,D,h,w]`, with a straight-through gradient to the encoder.
     """
 
     quantized: Tensor
@@ -42,10 +42,10 @@ def codebook_loss(quantized: Tensor, encoded: Tensor) -> Tensor:
 
 
 def poisson_spikes(rates: Tensor, spike_steps: int, generator: torch.Generator | None = None) -> Tensor:
-    """Spikes `[S,N,D,h,w]` that fire at each step with probability `clip(rates, 0, 1)`, `[N,D,h,w]`.
+    """Spikes `[S,N,D,h,w]`, each 1 with probability `clip(rates, 0, 1)`, for `rates [N,D,h,w]`.
 
-    Each has the gradient of its probability (straight through the draw). With a `generator` all draws are its own;
-    without one the thresholds are fixed numbers, the same for every image, which then does not depend on its batch.
+    A spike has the gradient of its probability (straight-through estimator). With a `generator` each is drawn
+    independently; without one the thresholds are fixed and shared by all images, so that no image depends on its batch.
     """
     if generator is None:
         shape, generator = (spike_steps, 1, *rates.shape[1:]), torch.Generator().manual_seed(0)
@@ -63,16 +63,20 @@ def nearest_rows(vectors: Tensor, table: Tensor) -> Tensor:
 
 
 class Codebook(nn.Module):
-    """`codebook_size` embeddings of width `embedding_dim`, drawn from N(0,1) (VQ-VAE, arXiv 1711.00937).
+    """`codebook_size` embeddings of dimension `embedding_dim`, drawn from N(0,1) (VQ-VAE, arXiv 1711.00937).
 
-    With `revive`, each training batch moves the embeddings that it did not use to vectors of its own (after Jukebox,
-    arXiv 2005.00341): the first batch so places the whole codebook among the data.
+    With `revive_codes`, embeddings that a training batch does not use are replaced by encoded vectors of that batch
+    (dead-code restart, as in Jukebox, arXiv 2005.00341); the first batch thus initialises the codebook with data.
+
+    `reduction` combines the processes that train together: codes are dead if no process uses them, and all processes
+    restart them at vectors of the first.
     """
 
-    def __init__(self, codebook_size: int, embedding_dim: int, revive: bool = False):
+    def __init__(self, codebook_size: int, embedding_dim: int, revive_codes: bool = False):
         super().__init__()
         self.embeddings = nn.Embedding(codebook_size, embedding_dim)
-        self.revive = revive
+        self.revive_codes = revive_codes
+        self.reduction: Reduction = SINGLE_PROCESS
 
     def nearest_codes(self, encoded: Tensor) -> Tensor:
         """Index of the nearest embedding by squared distance: `[N,D,h,w]` to int64 `[N,h,w]`."""
@@ -85,7 +89,7 @@ class Codebook(nn.Module):
         return self.embeddings(codes).permute(0, 3, 1, 2)  # [N,h,w,D] -> [N,D,h,w]
 
     def encode(self, encoded: Tensor) -> Tensor:
-        """What the encoder put out, `[N,D,h,w]`, to codes `[N,h,w]`."""
+        """The encoder's output `[N,D,h,w]` to codes `[N,h,w]`."""
         return self.nearest_codes(encoded)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -93,39 +97,33 @@ class Codebook(nn.Module):
         return self.embed(codes)
 
     def forward(self, encoded: Tensor, generator: torch.Generator | None = None) -> QuantizerOutput:
-        """Quantise `encoded [N,D,h,w]`; the gradient passes straight through.
+        """Quantise `encoded [N,D,h,w]`, with a straight-through gradient.
 
-        Random, from the `generator`, are only the vectors that dead codes are moved to.
+        `generator` draws the vectors at which dead codes are restarted; nothing else is random.
         """
         codes = self.nearest_codes(encoded)
-        if self.training and self.revive:
-            self._revive(encoded.detach(), codes, generator)
+        if self.training and self.revive_codes:
+            self._restart_dead_codes(encoded.detach(), codes, generator)
             codes = self.nearest_codes(encoded)
         embedded = self.embed(codes)
         return QuantizerOutput(encoded + (embedded - encoded).detach(), codes, codebook_loss(embedded, encoded))
 
     @torch.no_grad()
-    def _revive(self, encoded: Tensor, codes: Tensor, generator: torch.Generator | None) -> None:
-        """Move the embeddings that `codes [N,h,w]` do not use to random vectors of `encoded [N,D,h,w]`.
-
-        Of several processes, those unused in all of them, to vectors of the first.
-        """
+    def _restart_dead_codes(self, encoded: Tensor, codes: Tensor, generator: torch.Generator | None) -> None:
+        """Replace the embeddings that `codes [N,h,w]` do not use by random vectors of `encoded [N,D,h,w]`."""
         weight, vectors = self.embeddings.weight, encoded.permute(0, 2, 3, 1).flatten(0, 2)  # [N*h*w,D]
         used = torch.zeros(len(weight), device=weight.device).index_fill_(0, codes.flatten(), 1)
         picks = torch.randint(len(vectors), (len(weight),), generator=generator, device=weight.device)
-        fresh = vectors[picks].to(weight.dtype)
-        if dist.is_initialized():
-            dist.all_reduce(used)
-            dist.broadcast(fresh, 0)
-        weight.copy_(torch.where(used[:, None] > 0, weight, fresh))
+        fresh = self.reduction.first(vectors[picks].to(weight.dtype))
+        weight.copy_(torch.where(self.reduction.total(used)[:, None] > 0, weight, fresh))
 
 
 class SpikingQuantizer(Codebook):
     """Maps encoder spikes to the nearest of `codebook_size` embeddings and back to spikes.
 
-    `alpha` mixes the membrane readout (weight `1 - alpha`) with the firing rate. It is neither clamped nor excluded
-    from weight decay, as in the release. Two ablations: `readout`, one of READOUTS, fixes it to one of the two;
-    `spike_generator` is one of SPIKE_GENERATORS. Raises ValueError if they are not.
+    `alpha` is the weight of the firing rate, and `1 - alpha` that of the membrane potential. It is neither clamped nor
+    excluded from weight decay, as in the release. There are two ablations: `readout`, one of READOUTS, fixes `alpha` so
+    that only one of them is read; `spike_generator` is one of SPIKE_GENERATORS. Raises ValueError for other values.
     """
 
     def __init__(
@@ -135,9 +133,9 @@ class SpikingQuantizer(Codebook):
         spike_steps: int,
         readout: str = "both",
         spike_generator: str = "adaptive",
-        revive: bool = False,
+        revive_codes: bool = False,
     ):
-        super().__init__(codebook_size, embedding_dim, revive)
+        super().__init__(codebook_size, embedding_dim, revive_codes)
         _check_choice("readout", readout, READOUTS)
         _check_choice("spike_generator", spike_generator, SPIKE_GENERATORS)
         self.spike_steps, self.spike_generator = spike_steps, spike_generator
@@ -154,9 +152,9 @@ class SpikingQuantizer(Codebook):
     def generate_spikes(self, embedded: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Embeddings `[N,D,h,w]` to the decoder's input.
 
-        "adaptive": the same at every step through convolution, batch norm and LIF, spikes `[S,N,D,h,w]`. "poisson":
-        see `poisson_spikes`, which takes the `generator`. "repeat": no spikes, the embeddings themselves `[N,D,h,w]`,
-        which the decoder takes as its input at every step.
+        "adaptive": spikes `[S,N,D,h,w]` of a convolution, batch norm and LIF whose input is the embeddings at every
+        step. "poisson": spikes as in `poisson_spikes`, drawn by `generator`. "repeat": no spikes, but the embeddings
+        themselves, `[N,D,h,w]`, as the decoder's input at every step.
         """
         if self.spike_generator == "adaptive":
             return self.poisson(embedded)
@@ -169,15 +167,15 @@ class SpikingQuantizer(Codebook):
         return self.nearest_codes(self.readout(encoded))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes `[N,h,w]` to the decoder's input; nothing is random, see `poisson_spikes`."""
+        """Codes `[N,h,w]` to the decoder's input; deterministic, see `poisson_spikes`."""
         return self.generate_spikes(self.embed(codes))
 
     def forward(self, encoded: Tensor, generator: torch.Generator | None = None) -> QuantizerOutput:
-        """Quantise encoder spikes `[S,N,D,h,w]`; the gradient passes straight through the nearest-code step.
+        """Quantise encoder spikes `[S,N,D,h,w]`, with a straight-through gradient past the nearest-code step.
 
-        The loss compares the potentials that the generated and the encoder's spikes evoke. Where the generator has
-        nothing to learn ("repeat", "poisson"), that line only draws the readout's values, through the straight-through
-        gradient, and the encoder's spikes together; repeated embeddings are filtered as if they were spikes.
+        The loss also compares the postsynaptic potentials of the generated spikes with those of the encoder's. Where
+        the spike generator has no parameters ("repeat", "poisson"), the straight-through gradient lets this term still
+        pull the readout towards the encoder's spikes; repeated embeddings are filtered as if they were spikes.
         """
         straight, codes, loss = super().forward(self.readout(encoded), generator)
         generated = self.generate_spikes(straight, generator)

@@ -1,22 +1,23 @@
-"""A residual spiking denoiser of the codes: what `--denoiser residual` trains instead of the paper's SDID."""
+"""A residual spiking denoiser of the codes, an alternative to the paper's SDID (`--denoiser residual`)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.denoiser import Denoiser
 from models.prototypes import Prototypes
-from models.spiking import Firing, apply_head
+from models.spiking import Firing, apply_head, is_reference
 
-HEADS = 16  # groups of channels, each of which mixes positions in its own way
-THRESHOLD_BIAS = 1.0  # of batch norm in front of neurons, whose threshold for the current of a single step is 2
-BRANCH_SCALE = 0.3  # of the weights that end a residual branch, at the beginning
+HEADS = 16  # groups of channels, each with its own mixing matrix
+THRESHOLD_BIAS = 1.0  # initial bias of batch norm; in a single step, a current of 2 makes a neuron fire
+BRANCH_SCALE = 0.3  # scale of the initial weights at the end of each residual branch
 
 
 class MixingBlock(nn.Module):
-    """Residual block on currents `[S,N,C,h,w]`: mixes positions, then channels. Its weights meet spikes alone.
+    """Residual block on currents `[S,N,C,h,w]`: mixes positions, then channels. All its weights receive binary spikes.
 
-    What is handed on and added to are real currents (membrane shortcut, arXiv 2112.08954). Positions are mixed by a
-    matrix for each of HEADS groups of channels, channels by two 1x1 convolutions (after arXiv 2105.01601).
+    The residual stream carries real-valued currents (membrane shortcut, MS-ResNet, arXiv 2112.08954). A matrix for each
+    of HEADS groups of channels mixes positions, and two 1x1 convolutions mix channels (MLP-Mixer, arXiv 2105.01601).
     """
 
     def __init__(self, width: int, positions: int, spike_steps: int):
@@ -38,11 +39,14 @@ class MixingBlock(nn.Module):
         return x + self.project(self.fire_hidden(hidden).flatten(0, 1)).unflatten(0, x.shape[:2])
 
     def _mix_positions(self, spikes: Tensor) -> Tensor:
-        """A matrix product over the positions for each head. Written out it is `mix`, which runs in plain mode only."""
+        """Mix the positions of spikes `[S,N,C,h,w]`: a matrix product for each head.
+
+        It equals the grouped convolution `mix`, as which it runs on the reference backend.
+        """
         (steps, samples, channels), (height, width) = spikes.shape[:3], spikes.shape[3:]
         positions = height * width
         x = spikes.permute(0, 1, 3, 4, 2).reshape(steps * samples, positions, HEADS, -1)  # [S,N,C,h,w] -> [SN,P,H,C/H]
-        if self.fire_positions.plain:
+        if is_reference():
             x = self.mix(x.transpose(1, 2).reshape(len(x), -1, 1, channels // HEADS))
             x = x.view(len(x), HEADS, positions, -1).transpose(1, 2)
         else:
@@ -52,92 +56,92 @@ class MixingBlock(nn.Module):
         return x.reshape(steps, samples, height, width, channels).permute(0, 1, 4, 2, 3)
 
 
-class ResidualSDID(nn.Module):
-    """Predicts the codes from a partly masked grid.
+class ResidualSDID(Denoiser):
+    """A residual network of `MixingBlock`.
 
-    Tokens enter as spikes, one for each token among K + 1 channels, through a convolution that makes a square of
-    tokens one position; positions have embeddings; the mean firing rate of the last currents goes through a linear
-    layer to the logits of the square. There is no embedding of the timestep: which tokens are masked tells more.
-    With `prototypes`, the currents of one are added to those of the tokens.
+    Tokens enter as one-hot spikes over K + 1 channels. A strided convolution embeds each patch of tokens as currents of
+    one position; learned position embeddings are added, and the currents of a prototype if there is one. After the
+    blocks, a linear layer maps mean firing rates to the logits of each patch. There is no timestep embedding: the
+    number of masked tokens already tells the timestep.
 
     Args:
         codebook_size: number of codes K.
         spike_steps: S.
-        width: channels of all blocks, a multiple of HEADS. Raises ValueError if it is not.
-        blocks: number of `MixingBlock`.
-        prototypes: number of `Prototypes`, which are there after their `fit`; 0: none.
-        grid: height and width of the grid of codes. Squares are 2x2, or single tokens where a side is odd.
+        denoiser_channels: channels of all blocks, a multiple of HEADS. Raises ValueError if it is not.
+        denoiser_blocks: number of blocks.
+        prototypes: number of prototypes, which have to be fitted (`Prototypes.fit`); 0 for none.
+        grid: height and width of the grid of codes. Patches are 2x2 tokens, or single tokens if a side is odd.
     """
 
     def __init__(
         self,
         codebook_size: int = 128,
         spike_steps: int = 2,
-        width: int = 192,
-        blocks: int = 4,
+        denoiser_channels: int = 192,
+        denoiser_blocks: int = 4,
         prototypes: int = 0,
         grid: tuple[int, int] = (14, 14),
     ):
-        super().__init__()
+        super().__init__(codebook_size, spike_steps)
+        width = denoiser_channels
         if width % HEADS:
-            raise ValueError(f"width must be a multiple of {HEADS}, got {width}")
+            raise ValueError(f"denoiser_channels must be a multiple of {HEADS}, got {width}")
         patch = 1 if any(side % 2 for side in grid) else 2
         height, columns = grid[0] // patch, grid[1] // patch
-        self.codebook_size, self.spike_steps, self.patch, self.plain = codebook_size, spike_steps, patch, False
+        self.patch = patch
         self.embed = nn.Conv2d(codebook_size + 1, width, patch, stride=patch, bias=False)
-        self.prototypes = Prototypes(prototypes, codebook_size, width, patch, grid) if prototypes else None
+        if prototypes:
+            self.prototypes = Prototypes(prototypes, codebook_size, width, patch, grid)
         self.position = nn.Parameter(torch.randn(width, height, columns) / 2)
-        self.blocks = nn.Sequential(*(MixingBlock(width, height * columns, spike_steps) for _ in range(blocks)))
+        blocks = (MixingBlock(width, height * columns, spike_steps) for _ in range(denoiser_blocks))
+        self.blocks = nn.Sequential(*blocks)
         self.fire = Firing(width, spike_steps, THRESHOLD_BIAS)
         self.head = nn.Conv2d(width, patch**2 * codebook_size, 1)
         nn.init.normal_(self.embed.weight, std=1 / patch)
 
     @staticmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, int | tuple[int, int]]:
-        """All options but `spike_steps`, read off a model's weights. KeyError if they are of something else."""
+        """All options but `spike_steps`, inferred from a model's weights. Raises KeyError for another network's."""
         width, channels, patch, _ = weights["embed.weight"].shape
         height, columns = weights["position"].shape[1:]
         blocks = sum(name.endswith(".mix.weight") for name in weights)
         prototypes = len(weights.get("prototypes.counts", ()))
-        grid = (patch * height, patch * columns)
-        return dict(codebook_size=channels - 1, width=width, blocks=blocks, prototypes=prototypes, grid=grid)
+        return dict(
+            codebook_size=channels - 1,
+            denoiser_channels=width,
+            denoiser_blocks=blocks,
+            prototypes=prototypes,
+            grid=(patch * height, patch * columns),
+        )
 
-    def take_over(self, weights: dict[str, Tensor]) -> None:
-        """Begin with the weights of a network that is like this one, prototypes aside; these stay to be fitted.
+    def load_pretrained(self, weights: dict[str, Tensor]) -> None:
+        """Initialise from the weights of another denoiser, whose prototypes may be others, or none.
 
-        Without weights for them, this network's prototypes have no influence yet. Raises RuntimeError if something else
-        differs.
+        The prototypes themselves are not loaded, as they have to be fitted to the codes. Their embedding keeps its
+        initial weights, zeros, where `weights` has none. Raises RuntimeError if anything else differs.
         """
         own = {name: value for name, value in self.state_dict().items() if name.startswith("prototypes.")}
         found = {name: weights[name] for name in weights if name not in ("prototypes.grids", "prototypes.counts")}
         self.load_state_dict(own | found)
 
-    def forward(self, tokens: Tensor, t: Tensor, prototype: Tensor | None = None) -> Tensor:
-        """Tokens int `[N,h,w]` in 0..K (K = mask) to logits `[N,K,h,w]`; `t` has no influence.
-
-        `prototype` int `[N]` is the number of each image's, or NO_PROTOTYPE, as all have without it.
-        """
+    def forward(self, tokens: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        """See Denoiser; `t` has no influence."""
+        self._check_condition(condition)
         mean = torch.full((self.spike_steps,), 1 / self.spike_steps, device=tokens.device).to(self.head.weight)
         spikes = F.one_hot(tokens.long(), self.codebook_size + 1).permute(0, 3, 1, 2).to(self.head.weight)
-        if self.plain:
+        if is_reference():
             spikes = spikes.expand(self.spike_steps, *spikes.shape)
             currents = self.embed(spikes.flatten(0, 1)).unflatten(0, spikes.shape[:2])
         else:
             currents = self.embed(spikes)
-        if prototype is not None:
-            currents = currents + self._told(prototype)
+        if condition is not None:
+            currents = currents + self._condition_currents(condition)
         x = self.blocks(currents + self.position)
-        x = self.fire(x) if self.plain else self.fire(x, mean)
+        x = self.fire(x) if is_reference() else self.fire(x, mean)
         return F.pixel_shuffle(apply_head(self.head, x, mean), self.patch)
 
-    def _told(self, prototype: Tensor) -> Tensor:
-        """Currents of the prototypes, `[N,C,h/patch,w/patch]`, in plain mode `[S,N,C,h/patch,w/patch]`."""
-        if self.plain:
-            return torch.stack([self.prototypes(prototype) for _ in range(self.spike_steps)])
-        return self.prototypes(prototype)
-
-    def logits_at(self, tokens: Tensor, t: Tensor, where: Tensor, prototype: Tensor | None = None) -> Tensor:
-        """`forward` at the P positions set in `where [N,h,w]`: `[P,K]`. All depend on the whole grid."""
-        if self.training:
-            raise RuntimeError("logits_at needs evaluation mode: a sample must not depend on its batch")
-        return self(tokens, t, prototype).permute(0, 2, 3, 1)[where]
+    def _condition_currents(self, condition: Tensor) -> Tensor:
+        """Currents of the prototypes: `[N,C,h/patch,w/patch]`, on the reference backend one for each spike step."""
+        if is_reference():
+            return torch.stack([self.prototypes(condition) for _ in range(self.spike_steps)])
+        return self.prototypes(condition)

@@ -4,30 +4,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.spiking import SpikingStack, apply_head, convolve_at, full_precision, weighted_sum
+from models.denoiser import Denoiser
+from models.spiking import SpikingStack, apply_head, convolve_at, full_precision, is_reference, weighted_sum
 
 
-class SDID(nn.Module):
-    """Predicts the codes from a partly masked grid and the timestep.
+class SDID(Denoiser):
+    """The paper's denoiser: five spiking blocks and a convolution to the logits. It takes no condition.
 
-    The network sees two planes, the token index as a number (the mask token is `codebook_size`) and the timestep as a
-    number: raw, as in the release.
+    Its input is two planes, the index of each token (the mask token is `codebook_size`) and the timestep. Both are
+    numbers that are not normalised, as in the release.
 
     Args:
         codebook_size: number of codes K.
         spike_steps: S.
-        width: channels of the first block; the others have 2, 4, 8 and 4 times as many.
+        denoiser_channels: channels of the first block; the others have 2, 4, 8 and 4 times as many.
     """
 
-    prototypes = None  # which the residual denoiser may have
-
-    def __init__(self, codebook_size: int = 128, spike_steps: int = 16, width: int = 64):
-        super().__init__()
+    def __init__(self, codebook_size: int = 128, spike_steps: int = 16, denoiser_channels: int = 64):
+        super().__init__(codebook_size, spike_steps)
+        width = denoiser_channels
 
         def block(inputs: int, outputs: int) -> SpikingStack:
             return SpikingStack(nn.Conv2d(inputs, outputs, 3, padding=1), spike_steps=spike_steps)
 
-        self.codebook_size, self.spike_steps = codebook_size, spike_steps
         self.conv1 = block(2, width)
         self.conv2 = block(width, 2 * width)
         self.conv3 = block(2 * width, 4 * width)
@@ -37,11 +36,11 @@ class SDID(nn.Module):
 
     @staticmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, int]:
-        """All options but `spike_steps`, read off a model's weights. KeyError if they are of something else."""
-        return dict(codebook_size=len(weights["conv6.0.weight"]), width=len(weights["conv1.0.weight"]))
+        """All options but `spike_steps`, inferred from a model's weights. Raises KeyError for another network's."""
+        return dict(codebook_size=len(weights["conv6.0.weight"]), denoiser_channels=len(weights["conv1.0.weight"]))
 
     def _embed(self, tokens: Tensor, t: Tensor) -> Tensor:
-        """Spikes of the first block, `[S,N,width,h,w]`."""
+        """Spikes of the first block, `[S,N,C,h,w]`."""
         planes = torch.stack((tokens, t.view(-1, 1, 1).expand_as(tokens)), 1)  # [N,2,h,w]
         return self.conv1(planes.to(self.conv6[0].weight.dtype))
 
@@ -49,26 +48,27 @@ class SDID(nn.Module):
         weight = self.conv6[0].weight
         return torch.full((self.spike_steps,), 1 / self.spike_steps, dtype=weight.dtype, device=weight.device)
 
-    def forward(self, tokens: Tensor, t: Tensor) -> Tensor:
-        """Tokens int `[N,h,w]` in 0..K (K = mask) and timesteps int `[N]` to logits `[N,K,h,w]`."""
+    def forward(self, tokens: Tensor, t: Tensor, condition: None = None) -> Tensor:
+        """See Denoiser."""
+        self._check_condition(condition)
         mean = self._mean_weights()
         first = self._embed(tokens, t)
         x = self.conv4(self.conv3(self.conv2(first)))
-        if self.conv5.plain:
+        if is_reference():
             return apply_head(self.conv6[0], torch.cat((self.conv5(x), first), 2), mean)
         return apply_head(self.conv6[0], torch.cat((self.conv5(x, mean), weighted_sum(mean, first)), 1), mean)
 
-    def logits_at(self, tokens: Tensor, t: Tensor, where: Tensor) -> Tensor:
-        """`forward(tokens, t)` in evaluation mode at the P positions set in `where [N,h,w]` only: `[P,K]`.
+    def logits_at(self, tokens: Tensor, t: Tensor, where: Tensor, condition: None = None) -> Tensor:
+        """See Denoiser. Only what the P logits depend on is computed.
 
-        A logit depends on 3x3 positions of the last hidden block, 5x5 of the one before, and so on; only those are
-        computed. Features are kept as `[S, positions, C]`; a convolution is a matrix product of gathered neighbours.
+        A logit depends on 3x3 positions of the last hidden block, 5x5 of the one before, and so on. Features are kept
+        as `[S, positions, C]`, and a convolution is a matrix product of gathered neighbours.
         """
-        if self.training:
-            raise RuntimeError("logits_at needs evaluation mode: batch statistics take the whole grid")
+        self._check_evaluation_mode()
+        self._check_condition(condition)
         mean = self._mean_weights()
         blocks = (self.conv2, self.conv3, self.conv4, self.conv5)
-        needed = [_dilate(where)]  # of conv5, then of conv4, and so on
+        needed = [_dilate(where)]  # positions of conv5, then of conv4, and so on
         for _ in blocks[1:]:
             needed.append(_dilate(needed[-1]))
         first = self._embed(tokens, t).permute(0, 1, 3, 4, 2).flatten(1, 3)  # [S,N,C,h,w] -> [S,N*h*w,C]
@@ -77,21 +77,21 @@ class SDID(nn.Module):
             x = block.fire_at(x, _neighbours(held, wanted), mean if block is self.conv5 else None)
             held = wanted
         rate = weighted_sum(mean, first[:, held.flatten()])
-        summed = torch.cat((x, rate), 1)[None]  # [1,positions,5*width]
+        summed = torch.cat((x, rate), 1)[None]  # [1,positions,5C]
         head = self.conv6[0]
         with full_precision(summed):
             return convolve_at(head, summed, _neighbours(held, where))[0] + head.bias
 
 
 def _dilate(mask: Tensor) -> Tensor:
-    """Set the 3x3 neighbourhoods of what is set: bool `[N,h,w]` to bool `[N,h,w]`."""
+    """Also set the 3x3 neighbourhood of every position set: bool `[N,h,w]` to bool `[N,h,w]`."""
     return F.max_pool2d(mask.float(), 3, stride=1, padding=1) > 0
 
 
 def _neighbours(held: Tensor, wanted: Tensor) -> Tensor:
     """For each position set in `wanted [N,h,w]`, the rows of its 3x3 neighbours among those set in `held`: `[P,9]`.
 
-    A neighbour outside the grid has the row one past the last, which `convolve_at` takes for zeros.
+    A neighbour outside the grid has the index one past the last row, which `convolve_at` takes for zeros.
     """
     rows = torch.where(held, held.flatten().cumsum(0).view_as(held) - 1, 0)
     padded = F.pad(rows, (1, 1, 1, 1), value=int(held.sum()))

@@ -2,7 +2,15 @@
 
 Tensors over spike steps are `[S,N,C,H,W]`. A tensor without the first axis, `[N,C,H,W]`, is an input that is the same
 at every spike step (direct coding).
+
+There are two backends. "fast" computes only what is needed: a constant input meets its convolution once, a linear head
+sees the sum over the spike steps, and batch norm and LIF are fused where a C++ compiler was found. "reference" calls
+every layer as a module at every spike step, on SpikingJelly's neuron, as the equations are written. Both compute the
+same function; `use_backend` chooses.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +21,31 @@ from models import fused_lif
 
 MEMBRANE_DECAY = 0.8
 SURROGATE = surrogate.ATan(2.0)
+BACKENDS = ("fast", "reference")
+
+_backend = "fast"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Context in which all spiking networks compute with the backend `name`. Raises ValueError for an unknown one."""
+    global _backend
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
+    before, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def is_reference() -> bool:
+    """Whether the reference backend is chosen."""
+    return _backend == "reference"
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """Context in which autocast leaves operations on the device of `x` alone: sums and distances keep their digits."""
+    """Context without autocast on the device of `x`, for sums and distances that need the full precision."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -24,8 +53,8 @@ class LIF(neuron.LIFNode):
     """SpikingJelly's multi-step LIF as the paper uses it: tau 2, threshold 1, hard reset to 0, ATan surrogate.
 
     `H = V + (X - V) / 2`, spike `[H >= 1]`, `V = H (1 - spike)`. Starts from rest at every call. The membrane potential
-    has float32's digits at least, also where `X` is bfloat16: SpikingJelly's fused kernels take it so, and a neuron's
-    own state would be in the type of `X`, on a loop over the steps.
+    is at least float32, even where `X` is bfloat16: SpikingJelly's fused kernels expect that, whereas the state that a
+    SpikingJelly neuron keeps itself would have the type of `X`.
     """
 
     def __init__(self):
@@ -39,7 +68,7 @@ class LIF(neuron.LIFNode):
 
 
 def lif_step(current: Tensor, potential: Tensor | float) -> tuple[Tensor, Tensor]:
-    """One spike step of `LIF` in plain tensors: input current and membrane potential to spikes and the new potential.
+    """One spike step of `LIF`: input current and membrane potential, of one shape, to spikes and the new potential.
 
     For networks whose next input depends on their output. At rest the potential is 0.
     """
@@ -60,7 +89,7 @@ def postsynaptic_potential(spikes: Tensor) -> Tensor:
 def membrane_weights(spike_steps: int, like: Tensor) -> Tensor:
     """Weights `0.8^(S-1-i)` of the membrane readout, `[S]`, with the device and float type of `like`.
 
-    The powers are taken in float32, as in the release, whatever the type: its figures agree to the last digits.
+    The powers are computed in float32 whatever the type, as in the release, so that results agree to the last digit.
     """
     exponents = torch.arange(spike_steps - 1, -1, -1)
     return (torch.tensor(MEMBRANE_DECAY, dtype=torch.float32) ** exponents).to(like)
@@ -73,7 +102,7 @@ def weighted_sum(weights: Tensor, spikes: Tensor) -> Tensor:
 
 
 def apply_head(head: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
-    """Output of a plain convolution summed over the spike steps with `weights [S]`: `[N,C',H',W']`.
+    """Output of a convolution without neurons, summed over the spike steps with `weights [S]`: `[N,C',H',W']`.
 
     `x` is the spikes `[S,N,C,H,W]`, and the convolution runs at every step; or their weighted sum `[N,C,H,W]`, and it
     runs once, which is the same because it is linear (its bias counts `sum(weights)` times).
@@ -93,13 +122,12 @@ def fire(
     bias: Tensor,
     readout: Tensor | None = None,
     constant: bool = False,
-    plain: bool = False,
 ) -> Tensor:
     """Bias `[C]`, batch norm, LIF: currents `[S*N,C,H,W]`, or `[N,C,H,W]` if `constant`, to spikes `[S,N,C,H,W]`.
 
-    With `readout` weights `[S]`: to `sum_s readout[s] * spikes[s]`, `[N,C,H,W]`. `plain` as in SpikingStack.
+    With `readout` weights `[S]`: to `sum_s readout[s] * spikes[s]`, `[N,C,H,W]`.
     """
-    if not plain and x.device.type == "cpu" and fused_lif.available():
+    if not is_reference() and x.device.type == "cpu" and fused_lif.available():
         dtype = _spike_dtype(x, readout)
         x = fused_lif.norm_lif(x, bias, norm, spike_steps, constant=constant, readout=readout, dtype=dtype)
         return x if readout is not None else x.unflatten(0, (spike_steps, -1))
@@ -110,41 +138,38 @@ def fire(
 
 
 class Firing(nn.Module):
-    """Batch norm and LIF of real currents: where a residual block begins, and what every convolution's input is.
+    """Batch norm and LIF: turns the real-valued currents of a residual network into spikes.
 
-    `bias` is what batch norm's own begins with: with few spike steps, neurons must be near their threshold to learn.
-    `plain` as in SpikingStack.
+    `bias` is the initial bias of batch norm: with few spike steps, neurons must start near their threshold to learn.
     """
 
     def __init__(self, channels: int, spike_steps: int, bias: float):
         super().__init__()
         self.norm, self.lif = nn.BatchNorm2d(channels), LIF()
         nn.init.constant_(self.norm.bias, bias)
-        self.spike_steps, self.plain = spike_steps, False
+        self.spike_steps = spike_steps
 
     def forward(self, x: Tensor, readout: Tensor | None = None) -> Tensor:
         """Currents `[S,N,C,H,W]`, or `[N,C,H,W]` where they are the same at each step, to spikes `[S,N,C,H,W]`.
 
         With `readout` weights `[S]`: to `sum_s readout[s] * spikes[s]`, `[N,C,H,W]`.
         """
-        how = {"bias": torch.zeros_like(self.norm.bias), "constant": x.dim() == 4, "plain": self.plain}
-        x = x if x.dim() == 4 else x.flatten(0, 1)
-        return fire(self.norm, self.lif, x, self.spike_steps, readout=readout, **how)
+        constant, bias = x.dim() == 4, torch.zeros_like(self.norm.bias)
+        x = x if constant else x.flatten(0, 1)
+        return fire(self.norm, self.lif, x, self.spike_steps, bias=bias, readout=readout, constant=constant)
 
 
 class SpikingStack(nn.Sequential):
-    """Convolutions, each followed by batch norm and LIF; optionally ends in a plain convolution, the head.
+    """Convolutions, each followed by batch norm and LIF; optionally ends in a convolution without either, the head.
 
     Parameter names are the release's: "0.weight" a convolution, "1.weight" its batch norm, "3.weight" the next
-    convolution, and so on. `plain` switches the exact savings off: then every layer runs at every spike step on
-    SpikingJelly's neuron.
+    convolution, and so on.
     """
 
     def __init__(self, *convolutions: nn.Module, spike_steps: int, head: nn.Module | None = None):
         layers = [layer for conv in convolutions for layer in (conv, nn.BatchNorm2d(conv.out_channels), LIF())]
         super().__init__(*layers, *([] if head is None else [head]))
         self.spike_steps = spike_steps
-        self.plain = False
 
     def forward(self, x: Tensor, readout: Tensor | None = None) -> Tensor:
         """Spikes `[S,N,C,H,W]` or constant input `[N,C,H,W]` to spikes `[S,N,C',H',W']`.
@@ -156,23 +181,23 @@ class SpikingStack(nn.Sequential):
         *blocks, last = (layers[i : i + 3] for i in range(0, len(layers), 3))
         for block in blocks:
             x = self._spikes(*block, x)
-        x = self._spikes(*last, x, None if self.plain else readout)
+        x = self._spikes(*last, x, None if is_reference() else readout)
         if head is not None:
             return apply_head(head, x, readout)
-        return weighted_sum(readout, x) if self.plain and readout is not None else x
+        return weighted_sum(readout, x) if is_reference() and readout is not None else x
 
     def _spikes(self, conv, norm, lif, x: Tensor, readout: Tensor | None = None) -> Tensor:
-        if self.plain:
+        if is_reference():
             x = x if x.dim() == 5 else x.expand(self.spike_steps, *x.shape)
             return lif(norm(conv(x.flatten(0, 1))).unflatten(0, (self.spike_steps, -1)))
         if x.dim() == 5:
             return fire(norm, lif, convolve(conv, x.flatten(0, 1)), self.spike_steps, bias=conv.bias, readout=readout)
-        with full_precision(x):  # once, not at every step; token and timestep enter as raw numbers, with all digits
+        with full_precision(x):  # once, not at every step; tokens and timesteps are large integers, inexact in bfloat16
             x = convolve(conv, x)
         return fire(norm, lif, x, self.spike_steps, bias=conv.bias, readout=readout, constant=True)
 
     def fire_at(self, x: Tensor, rows: Tensor, readout: Tensor | None = None) -> Tensor:
-        """A stack of one block at chosen positions: see `convolve_at` for the input; to spikes `[S,P,C']`.
+        """The output of a stack of one block at chosen positions, spikes `[S,P,C']`; for the input see `convolve_at`.
 
         With `readout` weights `[S]`: to their weighted sum `[P,C']`.
         """
@@ -182,9 +207,9 @@ class SpikingStack(nn.Sequential):
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """A convolution, plain or transposed, without its bias.
+    """A convolution or transposed convolution, without its bias.
 
-    Batch norm takes the bias out again, so its gradient is zero, and computing that zero is slow on the CPU.
+    Batch norm removes the bias again, so its gradient is zero, and computing that zero is slow on the CPU.
     """
     if isinstance(conv, nn.ConvTranspose2d):
         return F.conv_transpose2d(x, conv.weight, None, conv.stride, conv.padding, conv.output_padding)
@@ -211,10 +236,3 @@ def _spike_dtype(x: Tensor, readout: Tensor | None) -> torch.dtype:
     if readout is not None:
         return readout.dtype
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-
-
-def set_plain(model: nn.Module, plain: bool) -> None:
-    """Switch every spiking part of `model` to the literal computation (see `SpikingStack`), or back."""
-    for module in model.modules():
-        if hasattr(module, "plain"):
-            module.plain = plain

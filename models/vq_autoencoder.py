@@ -1,4 +1,4 @@
-"""What the vector-quantised autoencoders share: the way of an image to codes and back, and the loss."""
+"""What the vector-quantised autoencoders have in common: images to codes and back, and the loss."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,9 @@ from models.quantizer import Codebook
 
 
 class VQOutput(NamedTuple):
-    """`images [N,C,H,W]` in [0,1], `codes [N,h,w]`, and scalars: `loss`, the sum that is minimised, and its parts.
+    """Reconstructions `images [N,C,H,W]` in [0,1], `codes [N,h,w]`, the scalar training `loss` and its two terms.
 
-    `quantizer_loss` is the codebook's lines of the loss, `mse` the unscaled reconstruction error, before clipping
-    unless `clipped_error`.
+    `loss = quantizer_loss + mse / variance`. `mse` is measured before clipping; for `clipped_error` see VQAutoencoder.
     """
 
     images: Tensor
@@ -24,19 +23,19 @@ class VQOutput(NamedTuple):
 
 
 class VQAutoencoder(nn.Module):
-    """Image to codes and back. Owns the shift of pixels between [0,1] outside and [-0.5,0.5] inside.
+    """Images to codes and back. Pixels are in [0,1] outside and shifted to [-0.5,0.5] inside.
 
     Args:
-        channels: of the images.
+        channels: channels of the images.
         codebook_size: number of embeddings K.
-        encoder: pixels to what `vq_layer` quantises.
+        encoder: maps pixels to the vectors or spikes that `vq_layer` quantises.
         vq_layer: the codebook.
-        decoder: what `vq_layer` puts out to pixels.
-        clipped_error: what the decoder puts out beyond black and white, which `decode` clips, is no error in the loss.
+        decoder: maps the output of `vq_layer` to pixels.
+        clipped_error: the reconstruction loss ignores errors that clipping to [0,1] removes.
     """
 
-    downsampling = 4  # side of an image over side of its grid of codes
-    spike_steps = 1  # runs of each layer for one image; spiking models have more
+    downsampling = 4  # side of an image divided by the side of its grid of codes
+    spike_steps = 1  # runs of each layer for one image; more in spiking models
 
     def __init__(
         self,
@@ -57,7 +56,7 @@ class VQAutoencoder(nn.Module):
         return self.vq_layer.encode(self.encoder(images - 0.5))
 
     def sees(self, pixels: Tensor) -> Tensor:
-        """Which codes depend on any of these pixels: bool `[H,W]` to bool `[h,w]`."""
+        """The codes whose receptive field contains any of these pixels: bool `[H,W]` to bool `[h,w]`."""
         seen = pixels[None, None].float()
         for stride in (2, self.downsampling // 2):  # the encoder's 3x3 convolutions
             seen = F.max_pool2d(seen, 3, stride, padding=1)
@@ -70,8 +69,8 @@ class VQAutoencoder(nn.Module):
     def forward(self, images: Tensor, variance: float = 1.0, generator: torch.Generator | None = None) -> VQOutput:
         """Reconstruct images `[N,C,H,W]` in [0,1].
 
-        `variance` of the training pixels scales the error in the loss. `generator` is for what is random in a
-        quantiser: where dead codes are moved to, and Poisson spikes, which without a generator are those of `decode`.
+        `variance`, that of the training pixels, divides the reconstruction loss. `generator` draws the vectors for
+        dead-code restart, and Poisson spikes; without it these spikes are those of `decode`.
         """
         quantized = self.vq_layer(self.encoder(images - 0.5), generator)
         y = self.decoder(quantized.quantized)
@@ -80,7 +79,7 @@ class VQAutoencoder(nn.Module):
         return VQOutput((y + 0.5).clamp(0, 1), quantized.codes, loss, quantized.loss, mse)
 
     def _error(self, y: Tensor, pixels: Tensor) -> Tensor:
-        """Mean squared error of the decoder's output; with `clipped_error`, where clipping leaves one."""
+        """Mean squared error of the decoder's output `y` before clipping, but for what `clipped_error` ignores."""
         if self.clipped_error:
             beyond = ((pixels <= -0.5) & (y < pixels)) | ((pixels >= 0.5) & (y > pixels))
             y = torch.where(beyond, pixels, y)

@@ -57,14 +57,14 @@ class VQSVAE(VQAutoencoder):
     Args:
         channels: of the images.
         codebook_size: number of embeddings K.
-        embedding_dim: their width D.
+        embedding_dim: their dimension D.
         spike_steps: S.
-        hidden: channels of the first hidden layer; the second has twice as many.
-        downsampling: side of an image over side of its grid of codes, 4 (the paper) or 2.
-        clipped_error: see VQAutoencoder; the last layer then begins with weights for the channels it has.
-        revive_codes: codes that no vector of a batch is nearest to are moved to vectors that are there.
-        readout: an ablation: "both", or only firing "rate" or membrane "potential" of the encoder's spikes.
-        spike_generator: an ablation: "adaptive", "repeat" or "poisson"; see SpikingQuantizer.
+        hidden_channels: channels of the first hidden layer; the second has twice as many.
+        downsampling: side of an image divided by the side of its grid of codes, 4 (the paper) or 2.
+        clipped_error: see VQAutoencoder; also scales the initial weights of the last layer to its number of inputs.
+        revive_codes: dead-code restart; see Codebook.
+        readout: ablation: "both", or only the firing "rate" or membrane "potential" of the encoder's spikes.
+        spike_generator: ablation: "adaptive", "repeat" or "poisson"; see SpikingQuantizer.
     """
 
     def __init__(
@@ -73,35 +73,32 @@ class VQSVAE(VQAutoencoder):
         codebook_size: int = 128,
         embedding_dim: int = 16,
         spike_steps: int = 16,
-        hidden: int = 32,
+        hidden_channels: int = 32,
         downsampling: int = 4,
         clipped_error: bool = False,
         revive_codes: bool = False,
         readout: str = "both",
         spike_generator: str = "adaptive",
     ):
-        quantizer = {"readout": readout, "spike_generator": spike_generator, "revive": revive_codes}
+        quantizer = {"readout": readout, "spike_generator": spike_generator, "revive_codes": revive_codes}
         super().__init__(
             channels,
             codebook_size,
-            encoder=Encoder(channels, hidden, embedding_dim, spike_steps, downsampling // 2),
+            encoder=Encoder(channels, hidden_channels, embedding_dim, spike_steps, downsampling // 2),
             vq_layer=SpikingQuantizer(codebook_size, embedding_dim, spike_steps, **quantizer),
-            decoder=Decoder(channels, hidden, embedding_dim, spike_steps, downsampling // 2),
+            decoder=Decoder(channels, hidden_channels, embedding_dim, spike_steps, downsampling // 2),
             clipped_error=clipped_error,
         )
         self.spike_steps, self.downsampling = spike_steps, downsampling
-        if clipped_error:  # torch draws them as if a transposed convolution had its outputs for inputs: far too large
+        if clipped_error:  # torch takes the outputs of a transposed convolution for its inputs: far too large
             head = self.decoder.snn_convs[-1]
             with torch.no_grad():
-                head.weight.mul_(hidden**-0.5)
+                head.weight.mul_(hidden_channels**-0.5)
                 head.bias.zero_()
 
     @staticmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, int]:
-        """All options but `spike_steps`, `downsampling`, those of training and ablations, read off a model's weights.
-
-        KeyError if they are of something else.
-        """
+        """All options that shape the weights, inferred from them. Raises KeyError for another network's weights."""
         hidden, channels = weights["encoder.snn_convs.0.weight"].shape[:2]
         codebook_size, embedding_dim = weights["vq_layer.embeddings.weight"].shape
-        return dict(channels=channels, codebook_size=codebook_size, embedding_dim=embedding_dim, hidden=hidden)
+        return dict(channels=channels, codebook_size=codebook_size, embedding_dim=embedding_dim, hidden_channels=hidden)

@@ -8,7 +8,7 @@ from models.vq_autoencoder import VQAutoencoder
 
 
 class ConvolutionStack(nn.Module):
-    """Layers in a row, `[N,C,H,W]` to `[N,C',H',W']`, in full precision: without spike steps they cost little."""
+    """Layers in sequence, `[N,C,H,W]` to `[N,C',H',W']`, without autocast: without spike steps they are cheap."""
 
     def __init__(self, *layers: nn.Module):
         super().__init__()
@@ -21,16 +21,17 @@ class ConvolutionStack(nn.Module):
 
 
 class VQVAE(VQAutoencoder):
-    """The same convolutions as VQSVAE without batch norm and spikes; the decoder ends without tanh, as in the release.
+    """The convolutions of VQSVAE without batch norm and spikes; the decoder has no final tanh, as in the release.
 
     Args:
         channels: of the images.
         codebook_size: number of embeddings K.
         embedding_dim: their width D.
-        hidden: channels of the first hidden layer; the second has twice as many.
+        hidden_channels: channels of the first hidden layer; the second has twice as many.
     """
 
-    def __init__(self, channels: int = 1, codebook_size: int = 128, embedding_dim: int = 16, hidden: int = 32):
+    def __init__(self, channels: int = 1, codebook_size: int = 128, embedding_dim: int = 16, hidden_channels: int = 32):
+        hidden = hidden_channels
         down = {"kernel_size": 3, "stride": 2, "padding": 1}
         up = {**down, "output_padding": 1}
         super().__init__(
@@ -55,7 +56,7 @@ class VQVAE(VQAutoencoder):
 
     @staticmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, int]:
-        """All options, read off a model's weights. KeyError if they are of something else."""
+        """All options, inferred from a model's weights. Raises KeyError for another network's."""
         hidden, channels = weights["encoder.convs.0.weight"].shape[:2]
         codebook_size, embedding_dim = weights["vq_layer.embeddings.weight"].shape
-        return dict(channels=channels, codebook_size=codebook_size, embedding_dim=embedding_dim, hidden=hidden)
+        return dict(channels=channels, codebook_size=codebook_size, embedding_dim=embedding_dim, hidden_channels=hidden)

@@ -1,6 +1,6 @@
 """The networks of a run: new ones that a training begins with, and trained ones read from their files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from datasets import digest
 from errors import UserError
-from models import AUTOENCODERS, DENOISERS, build_denoiser, build_model, denoiser_options, model_options
+from models import AUTOENCODERS, DENOISERS, Denoiser, build_denoiser, build_model, denoiser_options, model_options
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.checkpoints import load_weights
 from pipeline.options import Options
@@ -39,28 +39,25 @@ class Networks:
     def new_autoencoder(self, channels: int, image_size: int) -> nn.Module:
         """What stage 1 begins with, still on the CPU."""
         o = self.options.autoencoder
-        shape = {"channels": channels, "image_size": image_size, "hidden": o.hidden_channels}
-        keys = ("codebook_size", "embedding_dim", "clipped_error", "revive_codes")
-        options = {**shape, **self._of_the_options(*keys), **self._not_in_weights()}
-        return build_model(o.model, **_chosen(model_options(o.model), options))
+        options = _chosen(model_options(o.model), vars(o), channels=channels, image_size=image_size)
+        return build_model(o.model, **options)
 
-    def new_denoiser(self, grid: tuple[int, int], images: int) -> nn.Module:
+    def new_denoiser(self, grid: tuple[int, int], images: int) -> Denoiser:
         """What stage 2 begins with, still on the CPU, for a `grid` (h, w) of codes and so many training images."""
         o = self.options.denoiser
-        shape = {"width": o.denoiser_channels, "blocks": o.denoiser_blocks, "prototypes": self._prototypes(images)}
-        codes = self.options.autoencoder.codebook_size
-        how = {"codebook_size": codes, "spike_steps": self._denoiser_spike_steps, "grid": grid}
+        own = {"codebook_size": self.options.autoencoder.codebook_size, "spike_steps": self._denoiser_spike_steps}
+        own |= {"prototypes": self._prototypes(images), "grid": grid}
         try:
-            return build_denoiser(o.denoiser, **_chosen(denoiser_options(o.denoiser), shape | how))
-        except ValueError as error:
-            raise UserError(f"--denoiser_channels {o.denoiser_channels}: {error}") from error
+            return build_denoiser(o.denoiser, **_chosen(denoiser_options(o.denoiser), vars(o), **own))
+        except ValueError as error:  # it names the option
+            raise UserError(f"--{error}") from error
 
     def begin_autoencoder(self, autoencoder: nn.Module) -> None:
         """Give a new autoencoder the weights in `--start_from`, if that is given."""
         if self.start:
-            self._take_over(autoencoder, self.start.model)
+            self._load_pretrained(autoencoder.load_state_dict, self.start.model)
 
-    def begin_denoiser(self, denoiser: nn.Module) -> bool:
+    def begin_denoiser(self, denoiser: Denoiser) -> bool:
         """Give a new denoiser the weights in `--start_from`, if that is given; False if that run has only stage 1."""
         if not self.start:
             return True
@@ -68,10 +65,10 @@ class Networks:
             raise UserError(f"{self.start.path}, which stage 2 is to begin with, is gone: put it back")
         if from_writer(lambda: self.start.model.is_file() and not self.start.denoiser.is_file()):
             return False
-        self._take_over(denoiser, self.start.denoiser)
+        self._load_pretrained(denoiser.load_pretrained, self.start.denoiser)
         return True
 
-    def fit_prototypes(self, denoiser: nn.Module, codes: Tensor, autoencoder: VQAutoencoder) -> None:
+    def fit_prototypes(self, denoiser: Denoiser, codes: Tensor, autoencoder: VQAutoencoder) -> None:
         """Find the prototypes of a denoiser that is to have some, among the codes `[N,h,w]` of the training images."""
         prototypes = denoiser.prototypes
 
@@ -86,14 +83,14 @@ class Networks:
         """The trained autoencoder, shaped after its weights, for images of so many channels."""
         path, model = self.autoencoder_path, self.options.autoencoder.model
         kind = f"the autoencoder {model}, which a run keeps in model.pth"
-        build = partial(build_model, model, **_chosen(model_options(model), self._not_in_weights()))
+        build = partial(build_model, model, **self._not_in_weights(model))
         autoencoder = self._load(path, kind, build, AUTOENCODERS[model].options_of)
         if autoencoder.channels != channels:
             data = self.options.data.dataset_name
             raise UserError(f"{path} is for images of {autoencoder.channels} channels, {data} has {channels}")
         return autoencoder
 
-    def load_denoiser(self, autoencoder: nn.Module) -> nn.Module:
+    def load_denoiser(self, autoencoder: nn.Module) -> Denoiser:
         """The trained denoiser of this autoencoder's codes."""
         name = self.options.denoiser.denoiser
         path, kind = self.trained.denoiser, DENOISERS[name]
@@ -119,12 +116,10 @@ class Networks:
     def _denoiser_spike_steps(self) -> int:
         return self.options.denoiser.denoiser_spike_steps or self.options.autoencoder.spike_steps
 
-    def _of_the_options(self, *keys: str) -> dict[str, Any]:
-        return {key: getattr(self.options.autoencoder, key) for key in keys}
-
-    def _not_in_weights(self) -> dict[str, Any]:
-        """Options of an autoencoder that its weights do not tell."""
-        return self._of_the_options("spike_steps", "downsampling", "readout", "spike_generator")
+    def _not_in_weights(self, model: str) -> dict[str, Any]:
+        """Options of an autoencoder that cannot be inferred from its weights."""
+        names = {"spike_steps", "downsampling", "readout", "spike_generator"}
+        return _chosen(names.intersection(model_options(model)), vars(self.options.autoencoder))
 
     def _prototypes(self, images: int) -> int:
         """How many the denoiser has."""
@@ -133,11 +128,11 @@ class Networks:
             raise UserError(f"there are {images} training images: say --images_per_prototype {images} at most, or 0")
         return images // share if share else 0
 
-    def _take_over(self, network: nn.Module, path: Path) -> None:
-        """Give a network the weights of another run's."""
-        take_over = getattr(network, "take_over", network.load_state_dict)
+    def _load_pretrained(self, load: Callable[[dict[str, Tensor]], Any], path: Path) -> None:
+        """Have a network `load` the weights of another run's."""
+        weights = from_writer(partial(load_weights, path))
         try:
-            take_over(from_writer(partial(load_weights, path)))
+            load(weights)
         except RuntimeError as error:
             raise UserError(f"{path} is of another network: leave out the options that shape it") from error
 
@@ -151,6 +146,7 @@ class Networks:
         return self.machine.place(network)
 
 
-def _chosen(names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """Of the options of all networks those with these names."""
-    return {name: options[name] for name in names if name in options}
+def _chosen(names: Iterable[str], options: dict[str, Any], **others: Any) -> dict[str, Any]:
+    """The options with these names, of which `others` take precedence; a network's defaults stand for the rest."""
+    known = options | others
+    return {name: known[name] for name in names if name in known}

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
 from models import SDID, VQSVAE
-from models.spiking import set_plain
+from models.spiking import use_backend
 from pipeline.options import PRECISIONS
 from pipeline.run_folder import versions
 from pipeline.runtime.device import (
@@ -65,16 +65,18 @@ def tasks(machine: Machine, plain: bool, batch: dict[str, int], spike_steps: int
     """What is timed: each function handles one batch, of the size that `batch` names."""
     device = machine.device
     torch.manual_seed(0)
-    vqsvae, sdid = VQSVAE(spike_steps=spike_steps), SDID(spike_steps=spike_steps, width=width)
+    vqsvae, sdid = VQSVAE(spike_steps=spike_steps), SDID(spike_steps=spike_steps, denoiser_channels=width)
     for network in (vqsvae, sdid):
         network.to(device) if plain else machine.place(network)
-        set_plain(network, plain)
     diffusion = AbsorbingDiffusion(CODES, GRID * GRID)
     images = torch.rand(batch["stage1_train"], 1, SIDE, SIDE, device=device)
     codes = torch.randint(0, CODES, (batch["stage2_train"], GRID, GRID), device=device)
     generator = torch.Generator(device).manual_seed(0)
     pictures = torch.randint(0, 256, (batch["encode"], 1, SIDE, SIDE), dtype=torch.uint8)
     noise = diffusion.noise(0, range(batch["sample"]), (GRID, GRID))
+
+    def denoiser_loss() -> torch.Tensor:
+        return diffusion.loss(sdid.train(), codes, diffusion.training_noise(len(codes), (GRID, GRID), generator))
 
     def sample() -> None:
         sdid.eval()
@@ -85,7 +87,7 @@ def tasks(machine: Machine, plain: bool, batch: dict[str, int], spike_steps: int
 
     return {
         "stage1_train": training_step(vqsvae, lambda: vqsvae.train()(images, 0.1).loss, machine),
-        "stage2_train": training_step(sdid, lambda: diffusion.loss(sdid.train(), codes, generator), machine),
+        "stage2_train": training_step(sdid, denoiser_loss, machine),
         "encode": lambda: encode_images(vqsvae, pictures, machine, batch["encode"]),
         "sample": sample,
     }
@@ -125,7 +127,7 @@ def scaling(args: argparse.Namespace) -> dict:
     """Milliseconds an image of encoding and sampling N images, N growing; a small network, so that it ends."""
     machine = choose_machine(args.device, args.precision)
     keep_freed_memory()
-    vqsvae, sdid = VQSVAE(spike_steps=2), SDID(spike_steps=2, width=4)
+    vqsvae, sdid = VQSVAE(spike_steps=2), SDID(spike_steps=2, denoiser_channels=4)
     diffusion = AbsorbingDiffusion(CODES, GRID * GRID)
     table = {}
     for count in (1_000, 10_000, 60_000):
@@ -176,7 +178,9 @@ def main() -> None:
             figures = {"machine": machine, **modes, "ratio": ratio}
             print("ratio  " + ", ".join(f"{name} {value:.2f}" for name, value in ratio.items()))
         else:
-            figures = {"machine": machine, args.mode: measure(args, plain=args.mode == "plain")}
+            plain = args.mode == "plain"
+            with use_backend("reference" if plain else "fast"):
+                figures = {"machine": machine, args.mode: measure(args, plain)}
     except UserError as error:
         sys.exit(f"error: {error}")
     if args.json == "-":

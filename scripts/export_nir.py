@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 from errors import UserError
 from models import SDID, VQSVAE, ResidualSDID
-from models.spiking import SpikingStack, membrane_weights, set_plain, weighted_sum
+from models.spiking import SpikingStack, membrane_weights, use_backend, weighted_sum
 from pipeline.options import autoencoder_weights
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.grids import save_figure
@@ -82,7 +82,7 @@ class Comparison(NamedTuple):
 
 
 def of_autoencoder(model: VQSVAE, images: Tensor) -> Iterator[Export | str]:
-    """Encoder, spike generator and decoder of a model in plain mode; `images [N,C,H,W]` in [0,1]."""
+    """Encoder, spike generator and decoder of a model; `images [N,C,H,W]` in [0,1]."""
     quantizer, decoder, embedded = model.vq_layer, model.decoder, model.vq_layer.embed(model.encode(images))
 
     def export(name: str, what: str, stack: SpikingStack, x: Tensor, wanted: Callable, outside: Callable) -> Export:
@@ -104,16 +104,16 @@ def of_autoencoder(model: VQSVAE, images: Tensor) -> Iterator[Export | str]:
 
 
 def of_denoiser(model: SDID | ResidualSDID, codes: Tensor) -> Export:
-    """The denoiser, in plain mode, on `codes [N,h,w]` of which more and more are masked."""
+    """The denoiser, on `codes [N,h,w]` of which more and more are masked."""
     timesteps = codes[0].numel()
     t = torch.linspace(1, timesteps, len(codes)).long()
     chance = torch.rand(codes.shape, generator=torch.Generator().manual_seed(0))
     tokens = torch.where(chance * timesteps < t.view(-1, 1, 1), model.codebook_size, codes)
-    condition = [model.prototypes.draw(0, range(len(codes)))] if model.prototypes else []
+    condition = model.prototypes.draw(0, range(len(codes))) if model.prototypes else None
     graph = SDIDGraph(model) if isinstance(model, SDID) else ResidualGraph(model)
-    planes = graph.planes(tokens, t, *condition)
+    planes = graph.planes(tokens, t, condition)
     steps = planes.expand(model.spike_steps, *planes.shape)
-    return Export("denoiser", graph.what, graph, steps, model, lambda: model(tokens, t, *condition), graph.logits)
+    return Export("denoiser", graph.what, graph, steps, model, lambda: model(tokens, t, condition), graph.logits)
 
 
 def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]:
@@ -121,7 +121,6 @@ def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]
     place = {} if data_path is None else {"data_path": data_path}
     session = open_session(checkpoint=autoencoder_weights(str(run_folder)), device="cpu", precision="float32", **place)
     autoencoder = session.load_autoencoder().double().eval()
-    set_plain(autoencoder, True)
     images = session.data.test[:IMAGES].double() / 255
     if isinstance(autoencoder, VQSVAE):
         yield from of_autoencoder(autoencoder, images)
@@ -132,7 +131,6 @@ def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]
         yield "denoiser: not exported, the run has none"
         return
     denoiser = session.networks.load_denoiser(autoencoder).double().eval()
-    set_plain(denoiser, True)
     yield of_denoiser(denoiser, autoencoder.encode(images))
 
 
@@ -147,7 +145,8 @@ def observe(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list
             spikes.append(output[0])
 
     hooks = [module.register_forward_hook(record) for module in network.modules()]
-    output = run()
+    with use_backend("reference"):  # which calls every neuron as a module
+        output = run()
     for hook in hooks:
         hook.remove()
     return output, spikes

@@ -26,7 +26,7 @@ class SDIDGraph(nn.Module):
         self.head_rest, self.head_first = (convolution(part, padding=head.padding) for part in parts)
         self.add = identity(len(head.bias), head.bias)
 
-    def planes(self, tokens: Tensor, t: Tensor) -> Tensor:
+    def planes(self, tokens: Tensor, t: Tensor, condition: None = None) -> Tensor:
         """The graph's input for `tokens [N,h,w]` and timesteps `t [N]`."""
         return torch.stack((tokens, t.view(-1, 1, 1).expand_as(tokens)), 1).double()
 
@@ -62,14 +62,14 @@ class ResidualGraph(nn.Module):
         self.blocks = nn.Sequential(*(MixingGraph(block, self.grid) for block in denoiser.blocks))
         self.leave = nn.Sequential(*fired(identity(len(position)), denoiser.fire), layer(denoiser.head))
 
-    def planes(self, tokens: Tensor, t: Tensor, prototype: Tensor | None = None) -> Tensor:
+    def planes(self, tokens: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """The graph's input: a plane for each token, for each code of the prototype if any, and for each position.
 
         A position's has a single 1, in the corner of its square, the response to which is the position's embedding.
         """
         planes = [F.one_hot(tokens, self.codebook_size + 1).permute(0, 3, 1, 2)]
-        if prototype is not None:
-            planes.append(F.one_hot(self.prototypes[prototype].long(), self.codebook_size).permute(0, 3, 1, 2))
+        if condition is not None:
+            planes.append(F.one_hot(self.prototypes[condition].long(), self.codebook_size).permute(0, 3, 1, 2))
         positions = torch.eye(self.grid.numel()).view(-1, *self.grid)
         planes.append(torch.kron(positions, self.corner).expand(len(tokens), -1, -1, -1))
         return torch.cat(planes, 1).double()

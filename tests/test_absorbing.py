@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from diffusion.absorbing import REVEAL_ORDERS, AbsorbingDiffusion, draw, spread_order, spread_places
+from diffusion.absorbing import (
+    LOSSES,
+    REVEAL_ORDERS,
+    AbsorbingDiffusion,
+    TrainingNoise,
+    draw,
+    spread_groups,
+    spread_order,
+)
 
 K, SIDE = 12, 6
 T = SIDE * SIDE
@@ -33,18 +41,40 @@ def oracle(code):
     return denoiser, asked
 
 
-def test_q_sample_masks_a_share_of_t_over_T(diffusion):
-    codes = random_codes(3000)
-    for t in (1, 9, 27):
-        tokens, mask = diffusion.q_sample(codes, torch.full((3000,), t), torch.Generator().manual_seed(t))
-        share = mask.double().mean().item()
-        assert share == pytest.approx(t / T, abs=5 * math.sqrt(0.25 / mask.numel()))
-        assert torch.equal(tokens, torch.where(mask, K, codes))
+def training_noise(diffusion, count, kind="reweighted_elbo", seed=0):
+    return diffusion.training_noise(count, (SIDE, SIDE), torch.Generator().manual_seed(seed), kind)
 
 
-def test_q_sample_masks_everything_at_T(diffusion):
-    tokens, mask = diffusion.q_sample(random_codes(200), torch.full((200,), T))
-    assert mask.all() and (tokens == K).all()
+def test_a_fraction_t_over_T_is_masked(diffusion):
+    noise = training_noise(diffusion, 60_000)
+    assert noise.t.unique().tolist() == list(range(1, T + 1))
+    for t in (1, 9, 27, T):
+        mask = noise.mask[noise.t == t]
+        assert mask.double().mean().item() == pytest.approx(t / T, abs=5 * math.sqrt(0.25 / mask.numel()))
+        assert t < T or mask.all()
+
+
+def test_q_sample_replaces_masked_codes(diffusion):
+    codes, mask = random_codes(), training_noise(diffusion, 4).mask
+    tokens = diffusion.q_sample(codes, mask)
+    assert (tokens[mask] == K).all() and torch.equal(tokens[~mask], codes[~mask]) and 0 < mask.sum() < mask.numel()
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_share_of_a_batch_is_a_smaller_batch(diffusion, kind):
+    """The losses of two halves, each with its part of the noise, average to the loss of the whole batch."""
+
+    def denoiser(tokens, t):
+        field = (tokens + t.view(-1, 1, 1)).double()
+        return torch.stack([torch.sin(field * (k + 1.0)) for k in range(K)], 1)
+
+    codes, noise = random_codes(8), training_noise(diffusion, 8, kind)
+    halves = [slice(0, 4), slice(4, 8)]
+    losses = [diffusion.loss(denoiser, codes[half], noise.part(half), kind).item() for half in halves]
+    assert (
+        diffusion.loss(denoiser, codes, noise, kind).item() == pytest.approx(sum(losses) / 2) and losses[0] != losses[1]
+    )
+    assert isinstance(noise.part(halves[0]), TrainingNoise)
 
 
 def test_loss_weights(diffusion):
@@ -60,16 +90,15 @@ def test_loss_weights(diffusion):
 def test_loss_of_a_uniform_denoiser(diffusion):
     """Every token costs log2 K bits, so the ELBO's expectation is log2 K bits a token."""
     codes = random_codes(4000)
-    loss = diffusion.loss(
-        lambda x, t: torch.zeros(len(x), K, SIDE, SIDE), codes, torch.Generator().manual_seed(0), "elbo"
-    )
+    noise = training_noise(diffusion, 4000, "elbo")
+    loss = diffusion.loss(lambda x, t: torch.zeros(len(x), K, SIDE, SIDE), codes, noise, "elbo")
     assert loss.item() == pytest.approx(math.log2(K), rel=0.03)
 
 
 def test_loss_repeats_with_its_generator(diffusion):
     def loss(seed):
         logits = torch.linspace(-1, 1, K).view(1, K, 1, 1).expand(4, K, SIDE, SIDE)
-        return diffusion.loss(lambda x, t: logits, random_codes(), torch.Generator().manual_seed(seed)).item()
+        return diffusion.loss(lambda x, t: logits, random_codes(), training_noise(diffusion, 4, seed=seed)).item()
 
     assert loss(1) == loss(1) != loss(2)
 
@@ -147,11 +176,11 @@ def test_fewer_steps_are_spread_over_all_timesteps(diffusion):
     assert diffusion.reveal_schedule(times, 4).unique().tolist() == [9, 18, 27, 36]
     assert torch.equal(diffusion.reveal_schedule(times), times)
     for steps in (1, 5, 12, T):
-        slow = diffusion.reveal_schedule(times, steps, pace=2)
+        slow = diffusion.reveal_schedule(times, steps, exponent=2)
         counts = slow.unique(return_counts=True)[1]  # of the last step first
         assert len(counts) == steps and (slow >= times).all()
         assert counts.tolist() == sorted(counts.tolist(), reverse=True)
-    assert diffusion.reveal_schedule(times, 6, pace=2).unique(return_counts=True)[1].tolist() == [11, 9, 7, 5, 3, 1]
+    assert diffusion.reveal_schedule(times, 6, exponent=2).unique(return_counts=True)[1].tolist() == [11, 9, 7, 5, 3, 1]
     with pytest.raises(ValueError, match=r"1\.\.36"):
         diffusion.reveal_schedule(times, T + 1)
 
@@ -165,11 +194,10 @@ def test_spread_order_has_every_cell_once(grid):
 
 def test_masks_in_training_are_those_of_sampling(diffusion):
     """In the spread order: whole fours but for one, the revealed share uniform in its root."""
-    codes = random_codes(2000)
-    tokens, mask, t = diffusion.q_spread(codes, torch.Generator().manual_seed(0))
-    assert torch.equal(tokens, torch.where(mask, K, codes)) and torch.equal(mask.flatten(1).sum(1), t)
-    places = spread_places(SIDE, SIDE)
-    shown = torch.stack([(~mask[:, places == place]).sum(1) for place in range(T // 4)], 1)  # [N,P]
+    t, mask = training_noise(diffusion, 2000, "spread_cross_entropy")
+    assert torch.equal(mask.flatten(1).sum(1), t)
+    groups = spread_groups(SIDE, SIDE)
+    shown = torch.stack([(~mask[:, groups == group]).sum(1) for group in range(T // 4)], 1)  # [N,G]
     assert (((shown > 0) & (shown < 4)).sum(1) <= 1).all()
     assert t.min() == 1 and t.max() == T
     for root in (1 / 6, 1 / 3, 1 / 2, 5 / 6):
@@ -180,9 +208,9 @@ def test_masks_in_training_are_those_of_sampling(diffusion):
 def test_spread_cross_entropy_by_hand(diffusion):
     """A denoiser that knows nothing pays ln K nats for each masked token."""
     codes, logits = random_codes(50), torch.zeros(50, K, SIDE, SIDE)
-    loss = diffusion.loss(lambda x, t: logits, codes, torch.Generator().manual_seed(3), "spread_cross_entropy")
-    _, mask, _ = diffusion.q_spread(codes, torch.Generator().manual_seed(3))
-    assert loss.item() == pytest.approx(mask.float().mean().item() * math.log2(K))
+    noise = training_noise(diffusion, 50, "spread_cross_entropy", seed=3)
+    loss = diffusion.loss(lambda x, t: logits, codes, noise, "spread_cross_entropy")
+    assert loss.item() == pytest.approx(noise.mask.float().mean().item() * math.log2(K))
 
 
 def test_spread_order_keeps_tokens_of_a_timestep_apart(diffusion):

@@ -213,14 +213,16 @@ def test_denoiser_that_does_not_fit(mistake, run):
 
 
 def test_checkpoint_of_another_kind_of_image(mistake, grey, tmp_path):
-    model = build_model("snn-vq-vae", channels=3, codebook_size=8, embedding_dim=4, spike_steps=2, hidden=4)
+    model = build_model("snn-vq-vae", channels=3, codebook_size=8, embedding_dim=4, spike_steps=2, hidden_channels=4)
     torch.save(model.state_dict(), tmp_path / "model.pth")
     for stage in ("all", "sample"):
         line = mistake(*grey, "--checkpoint", tmp_path / "model.pth", "--stage", stage)
         assert "3 channels" in line and "ImageFolder has 1" in line
     size = ("--codebook_size", 9, "--result_path", tmp_path / "result", "--stage", "sdid")
     (tmp_path / "result" / "ImageFolder").mkdir(parents=True)
-    grey_model = build_model("snn-vq-vae", channels=1, codebook_size=8, embedding_dim=4, spike_steps=2, hidden=4)
+    grey_model = build_model(
+        "snn-vq-vae", channels=1, codebook_size=8, embedding_dim=4, spike_steps=2, hidden_channels=4
+    )
     (tmp_path / "result" / "ImageFolder" / "snn-vq-vae").mkdir()
     torch.save(grey_model.state_dict(), tmp_path / "result" / "ImageFolder" / "snn-vq-vae" / "model.pth")
     assert "--codebook_size" in mistake(*grey, *size)

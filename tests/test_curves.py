@@ -71,7 +71,12 @@ def test_curves(reference):
         return
     denoiser, diffusion = SDID(), AbsorbingDiffusion(128, 49)
     generator = torch.Generator().manual_seed(0)
-    losses = train(denoiser, 150, lambda part: [diffusion.loss(denoiser, codes[part], generator)] * 2)
+
+    def denoiser_step(part: slice) -> list:
+        noise = diffusion.training_noise(len(codes[part]), (7, 7), generator)
+        return [diffusion.loss(denoiser, codes[part], noise)] * 2
+
+    losses = train(denoiser, 150, denoiser_step)
     per_bit = block_means(losses, 25)[-1] / math.log2(len(test.codes.unique()))
     expected_per_bit = reference["sdid_loss_mean_per_25"][-1] / math.log2(reference["codes_used_test"])
     assert per_bit <= DENOISER_TOLERANCE * expected_per_bit

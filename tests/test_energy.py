@@ -11,12 +11,18 @@ from torch import nn
 from diffusion.absorbing import AbsorbingDiffusion
 from metrics.energy import Operations, count, firing_rates
 from models import SDID, VQSVAE, ResidualSDID
-from models.spiking import LIF, SpikingStack, set_plain
+from models.spiking import LIF, use_backend
 from pipeline.evaluation.model_metrics import energy_records
 from pipeline.runtime.device import Machine
-from pipeline.sampling.generators import CodeDiffusion, literally
+from pipeline.sampling.generators import CodeDiffusion
 
 STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def reference_backend():
+    with use_backend("reference"):
+        yield
 
 
 def two_layers(second):
@@ -30,7 +36,7 @@ def two_layers(second):
 
 
 def lively(network, *inputs):
-    """A plain network in evaluation mode, some of whose neurons fire in each layer."""
+    """A network in evaluation mode, some of whose neurons fire in each layer."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.constant_(module.weight, 2.0)
@@ -38,7 +44,6 @@ def lively(network, *inputs):
     with torch.no_grad():
         for _ in range(30):  # until the running statistics are those of the inputs
             network(*inputs)
-    set_plain(network, True)
     return network.eval()
 
 
@@ -50,7 +55,7 @@ def images():
 @pytest.fixture(scope="module")
 def autoencoder(images):
     torch.manual_seed(0)
-    return lively(VQSVAE(channels=1, codebook_size=10, embedding_dim=6, spike_steps=STEPS, hidden=5), images)
+    return lively(VQSVAE(channels=1, codebook_size=10, embedding_dim=6, spike_steps=STEPS, hidden_channels=5), images)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +67,7 @@ def tokens():
 @pytest.fixture(scope="module")
 def denoiser(tokens):
     torch.manual_seed(0)
-    return lively(SDID(codebook_size=10, spike_steps=STEPS, width=4), *tokens)
+    return lively(SDID(codebook_size=10, spike_steps=STEPS, denoiser_channels=4), *tokens)
 
 
 @pytest.mark.parametrize(
@@ -198,13 +203,15 @@ def test_a_whole_sample_is_so_many_passes(denoiser, tokens):
     assert 0 < sample.acs != (9 * one_pass).acs  # spikes are those of the inputs that occur
 
 
-# ---- a sample, along the schedule of its timesteps ----
+# ---- a sample, along the schedule of its timesteps: energy is counted on the reference backend whatever is chosen ----
 
 
 def residual_denoiser():
     """With prototypes that make a difference."""
     torch.manual_seed(0)
-    denoiser = ResidualSDID(codebook_size=10, spike_steps=2, width=16, blocks=1, prototypes=4, grid=(3, 3))
+    denoiser = ResidualSDID(
+        codebook_size=10, spike_steps=2, denoiser_channels=16, denoiser_blocks=1, prototypes=4, grid=(3, 3)
+    )
     denoiser.prototypes.grids.copy_(torch.randint(0, 10, (4, 3, 3)))
     denoiser.prototypes.counts.copy_(torch.tensor([1, 5, 2, 3]))
     torch.nn.init.normal_(denoiser.prototypes.embed.weight)
@@ -212,11 +219,7 @@ def residual_denoiser():
 
 
 def generator_of(autoencoder, denoiser, **settings):
-    """Of copies, since the networks of this file are in plain mode, and a generator's are not."""
-    networks = copy.deepcopy((autoencoder, denoiser))
-    for network in networks:
-        set_plain(network, False)
-    return CodeDiffusion(*networks, (3, 3), Machine(torch.device("cpu"), bf16=False), seed=7, **settings)
+    return CodeDiffusion(autoencoder, denoiser, (3, 3), Machine(torch.device("cpu"), bf16=False), seed=7, **settings)
 
 
 SETTINGS = [
@@ -226,6 +229,7 @@ SETTINGS = [
 ]
 
 
+@use_backend("fast")
 @pytest.mark.parametrize(("settings", "timesteps"), SETTINGS, ids=["every", "some", "spread"])
 @pytest.mark.parametrize("kind", ["sdid", "residual"])
 def test_a_sample_is_counted_along_its_trajectory(kind, settings, timesteps, autoencoder, denoiser, images):
@@ -238,7 +242,7 @@ def test_a_sample_is_counted_along_its_trajectory(kind, settings, timesteps, aut
     temperatures = {"final_temperature": settings.get("final_temperature"), "condition": condition}
     codes = diffusion.sample(network.logits_at, noise, settings.get("temperature", 1.0), **temperatures)
     expected, passes = Operations(0, 0, 0), 0
-    with literally(autoencoder), literally(network):
+    with use_backend("reference"):
         for i, t in itertools.product(range(3), timesteps):
             before = torch.where(noise.reveal_times[i : i + 1] > t, codes[i : i + 1], 10)
             told = () if condition is None else (condition[i : i + 1],)
@@ -254,6 +258,7 @@ def test_a_sample_is_counted_along_its_trajectory(kind, settings, timesteps, aut
     assert cost.operations["denoiser_pass"].dense_energy == pytest.approx(mean.dense_energy, rel=1e-9)
 
 
+@use_backend("fast")
 def test_firing_rates_are_those_of_the_trajectory(autoencoder, denoiser, images):
     """The mean over the passes, of which the first sees masks alone and the last one mask."""
     generator = generator_of(autoencoder, denoiser, sample_steps=3)
@@ -261,7 +266,7 @@ def test_firing_rates_are_those_of_the_trajectory(autoencoder, denoiser, images)
     rates = {key: value for key, value in generator.cost(images).firing_rates.items() if key.startswith("denoiser")}
     codes, noise = generator._draw_codes(range(3))
     diffusion, each = generator.diffusion, []
-    with literally(denoiser):
+    with use_backend("reference"):
         for t in (9, 6, 3):
             tokens = diffusion.trajectory(codes, noise, t + 1)
             each.append(firing_rates(denoiser, lambda: denoiser(tokens, torch.full((3,), t))))  # noqa: B023
@@ -270,6 +275,7 @@ def test_firing_rates_are_those_of_the_trajectory(autoencoder, denoiser, images)
         assert rate == pytest.approx(sum(rates[name.removeprefix("denoiser_pass: ")] for rates in each) / 3)
 
 
+@use_backend("fast")
 def test_energy_figures_say_what_was_counted(autoencoder, denoiser, images):
     generator = generator_of(autoencoder, denoiser, sample_steps=4, temperature=0.5)
     uint8 = (images * 255).byte()
@@ -295,7 +301,6 @@ def test_counting_changes_nothing(autoencoder, images):
         count(autoencoder, lambda: 1 / 0, 3, STEPS)
     assert not any(module._forward_hooks for module in autoencoder.modules())
     assert not any(module.training for module in autoencoder.modules())
-    assert all(module.plain for module in autoencoder.modules() if isinstance(module, SpikingStack))
     assert all(torch.equal(value, before[name]) for name, value in autoencoder.state_dict().items())
     assert torch.equal(autoencoder.encode(images), codes)
 
@@ -320,10 +325,8 @@ def test_misuse_is_refused(autoencoder, denoiser, images, tokens):
     for network, call in calls:
         with pytest.raises(ValueError, match="5 images"):
             count(network, call, 5, STEPS)
-        set_plain(network, False)
-        with pytest.raises(ValueError, match="plain"):
+        with use_backend("fast"), pytest.raises(ValueError, match="reference backend"):
             count(network, call, 3, STEPS)
-        set_plain(network, True)
         network.train()
         with pytest.raises(ValueError, match="evaluation"):
             count(network, call, 3, STEPS)

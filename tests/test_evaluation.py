@@ -236,7 +236,7 @@ def generators():
     return {
         "snn-vq-vae": code_diffusion(VQSVAE(1, 5, 4, 3, 4)),
         "vq-vae": code_diffusion(VQVAE(1, 5, 4, 4)),
-        "snn-vae": PriorSampling(FSVAE(1, 8, 6, 4, spike_steps=3, hidden=4), CPU, 0, batch_size=3),
+        "snn-vae": PriorSampling(FSVAE(1, 8, 6, 4, spike_steps=3, hidden_channels=4), CPU, 0, batch_size=3),
     }
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from models import SDID, VQSVAE, VQVAE, ResidualSDID
-from models.spiking import set_plain
 from scripts import export_nir
 
 nir = pytest.importorskip("nir")
@@ -33,13 +32,14 @@ def trained(model, seed=0):
         nn.init.normal_(norm.running_mean, std=0.2)
         nn.init.uniform_(norm.weight, 0.8, 1.5)
         nn.init.normal_(norm.bias, 1.0, 0.5)
-    set_plain(model, True)
     return model.double().eval()
 
 
 def autoencoder(**options):
     return trained(
-        VQSVAE(**{"channels": 1, "codebook_size": 8, "embedding_dim": 8, "spike_steps": 4, "hidden": 4} | options)
+        VQSVAE(
+            **{"channels": 1, "codebook_size": 8, "embedding_dim": 8, "spike_steps": 4, "hidden_channels": 4} | options
+        )
     )
 
 
@@ -71,14 +71,13 @@ def test_decoder_on_the_grid_of_codes_draws_the_same_pixels(options, tmp_path):
         graph = read_back(each, tmp_path / "network.nir")
         compared = export_nir.compare(each, graph)
         assert compared.spikes > 50 and compared.differing == 0 and compared.error < 1e-12
-    set_plain(model, False)
     pixels = each.outside(graph(each.inputs)[0])
     assert torch.allclose(pixels, model.decoder(each.inputs), atol=1e-12) and pixels.std() > 0.01
 
 
 @torch.no_grad()
 def test_denoiser_with_its_head(tmp_path):
-    model = trained(SDID(codebook_size=8, spike_steps=4, width=4))
+    model = trained(SDID(codebook_size=8, spike_steps=4, denoiser_channels=4))
     exported = export_nir.of_denoiser(model, torch.randint(8, (3, 4, 5)))
     graph = read_back(exported, tmp_path / "network.nir")
     compared = export_nir.compare(exported, graph)
@@ -97,9 +96,12 @@ def test_snntorch_gives_every_spike(preset, tmp_path):
     """
     pytest.importorskip("snntorch", reason="needs snnTorch: pip install snntorch", exc_type=ImportError)
     if preset == "faithful":
-        model, denoiser = autoencoder(), SDID(codebook_size=8, spike_steps=4, width=4)
+        model, denoiser = autoencoder(), SDID(codebook_size=8, spike_steps=4, denoiser_channels=4)
     else:
-        model, denoiser = autoencoder(downsampling=2), ResidualSDID(8, 2, 32, blocks=2, grid=(8, 8), prototypes=2)
+        model, denoiser = (
+            autoencoder(downsampling=2),
+            ResidualSDID(8, 2, 32, denoiser_blocks=2, grid=(8, 8), prototypes=2),
+        )
         denoiser.prototypes.grids.random_(8)
         denoiser.prototypes.counts.fill_(1)
         nn.init.normal_(denoiser.prototypes.embed.weight)
@@ -174,7 +176,7 @@ def change_options(run, **options):
 @pytest.mark.parametrize("options", [{"grid": (4, 4)}, {"grid": (3, 3)}, {"grid": (4, 4), "prototypes": 2}], ids=str)
 @torch.no_grad()
 def test_residual_denoiser(options, tmp_path):
-    model = trained(ResidualSDID(8, 2, width=32, blocks=2, **options))
+    model = trained(ResidualSDID(8, 2, denoiser_channels=32, denoiser_blocks=2, **options))
     assert model.patch == (1 if options["grid"] == (3, 3) else 2)
     if model.prototypes:
         model.prototypes.grids.random_(8)
@@ -191,7 +193,10 @@ def test_residual_denoiser(options, tmp_path):
 
 def test_run_with_a_residual_denoiser(run, capsys):
     change_options(run, denoiser="residual")
-    torch.save(ResidualSDID(8, 4, width=16, blocks=1, grid=(4, 4)).state_dict(), run / "diff_result" / "diff_model.pth")
+    torch.save(
+        ResidualSDID(8, 4, denoiser_channels=16, denoiser_blocks=1, grid=(4, 4)).state_dict(),
+        run / "diff_result" / "diff_model.pth",
+    )
     status, lines, errors = export(capsys, run, "--output", run / "elsewhere")
     assert (status, errors) == (0, []) and lines[-1].startswith("denoiser.nir: planes of tokens, prototype")
     assert all(line.endswith("spikes compared: identical") for line in lines)

@@ -94,7 +94,7 @@ def test_what_is_no_run_is_not_packed(tmp_path, capsys):
         (("--preset", "better"), "faithful"),
         (("--preset", "improved", "--model", "vq-vae"), "is for snn-vq-vae"),
         (("--model", "vq-vae", "--downsampling", 2), "vq-vae has no --downsampling"),
-        (("--preset", "improved", "--denoiser_channels", 24), "--denoiser_channels 24: width must be a multiple of 16"),
+        (("--preset", "improved", "--denoiser_channels", 24), "--denoiser_channels must be a multiple of 16, got 24"),
         (("--preset", "improved", "--images_per_prototype", 121), "there are 120 training images"),
         (("--preset", "improved", "--image_size", 12), "have 36 timesteps: say --sample_steps 36 instead of 40"),
         (("--images_per_prototype", 5), "sdid has no --images_per_prototype"),

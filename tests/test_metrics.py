@@ -2,6 +2,7 @@ import urllib.error
 
 import numpy as np
 import pytest
+import pytorch_fid.inception
 import scipy.linalg
 import scipy.ndimage
 import torch
@@ -33,9 +34,8 @@ from metrics.inception import (
     inception_logits,
     load_inception,
     load_paper_inception,
-    paper_inception_features,
 )
-from metrics.manifold import manifold_figures
+from metrics.manifold import manifold_metrics
 from metrics.reconstruction import mse, ssim
 
 
@@ -193,14 +193,17 @@ def test_frechet_distance_of_the_release_is_right_where_covariances_commute():
     assert frechet_distance_of_release(*arguments) == pytest.approx(frechet_distance(*arguments))
 
 
-def test_inception_features_are_those_of_pytorch_fid(inception, tmp_path):
+def test_inception_features_are_those_of_pytorch_fid(inception, weights, tmp_path, monkeypatch):
     images = torch.randint(0, 256, (3, 3, 28, 28), dtype=torch.uint8)
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for path, image in zip(paths, images, strict=True):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     features = inception_features(images, inception, batch_size=2)
     assert features.shape == (3, 2048) and features.std(axis=0).max() > 0.01
-    theirs = get_activations(paths, inception, batch_size=3, num_workers=0)
+    state = torch.load(weights, weights_only=True)
+    monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: state)
+    network = pytorch_fid.inception.InceptionV3().eval()
+    theirs = get_activations(paths, network, batch_size=3, num_workers=0)
     np.testing.assert_allclose(features, theirs, rtol=1e-3, atol=1e-4)
 
 
@@ -210,7 +213,7 @@ def test_grey_is_repeated(inception):
     np.testing.assert_array_equal(inception_features(grey, inception), inception_features(colour, inception))
 
 
-@pytest.mark.parametrize("extract", [inception_features, paper_inception_features, fad_features, classifier_features])
+@pytest.mark.parametrize("extract", [inception_features, fad_features, classifier_features])
 @pytest.mark.parametrize("images", [torch.rand(1, 3, 32, 32), torch.zeros(1, 2, 32, 32, dtype=torch.uint8)])
 def test_other_images_are_refused(images, extract):
     with pytest.raises(ValueError, match="uint8"):
@@ -240,7 +243,7 @@ def test_paper_features_are_normalised_twice(paper_weights):
         network(enlarged * 2 - 1)
     red = (enlarged[:, 0] * 2 - 1) * (0.229 / 0.5) + (0.485 - 0.5) / 0.5
     torch.testing.assert_close(seen["first"][:, 0], red)
-    features = paper_inception_features(images, load_paper_inception(paper_weights, "cpu"), batch_size=1)
+    features = inception_features(images, load_paper_inception(paper_weights, "cpu"), batch_size=1)
     assert features.shape == (2, 2048) and features.std(axis=0).max() > 0.01
     np.testing.assert_allclose(features, seen["last"].mean((2, 3)).numpy(), rtol=1e-3, atol=1e-4)
 
@@ -276,7 +279,7 @@ def test_downloaded_weights_are_those_of_pytorch_fid(weights, monkeypatch):
 
     monkeypatch.setattr(inception_module, "load_state_dict_from_url", download)
     expected = torch.load(weights, weights_only=True)["Conv2d_1a_3x3.conv.weight"]
-    assert torch.equal(load_inception(None, "cpu").blocks[0][0].conv.weight, expected)
+    assert torch.equal(load_inception(None, "cpu").Conv2d_1a_3x3.conv.weight, expected)
 
 
 @pytest.mark.parametrize("content", ["absent", "empty", "rubbish", "other keys", "no weights"])
@@ -392,23 +395,23 @@ def test_inception_score_leaves_the_random_state_alone():
         inception_score(logits[:-1])
 
 
-def test_manifold_figures_of_identical_sets_are_one():
+def test_manifold_metrics_of_identical_sets_are_one():
     features = random_features(200)
-    assert manifold_figures(features, features) == (1, 1, 1, 1)
+    assert manifold_metrics(features, features) == (1, 1, 1, 1)
 
 
-def test_manifold_figures_of_sets_far_apart_are_zero():
-    assert manifold_figures(random_features(50), random_features(60) + 100) == (0, 0, 0, 0)
+def test_manifold_metrics_of_sets_far_apart_are_zero():
+    assert manifold_metrics(random_features(50), random_features(60) + 100) == (0, 0, 0, 0)
 
 
-def test_manifold_figures_by_hand():
+def test_manifold_metrics_by_hand():
     real = np.array([[0.0], [1], [10], [-5]])  # balls ]-1,1[, ]0,2[, ]1,19[, ]-10,0[
     generated = np.array([[0.5], [0.25], [3], [30], [31]])  # balls ].25,.75[, ]0,.5[, ].5,5.5[, ]29,31[, ]30,32[
-    figures = manifold_figures(generated, real, neighbours=1)
+    figures = manifold_metrics(generated, real, neighbours=1)
     assert figures == pytest.approx((3 / 5, 1 / 4, (2 + 2 + 1) / 5, 3 / 4))
 
 
-def test_manifold_figures_against_loops(monkeypatch):
+def test_manifold_metrics_against_loops(monkeypatch):
     monkeypatch.setattr(manifold, "BLOCK", 7)
     generated, real = random_features(30, 3), 1.5 * random_features(40, 3, seed=1) + 0.5
 
@@ -425,12 +428,12 @@ def test_manifold_figures_against_loops(monkeypatch):
         np.mean([any(np.linalg.norm(x - y) < radius(x, real) for y in generated) for x in real]),
     )
     assert len(set(expected)) == 4 and 0 < min(expected) < 1
-    assert manifold_figures(generated, real) == pytest.approx(expected)
+    assert manifold_metrics(generated, real) == pytest.approx(expected)
 
 
-def test_manifold_figures_of_too_few_images_are_refused():
+def test_manifold_metrics_of_too_few_images_are_refused():
     with pytest.raises(UserError, match="6 generated images, not 5"):
-        manifold_figures(random_features(5), random_features(6))
+        manifold_metrics(random_features(5), random_features(6))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Properties of the networks: no state between calls, gradients, and fast against plain, block by block."""
+"""Properties of the networks: no state between calls, gradients, and the fast backend against the reference."""
 
 import warnings
 
@@ -16,6 +16,7 @@ from models import (
     SDID,
     VQSVAE,
     VQVAE,
+    Denoiser,
     ResidualSDID,
     build_denoiser,
     build_model,
@@ -24,20 +25,20 @@ from models import (
     model_options,
 )
 from models.quantizer import Codebook
-from models.spiking import LIF, SpikingStack, lif_step, membrane_weights, set_plain
+from models.spiking import BACKENDS, LIF, SpikingStack, is_reference, lif_step, membrane_weights, use_backend
 
 KERNELS = pytest.mark.skipif(not fused_lif.available(), reason="no C++ compiler")
 
 
 def small_autoencoder(channels=1):
     torch.manual_seed(0)
-    return VQSVAE(channels, codebook_size=10, embedding_dim=6, spike_steps=4, hidden=5)
+    return VQSVAE(channels, codebook_size=10, embedding_dim=6, spike_steps=4, hidden_channels=5)
 
 
 def small_denoiser():
     """An SDID whose running statistics have seen data, so that its neurons fire in evaluation mode."""
     torch.manual_seed(0)
-    model = SDID(codebook_size=10, spike_steps=4, width=4)
+    model = SDID(codebook_size=10, spike_steps=4, denoiser_channels=4)
     with torch.no_grad():
         for _ in range(30):
             model(*random_tokens())
@@ -47,7 +48,7 @@ def small_denoiser():
 def exact_denoiser():
     """An SDID that float32 computes exactly, in whatever order: weights are sixteenths, batch norm multiplies by 8."""
     torch.manual_seed(0)
-    model = SDID(codebook_size=10, spike_steps=4, width=4).eval()
+    model = SDID(codebook_size=10, spike_steps=4, denoiser_channels=4).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_((16 * parameter).round() / 16)
@@ -76,7 +77,15 @@ def test_unknown_model_names_the_valid_ones():
     ids=["autoencoder", "denoiser"],
 )
 def test_a_network_takes_its_own_options_alone(build, options_of, table):
-    values = dict(channels=3, codebook_size=20, embedding_dim=6, spike_steps=2, hidden=4, image_size=12, width=16)
+    values = dict(
+        channels=3,
+        codebook_size=20,
+        embedding_dim=6,
+        spike_steps=2,
+        hidden_channels=4,
+        image_size=12,
+        denoiser_channels=16,
+    )
     for name, kind in table.items():
         own = {key: value for key, value in values.items() if key in options_of(name)}
         assert type(build(name, **own)) is kind
@@ -84,19 +93,19 @@ def test_a_network_takes_its_own_options_alone(build, options_of, table):
         for strange in ("widht", *others):  # misspelt, or of another network
             with pytest.raises(ValueError, match=f"^{name} has no option {strange}: its options are "):
                 build(name, **own, **{strange: 4})
-    assert set(model_options("vq-vae")) == {"channels", "codebook_size", "embedding_dim", "hidden"}
-    assert build_denoiser("sdid", width=4).conv1[0].out_channels == 4
+    assert set(model_options("vq-vae")) == {"channels", "codebook_size", "embedding_dim", "hidden_channels"}
+    assert build_denoiser("sdid", denoiser_channels=4).conv1[0].out_channels == 4
 
 
 OPTIONS = {
-    VQSVAE: {"channels": 3, "codebook_size": 20, "embedding_dim": 6, "hidden": 4},
-    VQVAE: {"channels": 3, "codebook_size": 20, "embedding_dim": 6, "hidden": 4},
+    VQSVAE: {"channels": 3, "codebook_size": 20, "embedding_dim": 6, "hidden_channels": 4},
+    VQVAE: {"channels": 3, "codebook_size": 20, "embedding_dim": 6, "hidden_channels": 4},
     FSVAE: {
         **{"channels": 3, "image_size": 20, "latent_dim": 7, "candidates": 3},
-        **{"hidden": 4, "embedding_dim": 6},
+        **{"hidden_channels": 4, "embedding_dim": 6},
     },
-    SDID: {"codebook_size": 20, "width": 4},
-    ResidualSDID: {"codebook_size": 20, "width": 16, "blocks": 2, "prototypes": 3, "grid": (4, 6)},
+    SDID: {"codebook_size": 20, "denoiser_channels": 4},
+    ResidualSDID: {"codebook_size": 20, "denoiser_channels": 16, "denoiser_blocks": 2, "prototypes": 3, "grid": (4, 6)},
 }
 
 
@@ -110,22 +119,22 @@ def test_options_are_read_off_the_weights(kind):
 
 @pytest.mark.parametrize("grid", [(4, 6), (5, 3)], ids=["squares of tokens", "single tokens"])
 @pytest.mark.parametrize("training", [True, False])
-def test_residual_denoiser_fast_and_plain(grid, training):
+def test_backends_agree_on_the_residual_denoiser(grid, training):
     torch.manual_seed(0)
-    model = ResidualSDID(codebook_size=10, spike_steps=3, width=32, blocks=2, grid=grid).double()
+    model = ResidualSDID(codebook_size=10, spike_steps=3, denoiser_channels=32, denoiser_blocks=2, grid=grid).double()
     tokens, t = torch.randint(0, 11, (6, *grid)), torch.ones(6, dtype=torch.int64)
     model(tokens, t)  # running statistics that have seen data
     state, results = {key: value.clone() for key, value in model.state_dict().items()}, []
-    for plain in (True, False):
-        model.load_state_dict(state)
-        set_plain(model.train(training), plain)
+    for backend in ("reference", "fast"):
+        model.train(training).load_state_dict(state)
         model.zero_grad()
-        logits = model(tokens, t)
+        with use_backend(backend):
+            logits = model(tokens, t)
         (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
         buffers = [buffer.double().clone() for buffer in model.buffers()]
         results.append([logits.detach(), *(p.grad.clone() for p in model.parameters()), *buffers])
-    for plain_value, fast_value in zip(*results, strict=True):
-        torch.testing.assert_close(fast_value, plain_value, rtol=1e-9, atol=1e-9)
+    for reference, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, reference, rtol=1e-9, atol=1e-9)
     assert logits.shape == (6, 10, *grid) and logits.std() > 0
     if not training:
         where = torch.rand(tokens.shape) < 0.3
@@ -135,13 +144,13 @@ def test_residual_denoiser_fast_and_plain(grid, training):
 
 def test_every_weight_of_the_residual_denoiser_meets_spikes():
     """Operations are accumulates alone; a width that its heads cannot share is refused."""
-    model = ResidualSDID(codebook_size=10, spike_steps=3, width=32, blocks=2, grid=(4, 4)).eval()
-    set_plain(model, True)
+    model = ResidualSDID(codebook_size=10, spike_steps=3, denoiser_channels=32, denoiser_blocks=2, grid=(4, 4)).eval()
     tokens = torch.randint(0, 11, (6, 4, 4))
-    operations = count(model, lambda: model(tokens, torch.ones(6).long()), 6, 3)
+    with use_backend("reference"):
+        operations = count(model, lambda: model(tokens, torch.ones(6).long()), 6, 3)
     assert operations.macs == 0 < operations.acs < 3 * operations.dense_macs
     with pytest.raises(ValueError, match="multiple of 16"):
-        ResidualSDID(width=24)
+        ResidualSDID(denoiser_channels=24)
 
 
 @pytest.mark.parametrize("kind", [VQSVAE, VQVAE])
@@ -150,7 +159,7 @@ def test_codes_see_the_pixels_that_they_are_said_to_see(kind, side):
     """Those whose vectors have a gradient at a hidden pixel, and no others."""
     torch.manual_seed(0)
     finer = {"downsampling": 2} if kind is VQSVAE else {}
-    model = kind(codebook_size=5, embedding_dim=6, hidden=8, **finer).eval()
+    model = kind(codebook_size=5, embedding_dim=6, hidden_channels=8, **finer).eval()
     images = torch.rand(10, 1, side, side, requires_grad=True)
     hidden = torch.zeros(side, side, dtype=torch.bool)
     hidden[side // 4 : side // 2, side // 2 :] = True
@@ -162,7 +171,7 @@ def test_codes_see_the_pixels_that_they_are_said_to_see(kind, side):
 
 def test_an_image_keeps_its_size_on_a_finer_grid():
     images = torch.rand(2, 3, 12, 16)
-    out = VQSVAE(3, codebook_size=5, embedding_dim=6, spike_steps=2, hidden=4, downsampling=2)(images)
+    out = VQSVAE(3, codebook_size=5, embedding_dim=6, spike_steps=2, hidden_channels=4, downsampling=2)(images)
     assert out.images.shape == images.shape and out.codes.shape == (2, 6, 8)
 
 
@@ -170,7 +179,7 @@ def test_dead_codes_move_to_where_vectors_are():
     """Embeddings far from all vectors are replaced by some of them; used ones, and all in evaluation mode, stay."""
     torch.manual_seed(0)
     encoded = torch.rand(8, 4, 5, 5)
-    codebook = Codebook(20, 4, revive=True)
+    codebook = Codebook(20, 4, revive_codes=True)
     far = codebook.embeddings.weight.data[10:] = torch.full((10, 4), 100.0)
     codebook.eval()(encoded)
     assert torch.equal(codebook.embeddings.weight[10:], far)
@@ -185,7 +194,7 @@ def test_dead_codes_move_to_where_vectors_are():
 
 
 def test_clipped_error_leaves_out_what_clipping_mends():
-    model = VQSVAE(codebook_size=5, embedding_dim=6, spike_steps=2, hidden=4, clipped_error=True)
+    model = VQSVAE(codebook_size=5, embedding_dim=6, spike_steps=2, hidden_channels=4, clipped_error=True)
     y = torch.tensor([-0.9, -0.1, 0.8, 0.1, 0.7], requires_grad=True)
     pixels = torch.tensor([-0.5, -0.5, 0.5, 0.5, 0.2])
     error = model._error(y, pixels)
@@ -233,12 +242,10 @@ def test_lif_surrogate_gradient():
     torch.testing.assert_close(x.grad, 0.5 / (1 + (torch.pi * (h - 1)) ** 2))
 
 
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "fast"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_no_state_survives_a_call(plain):
+def test_no_state_survives_a_call(backend):
     model, denoiser = small_autoencoder().eval(), small_denoiser()
-    for network in (model, denoiser):
-        set_plain(network, plain)
     images, (tokens, t) = torch.rand(6, 1, 12, 12), random_tokens()
     codes = model.encode(images)
     for call in (
@@ -248,7 +255,8 @@ def test_no_state_survives_a_call(plain):
         lambda: denoiser(tokens, t),
         lambda: denoiser.logits_at(tokens, t, tokens == 10),
     ):
-        assert torch.equal(call(), call())
+        with use_backend(backend):
+            assert torch.equal(call(), call())
 
 
 @torch.no_grad()
@@ -276,7 +284,7 @@ def test_reconstruction_is_the_decoding_of_the_codes():
 @pytest.mark.parametrize("constant", [True, False], ids=["constant", "spikes"])
 @pytest.mark.parametrize("readout", [True, False], ids=["readout", "all_steps"])
 @pytest.mark.parametrize("transposed", [True, False], ids=["transposed", "convolution"])
-def test_fast_block_equals_plain(training, constant, readout, transposed):
+def test_backends_agree_on_each_block(training, constant, readout, transposed):
     """Forward, backward and running statistics of each kind of block, in float64."""
     torch.manual_seed(1)
     kind = nn.ConvTranspose2d if transposed else nn.Conv2d
@@ -290,17 +298,17 @@ def test_fast_block_equals_plain(training, constant, readout, transposed):
     weights = membrane_weights(5, like=x) if readout else None
     state = {name: value.clone() for name, value in stack.state_dict().items()}
     results = []
-    for plain in (True, False):
+    for backend in ("reference", "fast"):
         stack.load_state_dict(state)
-        set_plain(stack, plain)
         stack.zero_grad()
         inputs = x.clone().requires_grad_()
-        out = stack(inputs, weights)
+        with use_backend(backend):
+            out = stack(inputs, weights)
         (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
         gradients = [inputs.grad, *(p.grad.clone() for p in stack.parameters())]
         results.append([out.detach(), *gradients, *(b.double().clone() for b in stack.buffers())])
-    for plain_value, fast_value in zip(*results, strict=True):
-        torch.testing.assert_close(fast_value, plain_value, rtol=1e-6, atol=1e-6 * max(1.0, plain_value.abs().max()))
+    for reference, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, reference, rtol=1e-6, atol=1e-6 * max(1.0, reference.abs().max()))
     assert results[0][0].any(), "the block fires"
 
 
@@ -318,13 +326,13 @@ def test_logits_at_chosen_positions():
 
 
 @pytest.mark.parametrize("make", [exact_denoiser, lambda: small_denoiser().double()], ids=["float32", "float64"])
-def test_fast_sampler_gives_the_plain_codes(make):
+def test_fast_sampler_gives_the_codes_of_the_reference(make):
     """Same reveal times, same uniform numbers, same codes: only part of the grid at only some timesteps, or all."""
     denoiser, diffusion = make(), AbsorbingDiffusion(10, 49)
     noise = diffusion.noise(0, range(24), (7, 7))
     fast = diffusion.sample(denoiser.logits_at, noise)
-    set_plain(denoiser, True)
-    assert torch.equal(diffusion.sample_every_timestep(denoiser, noise), fast)
+    with use_backend("reference"):
+        assert torch.equal(diffusion.sample_every_timestep(denoiser, noise), fast)
     assert len(fast.unique()) > 5
 
 
@@ -377,3 +385,29 @@ def test_the_local_denoiser_multiplies_few_sizes(monkeypatch):
         logits = denoiser.logits_at(torch.zeros(samples, 5, 5).long(), torch.full((samples,), 3), where)
         assert logits.shape == (where.sum(), 5)
     assert sizes <= {64, 128, 192}
+
+
+def test_a_backend_is_chosen_for_a_context():
+    """Also where an error ends it; what was chosen before holds again after it."""
+    with use_backend("reference"):
+        with pytest.raises(ZeroDivisionError), use_backend("fast"):
+            assert not is_reference()
+            _ = 1 / 0
+        assert is_reference()
+    assert not is_reference()
+    with pytest.raises(ValueError, match="choose one of fast, reference"), use_backend("plain"):
+        pass
+
+
+@pytest.mark.parametrize("kind", [SDID, ResidualSDID])
+def test_a_denoiser_without_prototypes_takes_no_condition(kind):
+    model, tokens = (
+        kind(codebook_size=10, spike_steps=2, denoiser_channels=16).eval(),
+        torch.randint(0, 11, (2, 14, 14)),
+    )
+    t, condition, where = torch.ones(2).long(), torch.tensor([0, 1]), torch.ones(tokens.shape, dtype=torch.bool)
+    assert isinstance(model, Denoiser) and model.prototypes is None
+    for call in (lambda: model(tokens, t, condition), lambda: model.logits_at(tokens, t, where, condition)):
+        with pytest.raises(ValueError, match="no prototypes"):
+            call()
+    assert model.logits_at(tokens, t, where, None).shape == (2 * 14 * 14, 10)

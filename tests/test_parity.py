@@ -8,7 +8,7 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from models import SDID, VQSVAE
-from models.spiking import membrane_weights, postsynaptic_potential, set_plain, weighted_sum
+from models.spiking import BACKENDS, membrane_weights, postsynaptic_potential, use_backend, weighted_sum
 
 GOLDEN = dict(np.load(Path(__file__).with_name("golden.npz")))
 PREFIX = "vqsvae.w."
@@ -31,22 +31,22 @@ def assert_gradients(network, prefix):
         assert float(parameter.grad.norm()) == pytest.approx(expected, rel=1e-9, abs=1e-12), name
 
 
-@pytest.fixture(params=[True, False], ids=["plain", "fast"])
-def plain(request):
-    return request.param
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with use_backend(request.param):
+        yield
 
 
 @pytest.fixture
-def vqsvae(plain):
+def vqsvae(backend):
     weights = {name.removeprefix(PREFIX): golden(name) for name in GOLDEN if name.startswith(PREFIX)}
     model = VQSVAE(**VQSVAE.options_of(weights))
     model.load_state_dict(weights)
-    set_plain(model, plain)
     return model.double()
 
 
 @pytest.fixture
-def sdid(plain):
+def sdid(backend):
     model = SDID().double()
     for i, name in enumerate(GOLDEN["sdid.param_order"]):
         parameter = model.get_parameter(str(name))
@@ -56,7 +56,6 @@ def sdid(plain):
         else:
             z = 0.1 * z + (1 if name.endswith("1.weight") else 0)
         parameter.data.copy_(z)
-    set_plain(model, plain)
     return model
 
 

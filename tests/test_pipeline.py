@@ -78,7 +78,7 @@ def test_a_run_leaves_everything(finished):
 
 
 def test_weights_are_plain_state_dicts(finished):
-    model = build_model("snn-vq-vae", channels=1, codebook_size=8, embedding_dim=8, spike_steps=4, hidden=8)
+    model = build_model("snn-vq-vae", channels=1, codebook_size=8, embedding_dim=8, spike_steps=4, hidden_channels=8)
     for network, name in ((model, WEIGHTS[0]), (SDID(8, 4, 4), WEIGHTS[1])):
         weights = torch.load(finished.path / name, weights_only=True)
         assert type(weights) is type(network.state_dict()) and weights.keys() == network.state_dict().keys()

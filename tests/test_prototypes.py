@@ -10,7 +10,7 @@ from diffusion.absorbing import AbsorbingDiffusion
 from models import ResidualSDID
 from models.prototypes import NO_PROTOTYPE, Prototypes
 from models.quantizer import Codebook
-from models.spiking import set_plain
+from models.spiking import use_backend
 from pipeline.checkpoints import load_weights, write_json
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
@@ -94,24 +94,27 @@ def test_they_enter_as_spikes(groups, codebook):
 
 def small(**options):
     torch.manual_seed(0)
-    return ResidualSDID(K, width=16, blocks=1, grid=GRID, **options).eval()
+    return ResidualSDID(K, denoiser_channels=16, denoiser_blocks=1, grid=GRID, **options).eval()
 
 
 @torch.no_grad()
 def test_a_network_without_them_is_taken_over():
     before, after = small(), small(prototypes=3)
     torch.nn.init.normal_(before.head.weight)
-    after.take_over(before.state_dict())
+    after.load_pretrained(before.state_dict())
     tokens, t = torch.randint(0, K + 1, (5, *GRID)), torch.ones(5)
     torch.testing.assert_close(after(tokens, t, torch.tensor([0, 1, 2, 0, NO_PROTOTYPE])), before(tokens, t))
     assert ResidualSDID.options_of(after.state_dict())["prototypes"] == 3
     assert ResidualSDID.options_of(before.state_dict())["prototypes"] == 0
     again = small(prototypes=2)
-    again.take_over(after.state_dict())  # another number of prototypes, which have to be fitted
+    again.load_pretrained(after.state_dict())  # another number of prototypes, which have to be fitted
     assert torch.equal(again.prototypes.embed.weight, after.prototypes.embed.weight)
-    for other in (ResidualSDID(K, width=32, blocks=1, grid=GRID), ResidualSDID(K, width=16, blocks=2, grid=GRID)):
+    for other in (
+        ResidualSDID(K, denoiser_channels=32, denoiser_blocks=1, grid=GRID),
+        ResidualSDID(K, denoiser_channels=16, denoiser_blocks=2, grid=GRID),
+    ):
         with pytest.raises(RuntimeError):
-            after.take_over(other.state_dict())
+            after.load_pretrained(other.state_dict())
 
 
 @torch.no_grad()
@@ -122,8 +125,8 @@ def test_step_by_step_is_the_same(groups, codebook):
     tokens, t, told = groups[:4].long(), torch.ones(4), torch.tensor([0, 1, NO_PROTOTYPE, 1])
     tokens[:, :2] = K
     fast, untold = denoiser(tokens, t, told), denoiser(tokens, t)
-    set_plain(denoiser, True)
-    torch.testing.assert_close(denoiser(tokens, t, told), fast)
+    with use_backend("reference"):
+        torch.testing.assert_close(denoiser(tokens, t, told), fast)
     same = [torch.equal(one, other) for one, other in zip(fast, untold, strict=True)]
     assert same == [False, False, True, False]
 

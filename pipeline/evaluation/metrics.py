@@ -35,9 +35,8 @@ from metrics.inception import (
     inception_logits,
     load_inception,
     load_paper_inception,
-    paper_inception_features,
 )
-from metrics.manifold import manifold_figures
+from metrics.manifold import manifold_metrics
 from pipeline.evaluation.feature_networks import classifier, fad_network, reference_features
 from pipeline.evaluation.records import make_record
 from pipeline.options import EvaluationOptions
@@ -100,7 +99,7 @@ def _inception(options: EvaluationOptions, data: ImageData, machine: Machine) ->
 def _paper_inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork:
     network = load_paper_inception(options.paper_fid_weights, machine.device)
     protocol = "the release's: ImageNet Inception, normalised twice, SVD root"
-    return FeatureNetwork(network, paper_inception_features, protocol, fixed=(PAPER_IMAGES, PAPER_IMAGES))
+    return FeatureNetwork(network, inception_features, protocol, fixed=(PAPER_IMAGES, PAPER_IMAGES))
 
 
 def _fad(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork:
@@ -146,7 +145,7 @@ def _inception_score(features: Features) -> Values:
 
 
 def _prdc(features: Features) -> Values:
-    return manifold_figures(features.generated, features.real)._asdict()
+    return manifold_metrics(features.generated, features.real)._asdict()
 
 
 def _classifier_metrics(features: Features) -> Values:

@@ -20,6 +20,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from errors import UserError
 from models import fused_lif
+from models.quantizer import Codebook
+from models.reduction import Reduction
 from pipeline.runtime.seeds import own_seed
 
 TIMEOUT = timedelta(minutes=30)  # of a process that says nothing: some wait while one trains a feature network
@@ -148,6 +150,19 @@ def total(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, sums.unbind(), strict=True))
 
 
+def _sum_in_place(values: Tensor) -> Tensor:
+    dist.all_reduce(values)
+    return values
+
+
+def _first_in_place(values: Tensor) -> Tensor:
+    dist.broadcast(values, 0)
+    return values
+
+
+ALL_PROCESSES = Reduction(total=_sum_in_place, first=_first_in_place)
+
+
 def most(*numbers: int) -> list[int]:
     """The largest of each number over the processes: all of them take the same decision."""
     if size() == 1:
@@ -182,7 +197,8 @@ def share_training(model: nn.Module, device: torch.device) -> nn.Module:
     """The module whose forward pass trains `model` together with the other processes; `model` itself if there is one.
 
     Gradients become their mean over the processes. Batch norm takes its statistics over the whole batch: its layers
-    are replaced in `model` by SyncBatchNorm, whose state dict is the same. Raises UserError on a CPU without compiler.
+    are replaced in `model` by SyncBatchNorm, whose state dict is the same. Codebooks restart dead codes together.
+    Raises UserError on a CPU without compiler.
     """
     if size() == 1:
         return model
@@ -191,4 +207,7 @@ def share_training(model: nn.Module, device: torch.device) -> nn.Module:
     if has_norm and device.type == "cpu" and not fused_lif.available():
         raise UserError("several processes on the CPU need a C++ compiler for their batch norm: install g++ or clang++")
     nn.SyncBatchNorm.convert_sync_batchnorm(model)  # later, since the wrapper refuses it on the CPU: see fused_lif
+    for layer in model.modules():
+        if isinstance(layer, (nn.SyncBatchNorm, Codebook)):
+            layer.reduction = ALL_PROCESSES
     return network

@@ -1,8 +1,7 @@
 """What a trained model is to the evaluation: something that reconstructs images, draws new ones, and costs energy."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,8 +11,8 @@ from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from metrics.energy import Operations, count, firing_rates
-from models import FSVAE
-from models.spiking import set_plain
+from models import FSVAE, Denoiser
+from models.spiking import use_backend
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import is_writer
@@ -57,22 +56,12 @@ class Generator(Protocol):
         """What a few real images cost, and as many samples."""
 
 
-@contextmanager
-def literally(model: nn.Module) -> Iterator[None]:
-    """Context in which every layer of `model` runs as a module, at each spike step, in evaluation mode."""
-    set_plain(model.eval(), True)
-    try:
-        yield
-    finally:
-        set_plain(model, False)
-
-
 @dataclass(frozen=True)
 class CodeDiffusion:
     """A vector-quantised autoencoder, and a denoiser of its codes on a `grid` (h, w); without, it only reconstructs."""
 
     autoencoder: VQAutoencoder
-    denoiser: nn.Module | None
+    denoiser: Denoiser | None
     grid: tuple[int, int]
     machine: Machine
     seed: int
@@ -102,10 +91,10 @@ class CodeDiffusion:
             "precision": self.machine.precision,
         }
 
-    def conditions(self, codes: Tensor) -> list[Tensor]:
-        """What the denoiser is told of images with these `codes [N,h,w]`: nothing, or prototypes' numbers `[N]`."""
+    def condition(self, codes: Tensor) -> Tensor | None:
+        """The condition `[N]` of images with these `codes [N,h,w]`, indices of prototypes; None without prototypes."""
         prototypes = self.denoiser.prototypes
-        return [prototypes.nearest(codes, self.autoencoder.vq_layer)] if prototypes else []
+        return prototypes.nearest(codes, self.autoencoder.vq_layer) if prototypes else None
 
     def encode(self, images: Tensor) -> Tensor:
         """Codes `[N,h,w]`."""
@@ -147,13 +136,13 @@ class CodeDiffusion:
 
     def _draw_codes(self, samples: range, given: Tensor | None = None) -> tuple[Tensor, SamplingNoise]:
         noise = self.diffusion.noise(self.seed, samples, self.grid, self.sample_steps, self.reveal_order)
-        condition = self._prototypes_of(samples) if given is None else None  # of what is given there is another
+        condition = self._condition_of(samples) if given is None else None  # given codes belong to another prototype
         how = {"temperature": self.temperature, "final_temperature": self.final_temperature}
         how |= {"given": given, "condition": condition}
         return draw_codes(self.denoiser, self.diffusion, noise, self.machine, self.batch_size, **how), noise
 
-    def _prototypes_of(self, samples: range) -> Tensor | None:
-        """What the denoiser is told of the samples with these numbers: prototypes' numbers `[N]`, if it has some."""
+    def _condition_of(self, samples: range) -> Tensor | None:
+        """The condition `[N]` of the samples with these indices; None without prototypes."""
         prototypes = self.denoiser.prototypes
         return prototypes.draw(self.seed, samples) if prototypes else None
 
@@ -183,13 +172,14 @@ class CodeDiffusion:
         }
         return Cost(operations, rates, protocols)
 
-    def _passes(self, codes: Tensor, noise: SamplingNoise, samples: range) -> list[tuple[Tensor, ...]]:
+    def _passes(self, codes: Tensor, noise: SamplingNoise, samples: range) -> list[tuple[Tensor | None, ...]]:
         """The denoiser's inputs at each timestep of the schedule that led to `codes [N,h,w]`: tokens, t, condition."""
-        diffusion, device, prototypes = self.diffusion, self.machine.device, self._prototypes_of(samples)
-        told = () if prototypes is None else (prototypes.to(device),)
+        diffusion, device, condition = self.diffusion, self.machine.device, self._condition_of(samples)
+        condition = None if condition is None else condition.to(device)
+        timesteps = torch.tensor(diffusion.timesteps(self.sample_steps, self.reveal_order), device=device)
         return [
-            (diffusion.trajectory(codes, noise, t + 1).to(device), torch.full((len(codes),), t, device=device), *told)
-            for t in diffusion.timesteps(self.sample_steps, self.reveal_order)
+            (diffusion.trajectory(codes, noise, int(t) + 1).to(device), t.expand(len(codes)), condition)
+            for t in timesteps
         ]
 
 
@@ -251,7 +241,7 @@ class PriorSampling:
 def _count(
     parts: dict[str, tuple[nn.Module, Callable[[], Any]]], images: int
 ) -> tuple[dict[str, Operations], dict[str, float]]:
-    """Operations of each call, on so many images, and firing rates; float32, no savings."""
+    """Operations of each call per image, and firing rates; in float32, on the reference backend."""
     measured = {name: _measure(*part, images) for name, part in parts.items()}
     operations = {name: counted for name, (counted, _) in measured.items()}
     rates = {f"{name}: {layer}": rate for name, (_, own) in measured.items() for layer, rate in own.items()}
@@ -261,6 +251,7 @@ def _count(
 def _measure(model: nn.Module, call: Callable[[], Any], images: int) -> tuple[Operations, dict[str, float]]:
     """Both in one run: neurons take no part in the count."""
     counted = []
-    with literally(model):
+    model.eval()
+    with use_backend("reference"):
         rates = firing_rates(model, lambda: counted.append(count(model, call, images, model.spike_steps)))
     return counted[0], rates

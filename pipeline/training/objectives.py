@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metrics.codebook import usage
-from models import FSVAE
+from models import FSVAE, Denoiser
 from models.prototypes import NO_PROTOTYPE
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.run_folder import RunFolder
@@ -21,7 +21,7 @@ from pipeline.training.loop import Figures, Losses, Trainer
 PREVIEW_IMAGES = 16
 USAGE_IMAGES = 1000  # of the test split, whose codes tell the codebook's usage after each epoch
 FEWEST_CODES = 0.02  # of the codebook; a usage below this, or of one code, is warned about
-CONDITION_DROPOUT = 0.1  # share of the training images of which the denoiser is not told the prototype
+CONDITION_DROPOUT = 0.1  # fraction of the training images whose condition is dropped
 SCHEDULED_SAMPLING = (0.1, 0.3)  # probability in the first epoch, and after the last, of FSVAE
 
 
@@ -69,18 +69,22 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> 
     return trainer
 
 
-def sdid_trainer(denoiser: nn.Module, generator: CodeDiffusion, codes: Tensor, loss: str, **options: Any) -> Trainer:
+def sdid_trainer(denoiser: Denoiser, generator: CodeDiffusion, codes: Tensor, loss: str, **options: Any) -> Trainer:
     """Stage 2: the denoiser on `codes [N,h,w]`; previews are what `generator` draws with it.
 
-    The denoiser is told the prototypes, if it has some, but not always: filling in has none to tell.
+    A denoiser with prototypes is conditioned on them for most images, but not for all: inpainting has no condition.
     """
     run, diffusion = options["run"], generator.diffusion
 
-    def losses(network: nn.Module, batch: Tensor, part: slice, noise: torch.Generator) -> Losses:
-        told = [_dropped_out(prototypes, noise)[part] for prototypes in generator.conditions(batch)]
-        return {"loss": diffusion.loss(lambda tokens, t: network(tokens, t, *told), batch.long(), noise, loss, part)}
+    def losses(network: nn.Module, batch: Tensor, part: slice, random: torch.Generator) -> Losses:
+        condition = generator.condition(batch)
+        if condition is not None:
+            condition = _dropped_out(condition, random)[part]
+        noise = diffusion.training_noise(len(batch), generator.grid, random, loss).part(part)
+        codes = batch[part].long()
+        return {"loss": diffusion.loss(lambda tokens, t: network(tokens, t, condition), codes, noise, loss)}
 
-    def preview(denoiser: nn.Module, epoch: int) -> Figures:
+    def preview(denoiser: Denoiser, epoch: int) -> Figures:
         images = replace(generator, denoiser=denoiser).draw(range(PREVIEW_IMAGES))
         show(run, "sdid", "samples", grid(images, PREVIEW_IMAGES // 2), epoch)
         return {}
@@ -88,10 +92,10 @@ def sdid_trainer(denoiser: nn.Module, generator: CodeDiffusion, codes: Tensor, l
     return Trainer((2, "sdid"), denoiser, codes, losses, preview, checkpoint=run.denoiser, **options)
 
 
-def _dropped_out(prototypes: Tensor, noise: torch.Generator) -> Tensor:
-    """Numbers of prototypes `[N]`, some of them replaced by NO_PROTOTYPE."""
-    dropped = torch.rand(len(prototypes), generator=noise, device=prototypes.device) < CONDITION_DROPOUT
-    return torch.where(dropped, NO_PROTOTYPE, prototypes)
+def _dropped_out(condition: Tensor, random: torch.Generator) -> Tensor:
+    """Indices of prototypes `[N]`, some of them replaced by NO_PROTOTYPE."""
+    dropped = torch.rand(len(condition), generator=random, device=condition.device) < CONDITION_DROPOUT
+    return torch.where(dropped, NO_PROTOTYPE, condition)
 
 
 def show(run: RunFolder, stage: str, name: str, picture: Tensor, epoch: int) -> None:
