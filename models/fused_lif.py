@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+FOLDER = Path(__file__).parent
+SOURCES = [FOLDER / name for name in ("bfloat16.h", "fused_lif.cpp", "event_conv.cpp")]
 FLAGS = (
     *("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno"),
     *("-fno-trapping-math", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
@@ -48,16 +49,15 @@ def _compile() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler found")
-    key = "\n".join((compiler, *FLAGS, platform.machine(), _processor(), SOURCE.read_text()))
+    key = "\n".join((compiler, *FLAGS, platform.machine(), _processor(), *(file.read_text() for file in SOURCES)))
     cache = cache_folder()
     library = cache / f"fused_lif-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             fresh = Path(folder) / library.name
-            subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)], check=True, capture_output=True, text=True
-            )
+            units = [str(file) for file in SOURCES if file.suffix == ".cpp"]
+            subprocess.run([compiler, *FLAGS, *units, "-o", str(fresh)], check=True, capture_output=True, text=True)
             fresh.replace(library)
     return library
 
@@ -81,7 +81,8 @@ def available() -> bool:
     return _library() is not None
 
 
-def _call(name: str, *arguments: Tensor | int | bool | None) -> None:
+def call(name: str, *arguments: Tensor | int | bool | None) -> None:
+    """Run a kernel on as many threads as torch has; tensors are handed over as they lie in memory."""
     converted = []
     for argument in arguments:
         if isinstance(argument, bool):
@@ -115,7 +116,7 @@ def moments(x: Tensor, synchronised: bool = False) -> tuple[Tensor, Tensor, int]
     channels = x.shape[1]
     positions = x.numel() // channels
     sums = _empty_sums(channels)
-    _call(f"moments_{NAMES[x.dtype]}", x, positions, channels, sums)
+    call(f"moments_{NAMES[x.dtype]}", x, positions, channels, sums)
     total, positions = _total(sums, positions, synchronised)
     mean, square = total / positions
     return mean, (square - mean.square()).clamp_min(0), positions
@@ -143,7 +144,7 @@ class _NormLIF(torch.autograd.Function):
         out = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
         ctx.kernel = f"{NAMES[x.dtype]}_{NAMES[dtype]}"
         sizes = (spike_steps, positions, channels, constant)
-        _call(f"forward_{ctx.kernel}", x, scale, shift, readout, *sizes, out)
+        call(f"forward_{ctx.kernel}", x, scale, shift, readout, *sizes, out)
         ctx.save_for_backward(x, weight, scale, shift, mean, invstd, readout)
         ctx.sizes, ctx.training, ctx.synchronised = sizes, training, synchronised
         return out
@@ -155,7 +156,7 @@ class _NormLIF(torch.autograd.Function):
         grad_out = grad_out.contiguous(memory_format=torch.channels_last)
         grad = torch.empty_like(x)
         sums = _empty_sums(channels)
-        _call(f"backward_{ctx.kernel}", x, scale, shift, mean, invstd, readout, *ctx.sizes, grad_out, grad, sums)
+        call(f"backward_{ctx.kernel}", x, scale, shift, mean, invstd, readout, *ctx.sizes, grad_out, grad, sums)
         grad_bias, grad_weight = sums.sum(0)
         (total, product), rows = _total(sums, x.numel() // channels, ctx.synchronised)
         # dx = scale * (g - mean(g) - xhat * mean(g * xhat)), written as a g + b x + c
@@ -163,7 +164,7 @@ class _NormLIF(torch.autograd.Function):
         b = -a * invstd.double() * product / rows if ctx.training else torch.zeros_like(a)
         c = -a * total / rows - b * mean.double() if ctx.training else b
         coefficients = (v.to(scale.dtype) for v in (a, b, c))
-        _call(f"affine_{NAMES[x.dtype]}", x, *coefficients, x.numel() // channels, channels, grad)
+        call(f"affine_{NAMES[x.dtype]}", x, *coefficients, x.numel() // channels, channels, grad)
         grad_offset = torch.zeros_like(weight) if ctx.training else (a * grad_bias).to(weight.dtype)
         return grad, grad_offset, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 8
 
