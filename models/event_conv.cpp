@@ -82,9 +82,16 @@ inline bool is_one(float v) { return v == 1; }
 inline bool is_one(double v) { return v == 1; }
 inline bool is_one(bfloat16 v) { return v.bits == 0x3f80; }
 
-// Number of ones of each row of x [rows, C]; -1 where something is neither 0 nor 1.
-template <class T> void count(const T* x, long rows, long channels, int32_t* counts, int threads) {
-#pragma omp parallel for num_threads(threads)
+// Lengths of lists, at starts[1] and on, to where the lists begin and end.
+void accumulate(int64_t* starts, long lists) {
+    starts[0] = 0;
+    for (long i = 0; i < lists; ++i) starts[i + 1] += starts[i];
+}
+
+// Where the list of the ones of each row of x [rows, C] begins. False if something is neither 0 nor 1.
+template <class T> bool count(const T* x, long rows, long channels, int64_t* starts, int threads) {
+    long strange = 0;
+#pragma omp parallel for reduction(+ : strange) num_threads(threads)
     for (long r = 0; r < rows; ++r) {
         const T* in = x + r * channels;
         int ones = 0, others = 0;
@@ -93,8 +100,11 @@ template <class T> void count(const T* x, long rows, long channels, int32_t* cou
             ones += is_one(in[c]);
             others += !is_one(in[c]) & !is_zero(in[c]);
         }
-        counts[r] = others ? -1 : ones;
+        starts[r + 1] = ones;
+        strange += others;
     }
+    accumulate(starts, rows);
+    return strange == 0;
 }
 
 // The channels of the ones of each row, row r from channels_of[starts[r]] on.
@@ -113,9 +123,7 @@ void list(const T* x, const int64_t* starts, long rows, long channels, int32_t* 
             for (int j = 0; j < BLOCK; j += 8) {
                 uint64_t eight;
                 std::memcpy(&eight, flags + j, 8);
-                if (eight)
-                    for (int i = j; i < j + 8; ++i)
-                        if (flags[i]) *out++ = int32_t(first + i);
+                for (; eight; eight &= eight - 1) *out++ = int32_t(first + j + (__builtin_ctzll(eight) >> 3));
             }
         }
     }
@@ -139,9 +147,7 @@ void gather(const int64_t* starts, const int32_t* channels_of, const int64_t* ta
         }
         if (!events) offsets[o + 1] = length;
     }
-    if (events) return;
-    offsets[0] = 0;
-    for (long o = 0; o < grids * positions; ++o) offsets[o + 1] += offsets[o];
+    if (!events) accumulate(offsets, grids * positions);
 }
 
 // Weights w[k sk + c sc + o so] to tiles [ceil(O / TILE), K C, TILE] padded with zeros.
@@ -150,13 +156,16 @@ void pack(const W* w, long sk, long sc, long so, long neighbours, long channels,
     const long count = (outputs + TILE - 1) / TILE, width = neighbours * channels;
 #pragma omp parallel for collapse(2) num_threads(threads)
     for (long tile = 0; tile < count; ++tile)
-        for (long block = 0; block < width; block += 16)
-            for (long j = 0; j < TILE; ++j)
-                for (long e = block; e < std::min(width, block + 16); ++e) {
-                    const long o = tile * TILE + j;
-                    const W* from = w + e / channels * sk + e % channels * sc + o * so;
-                    store(tiles[(tile * width + e) * TILE + j], o < outputs ? load(*from) : W(0));
-                }
+        for (long k = 0; k < neighbours; ++k)
+            for (long c = 0; c < channels; c += 16) {  // a cache line of weights for each column
+                const long n = std::min(16L, channels - c), columns = std::min<long>(TILE, outputs - tile * TILE);
+                W rows[16][TILE] = {};
+                for (long j = 0; j < columns; ++j)
+                    for (long i = 0; i < n; ++i) rows[i][j] = w[k * sk + (c + i) * sc + (tile * TILE + j) * so];
+                for (long i = 0; i < n; ++i)
+                    for (long j = 0; j < TILE; ++j)
+                        store(tiles[(tile * width + k * channels + c + i) * TILE + j], rows[i][j]);
+            }
 }
 
 // Output [rows, O]: for each row, the sum of the weights of its events.
@@ -234,8 +243,8 @@ extern "C" void event_gather(const int64_t* starts, const int32_t* channels_of, 
 }
 
 #define EVENT_KERNELS(NAME, T)                                                                                        \
-    extern "C" void event_count_##NAME(const T* x, long rows, long channels, int32_t* counts, int threads) {          \
-        count(x, rows, channels, counts, threads);                                                                    \
+    extern "C" int event_count_##NAME(const T* x, long rows, long channels, int64_t* starts, int threads) {          \
+        return count(x, rows, channels, starts, threads);                                                             \
     }                                                                                                                 \
     extern "C" void event_list_##NAME(const T* x, const int64_t* starts, long rows, long channels,                    \
                                       int32_t* channels_of, int threads) {                                            \

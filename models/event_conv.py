@@ -25,10 +25,9 @@ class Events:
     for zero padding. A spike in channel c of neighbour k has the number k C + c, the row of its weights.
     """
 
-    def __init__(self, spikes: Tensor, counts: Tensor, table: Tensor):
+    def __init__(self, spikes: Tensor, starts: Tensor, table: Tensor):
         grids, rows, channels = spikes.shape
         self.outputs, self.width = grids * len(table), table.shape[1] * channels
-        starts = torch.cat((counts.new_zeros(1, dtype=torch.int64), counts.cumsum(0)))
         fired = torch.empty(int(starts[-1]), dtype=torch.int32)
         call(f"event_list_{NAMES[spikes.dtype]}", spikes, starts, grids * rows, channels, fired)
         sizes = (grids, rows, *table.shape, channels)
@@ -62,11 +61,12 @@ def find_events(spikes: Tensor, table: Tensor) -> Events | None:
 
     None where a dense convolution is faster, or where an input is neither 0 nor 1.
     """
-    counts = torch.empty(spikes.shape[:2].numel(), dtype=torch.int32)
-    call(f"event_count_{NAMES[spikes.dtype]}", spikes, len(counts), spikes.shape[2], counts)
-    if len(counts) == 0 or counts.min() < 0 or counts.sum() > LARGEST_SHARE[spikes.dtype] * spikes.numel():
+    rows = spikes.shape[:2].numel()
+    starts = torch.empty(rows + 1, dtype=torch.int64)  # of the list of each row's spikes
+    binary = call(f"event_count_{NAMES[spikes.dtype]}", spikes, rows, spikes.shape[2], starts)
+    if not binary or starts[-1] > LARGEST_SHARE[spikes.dtype] * spikes.numel():
         return None
-    return Events(spikes, counts, table)
+    return Events(spikes, starts, table)
 
 
 @functools.lru_cache
@@ -146,4 +146,6 @@ def convolve_at(conv: nn.Conv2d, spikes: Tensor, rows: Tensor) -> Tensor | None:
         return None
     spikes = _as_computed(spikes).contiguous()
     events = find_events(spikes, rows)
-    return events and events.convolve(conv.weight, spikes.dtype).view(len(spikes), len(rows), -1)
+    if events is None:
+        return None
+    return events.convolve(conv.weight, spikes.dtype).unflatten(0, (len(spikes), len(rows)))

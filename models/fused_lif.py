@@ -81,7 +81,7 @@ def available() -> bool:
     return _library() is not None
 
 
-def call(name: str, *arguments: Tensor | int | bool | None) -> None:
+def call(name: str, *arguments: Tensor | int | bool | None) -> int:
     """Run a kernel on as many threads as torch has; tensors are handed over as they lie in memory."""
     converted = []
     for argument in arguments:
@@ -91,7 +91,7 @@ def call(name: str, *arguments: Tensor | int | bool | None) -> None:
             converted.append(ctypes.c_long(argument))
         else:
             converted.append(ctypes.c_void_p(None if argument is None else argument.data_ptr()))
-    getattr(_library(), name)(*converted, ctypes.c_int(torch.get_num_threads()))
+    return getattr(_library(), name)(*converted, ctypes.c_int(torch.get_num_threads()))
 
 
 def _empty_sums(channels: int) -> Tensor:
