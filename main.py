@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import openmp  # noqa: F401  before torch
 from errors import UserError
 from models import model_options
 from pipeline import distributed
