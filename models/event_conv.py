@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.fused_lif import NAMES, available, call
 
 TILE = 64  # columns, as in event_conv.cpp
+NARROWEST = 64  # channels; in layers with fewer, of inputs or outputs, lists cost more than they save
 LARGEST_SHARE = {
     torch.bfloat16: 0.06 if torch.cpu._is_amx_tile_supported() else 0.2,  # dense products there are five times faster
     torch.float32: 0.2,
@@ -117,8 +118,9 @@ class _EventConv(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None
 
 
-def _usable(spikes: Tensor) -> bool:
-    return spikes.device.type == "cpu" and available()
+def _worthwhile(conv: nn.Conv2d | nn.ConvTranspose2d, spikes: Tensor) -> bool:
+    wide = min(conv.in_channels, conv.out_channels) >= NARROWEST
+    return wide and spikes.device.type == "cpu" and available()
 
 
 def _as_computed(spikes: Tensor) -> Tensor:
@@ -132,7 +134,7 @@ def convolve(conv: nn.Conv2d | nn.ConvTranspose2d, spikes: Tensor) -> Tensor | N
 
     For square kernels, without dilation and groups.
     """
-    if not _usable(spikes):
+    if not _worthwhile(conv, spikes):
         return None
     spikes = _as_computed(spikes).contiguous(memory_format=torch.channels_last)
     output_padding = conv.output_padding[0] if isinstance(conv, nn.ConvTranspose2d) else None
@@ -146,7 +148,7 @@ def convolve(conv: nn.Conv2d | nn.ConvTranspose2d, spikes: Tensor) -> Tensor | N
 @torch.compiler.disable
 def convolve_at(conv: nn.Conv2d, spikes: Tensor, rows: Tensor) -> Tensor | None:
     """`spiking.convolve_at`, without gradients: spikes `[S,R,C]` to `[S,P,C']`; None where it should be a dense one."""
-    if torch.is_grad_enabled() or not _usable(spikes):
+    if torch.is_grad_enabled() or not _worthwhile(conv, spikes):
         return None
     spikes = _as_computed(spikes).contiguous()
     events = find_events(spikes, rows)

@@ -29,7 +29,8 @@ def spikes_of(share, *shape, dtype=torch.float64, seed=0):
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
-    """Events at any share of spikes."""
+    """Events at any share of spikes, in layers of any width."""
+    monkeypatch.setattr(event_conv, "NARROWEST", 1)
     monkeypatch.setattr(event_conv, "LARGEST_SHARE", dict.fromkeys(event_conv.LARGEST_SHARE, 1))
 
 
@@ -131,7 +132,11 @@ def test_dense_where_it_is_faster_or_the_input_is_no_spikes(monkeypatch):
         changed[1, 2, 3, 4] = value
         assert event_conv.convolve(conv, changed) is None
         torch.testing.assert_close(convolve_spikes(conv, changed), convolve(conv, changed), equal_nan=True)
-    monkeypatch.setitem(event_conv.LARGEST_SHARE, torch.float32, 0.2)
+    with monkeypatch.context() as only_few:
+        only_few.setitem(event_conv.LARGEST_SHARE, torch.float32, 0.2)
+        assert event_conv.convolve(conv, spikes) is None
+    assert event_conv.convolve(conv, spikes) is not None
+    monkeypatch.setattr(event_conv, "NARROWEST", 4)
     assert event_conv.convolve(conv, spikes) is None
 
 
