@@ -9,8 +9,9 @@ Measured are trained networks on codes that they draw and images decoded from th
 many of its neurons fire. With --spike_steps or --denoiser_channels, networks of that size with fresh weights instead.
 
 "plain" computes literally, in float32: SpikingJelly's neuron, every layer at every spike step, every timestep over the
-whole grid, the release's batch sizes, the system's way with freed memory. "fast" is what main.py does; "dense" is the
-same without event-driven convolutions. Each mode runs in a process of its own, so that its peak memory is its own.
+whole grid, the release's batch sizes, the system's way with freed memory. "fast" is what main.py does; it takes turns
+with "dense", the same without event-driven convolutions. Each mode runs in a process of its own, so that its peak
+memory is its own.
 """
 
 import argparse
@@ -48,7 +49,10 @@ TRAINED = Path(__file__).resolve().parents[1] / "pretrained" / "fmnist-faithful"
 CODES, SIDE, GRID = 128, 28, 7
 IMAGES = 64  # distinct ones
 LEARNING_RATE = 1e-6  # so low that trained weights, and how much they fire, stay as they are
-MODES = ("plain", "dense", "fast")
+WAYS = {"plain": ("plain",), "fast": ("fast", "dense")}
+"""What each mode measures."""
+
+LARGEST_SHARE = dict(event_conv.LARGEST_SHARE)
 PLAIN_BATCH = {"stage1_train": 32, "stage2_train": 32, "encode": 32, "sample": 16}
 FAST_BATCH = {"stage1_train": 64, "stage2_train": 64, "encode": 256, "sample": 64}
 FIGURE_SHIFTS = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
@@ -150,33 +154,37 @@ def seconds(task: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def measure(args: argparse.Namespace, mode: str) -> dict:
-    """Images/s of each task (median of the repeats, after a warm-up), shares of spikes, peak memory in MiB."""
+def measure(args: argparse.Namespace, mode: str) -> dict[str, dict]:
+    """For each way of a mode, images/s of each task, the median of the repeats; and what they depend on.
+
+    That is the share of spikes, batch sizes and precision; and the process's peak memory in MiB.
+    """
     plain = mode == "plain"
     machine = choose_machine(args.device, "float32" if plain else args.precision, args.compile and not plain)
     if not plain:
         keep_freed_memory()
-    if mode == "dense":
-        set_largest_share(-1)
     default = PLAIN_BATCH if plain else FAST_BATCH
     batch = {name: args.batch_size or size for name, size in default.items()}
     vqsvae, sdid = networks(args)
     codes, images = draw_images(vqsvae, sdid, machine.device)
-    figures = {}
+    figures = {way: {} for way in WAYS[mode]}
     for name, task in tasks(machine, plain, batch, vqsvae, sdid, codes, images).items():
-        for _ in range(1 if name == "sample" else 3):
-            seconds(task, machine.device)
-        repeats = args.repeats if name != "sample" else max(1, args.repeats // 3)
-        times = [seconds(task, machine.device) for _ in range(repeats)]
-        figures[name] = round(batch[name] / statistics.median(times), 3)
-        print(f"{mode:6} {name:13} {figures[name]:10.2f} images/s", flush=True)
+        warm_up, repeats = (1, max(1, args.repeats // 3)) if name == "sample" else (3, args.repeats)
+        times = {way: [] for way in figures}
+        for _ in range(warm_up + repeats):
+            for way in figures:
+                use_events(-1 if way == "dense" else None)
+                times[way].append(seconds(task, machine.device))
+        for way, values in times.items():
+            figures[way][name] = round(batch[name] / statistics.median(values[warm_up:]), 3)
+            print(f"{way:6} {name:13} {figures[way][name]:10.2f} images/s", flush=True)
     shares = shares_of_spikes(sdid, *masked(codes, machine.device))
-    print(f"{mode:6} spikes       ", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True)
-    peak = {"peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+    print(f"{mode:6} {'spikes':13} ", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True)
+    facts = {"spikes": shares, "batch": batch, "precision": "bf16" if machine.bf16 else "float32"}
+    facts["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     if machine.device.type == "cuda":
-        peak["peak_device_memory_mib"] = round(torch.cuda.max_memory_allocated(machine.device) / 2**20)
-    precision = "bf16" if machine.bf16 else "float32"
-    return {**figures, "spikes": shares, **peak, "batch": batch, "precision": precision}
+        facts["peak_device_memory_mib"] = round(torch.cuda.max_memory_allocated(machine.device) / 2**20)
+    return {way: {**rates, **facts} for way, rates in figures.items()}
 
 
 def masked(codes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -187,14 +195,17 @@ def masked(codes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return tokens.to(device), t.to(device)
 
 
-def set_largest_share(share: float) -> None:
-    """Convolutions are computed from events up to this share of spikes: 1 for always, -1 for never."""
-    event_conv.LARGEST_SHARE.update(dict.fromkeys(event_conv.LARGEST_SHARE, share))
+def use_events(share: float | None = None) -> None:
+    """Compute convolutions from events up to this share of spikes: 1 for always, -1 for never, None as main.py does."""
+    event_conv.LARGEST_SHARE.update(LARGEST_SHARE if share is None else dict.fromkeys(LARGEST_SHARE, share))
 
 
 @torch.no_grad()
 def draw_figure(args: argparse.Namespace) -> dict:
-    """Time of a denoiser's pass over the whole grid against its share of spikes, dense and event-driven; CPU only."""
+    """Time of a denoiser's pass over the whole grid against its share of spikes, dense and event-driven; CPU only.
+
+    It is processor time: what other programs take meanwhile does not count, and threads add up.
+    """
     import matplotlib.pyplot as plt  # here because importing it takes a second
 
     machine = choose_machine("cpu", args.precision)
@@ -210,19 +221,27 @@ def draw_figure(args: argparse.Namespace) -> dict:
         shares = shares_of_spikes(sdid, tokens, t)
         times = {"dense": [], "events": []}
         for _ in range(args.repeats):
-            for way, largest in (("dense", -1), ("events", 1)):  # by turns, as other programs come and go
-                set_largest_share(largest)
+            for way, largest in (("dense", -1), ("events", 1)):
+                use_events(largest)
+                started = time.process_time()
                 with machine.autocast():
-                    times[way].append(seconds(lambda sdid=sdid: sdid(tokens, t), machine.device))
+                    sdid(tokens, t)
+                times[way].append(time.process_time() - started)
         milliseconds = {way: 1e3 * statistics.median(values) for way, values in times.items()}
-        points.append({"share": statistics.mean(list(shares.values())[:-1]), **milliseconds})
+        points.append(
+            {"share": statistics.mean(shares[name] for name in ("conv2", "conv3", "conv4", "conv5")), **milliseconds}
+        )
         print("share {share:.3f}: dense {dense:.0f} ms, event-driven {events:.0f} ms".format(**points[-1]), flush=True)
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     share = [100 * point["share"] for point in points]
     axis.plot(share, [point["dense"] for point in points], marker="s", label="dense")
     axis.plot(share, [point["events"] for point in points], marker="o", label="event-driven")
     axis.axvline(share[FIGURE_SHIFTS.index(0)], ls=":", color="grey", label="trained weights")
-    axis.set(xlabel="neurons that fire at a spike step, %", ylabel=f"pass over {len(tokens)} grids, ms", ylim=(0, None))
+    axis.set(
+        xlabel="neurons that fire at a spike step, %",
+        ylabel=f"processor time of a pass over {len(tokens)} grids, ms",
+        ylim=(0, None),
+    )
     axis.legend()
     save_figure(Path(args.figure), figure)
     return {"denoiser_pass": points, "precision": "bf16" if machine.bf16 else "float32"}
@@ -271,13 +290,13 @@ def in_own_process(arguments: list[str], mode: str) -> dict:
         sys.exit(done.returncode)  # it has said why
     *lines, last = done.stdout.splitlines()
     print("\n".join(lines), flush=True)
-    return json.loads(last)[mode]
+    return {way: json.loads(last)[way] for way in WAYS[mode]}
 
 
 def main() -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=("all", *MODES), default="all")
+    parser.add_argument("--mode", choices=("all", *WAYS), default="all")
     parser.add_argument("--run", type=Path, default=TRAINED, help="folder of a run")
     parser.add_argument("--figure", metavar="FILE", help="draw time against share of spikes instead")
     parser.add_argument("--scaling", action="store_true", help="time N = 1,000, 10,000 and 60,000 images instead")
@@ -296,14 +315,14 @@ def main() -> None:
         elif args.figure:
             figures = {"machine": describe_machine(), **draw_figure(args)}
         elif args.mode == "all":
-            modes = {mode: in_own_process(sys.argv[1:], mode) for mode in MODES}
+            modes = in_own_process(sys.argv[1:], "plain") | in_own_process(sys.argv[1:], "fast")
             figures = {"machine": describe_machine(), **modes}
             for base in ("plain", "dense"):
                 ratio = {name: round(modes["fast"][name] / modes[base][name], 2) for name in PLAIN_BATCH}
                 figures[f"fast_over_{base}"] = ratio
                 print(f"fast / {base:6}", ", ".join(f"{name} {value:.2f}" for name, value in ratio.items()))
         else:
-            figures = {"machine": describe_machine(), args.mode: measure(args, args.mode)}
+            figures = {"machine": describe_machine(), **measure(args, args.mode)}
     except UserError as error:
         sys.exit(f"error: {error}")
     if args.json == "-":
