@@ -24,8 +24,9 @@ from torch import Tensor, nn
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("bfloat16.h", "fused_lif.cpp", "event_conv.cpp")]
 FLAGS = (
-    *("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno"),
-    *("-fno-trapping-math", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
+    *("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-std=c++17", "-fopenmp", "-shared", "-fPIC"),
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),  # others refuse it
 )
 NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
@@ -69,7 +70,7 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
         warnings.warn(
-            f"fused LIF not compiled ({reason}); using SpikingJelly's LIFNode, several times slower",
+            f"fused LIF not compiled ({reason}); using SpikingJelly's LIFNode and dense convolutions, many times slower",
             stacklevel=2,
         )
         return None

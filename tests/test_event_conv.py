@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from diffusion.absorbing import AbsorbingDiffusion
 from models import event_conv, fused_lif
 from models.sdid import SDID
 from models.spiking import convolve, convolve_at, convolve_spikes, set_plain
@@ -171,3 +172,16 @@ def test_the_denoiser_computes_the_same_from_events(training, monkeypatch):
     for plain_value, fast_value in zip(*results, strict=True):
         torch.testing.assert_close(fast_value, plain_value, rtol=1e-9, atol=1e-12)
     assert kernels.count("event_forward_float64") == kernels.count("event_backward_float64") == 4
+
+
+def test_the_sampler_draws_the_plain_codes_from_events():
+    """In float64: nothing hangs on a rounding."""
+    torch.manual_seed(0)
+    model, diffusion = SDID(codebook_size=10, spike_steps=4, width=4).double(), AbsorbingDiffusion(10, 25)
+    for _ in range(30):
+        model(torch.randint(0, 11, (6, 5, 5)), torch.randint(1, 26, (6,)))
+    noise = diffusion.noise(0, range(12), (5, 5))
+    by_events = diffusion.sample(model.eval().logits_at, noise)
+    set_plain(model, True)
+    assert torch.equal(diffusion.sample_every_timestep(model, noise), by_events)
+    assert len(by_events.unique()) > 5
