@@ -3,7 +3,8 @@
 On the CPU, SpikingJelly's multi-step LIF is a loop of tensor operations over the spike steps, each of which reads
 and writes the whole activation. `fused_lif.cpp` keeps the membrane potential in registers instead. It is compiled by
 the system's C++ compiler on first use and kept in the user's cache folder; where nothing can be compiled,
-`available()` says so once and the networks run on SpikingJelly's neuron. Same mathematics, same gradients.
+`available()` says so once and the networks run on SpikingJelly's neuron. Same mathematics, same gradients. The kernels
+of event_conv.py are compiled into the same library.
 """
 
 import ctypes
@@ -70,7 +71,7 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
         warnings.warn(
-            f"fused LIF not compiled ({reason}); using SpikingJelly's LIFNode and dense convolutions, many times slower",
+            f"fused LIF not compiled ({reason}); using SpikingJelly's LIFNode and dense convolutions, much slower",
             stacklevel=2,
         )
         return None
