@@ -8,6 +8,7 @@ torchrun --nproc_per_node 4 main.py --dataset_name MNIST
 
 import sys
 
+import pipeline.runtime.threads  # noqa: F401  before torch
 from errors import UserError
 from pipeline.configuration import Call, resolve
 from pipeline.runtime import processes

@@ -6,35 +6,11 @@
 // same at every step. With `readout` weights [S] only sum_s readout[s] * spikes[s] is written, [P, C].
 // fused_lif.py compiles this file and is its only caller.
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
+#include "bfloat16.h"
+
 namespace {
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-inline float load(float v) { return v; }
-inline double load(double v) { return v; }
-inline float load(bfloat16 v) {
-    uint32_t wide = uint32_t(v.bits) << 16;
-    float result;
-    std::memcpy(&result, &wide, 4);
-    return result;
-}
-
-inline void store(float& to, float v) { to = v; }
-inline void store(double& to, double v) { to = v; }
-inline void store(bfloat16& to, float v) {  // round to nearest even
-    uint32_t wide;
-    std::memcpy(&wide, &v, 4);
-    to.bits = uint16_t((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
-}
-
-template <class T> struct Accumulator { using type = float; };
-template <> struct Accumulator<double> { using type = double; };
 
 constexpr long TILE = 512;  // elements a thread carries through all spike steps while they stay in its L1 cache
 

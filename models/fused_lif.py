@@ -2,8 +2,9 @@
 
 On the CPU, SpikingJelly's multi-step LIF is a loop of tensor operations over the spike steps, each of which reads and
 writes the whole activation. `fused_lif.cpp` keeps the membrane potential in registers instead; outputs and gradients
-are the same. The system's C++ compiler compiles it on first use, and the library is cached if the cache is writable.
-Without a compiler, `available()` warns once and the networks run on SpikingJelly's neuron.
+are the same. The system's C++ compiler compiles it, and the kernels of event_conv.py with it, on first use; the library
+is cached if the cache is writable. Without a compiler, `available()` warns once and the networks run on SpikingJelly's
+neuron.
 """
 
 import ctypes
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 from files import from_cache, to_cache
 from models.reduction import SINGLE_PROCESS, Reduction
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+FOLDER = Path(__file__).parent
+SOURCES = [FOLDER / name for name in ("bfloat16.h", "fused_lif.cpp", "event_conv.cpp")]
 FLAGS = (
-    *("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno"),
-    *("-fno-trapping-math", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
+    *("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-std=c++17", "-fopenmp", "-shared", "-fPIC"),
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),  # others refuse it
 )
 NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
@@ -45,14 +48,16 @@ def _load() -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler found")
-    key = "\n".join((compiler, *FLAGS, platform.machine(), _processor(), SOURCE.read_text(encoding="utf-8")))
-    name = f"fused_lif-{hashlib.sha256(key.encode()).hexdigest()[:16]}.summed.so"
+    sources = (file.read_text(encoding="utf-8") for file in SOURCES)
+    key = "\n".join((compiler, *FLAGS, platform.machine(), _processor(), *sources))
+    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.summed.so"
     kept = from_cache(name, _load_checked)
     if kept:
         return kept
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder) / name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(fresh)]
+        units = [str(file) for file in SOURCES if file.suffix == ".cpp"]
+        command = [compiler, *FLAGS, *units, "-o", str(fresh)]
         subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
         content = fresh.read_bytes()
         return ctypes.CDLL(str(to_cache(name, content + _checksum(content)) or fresh))
@@ -78,7 +83,7 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
         warnings.warn(
-            f"fused LIF not compiled ({reason}); using SpikingJelly's LIFNode, several times slower",
+            f"fused LIF not compiled ({reason}); using SpikingJelly's LIFNode and dense convolutions, much slower",
             stacklevel=2,
         )
         return None
@@ -90,7 +95,8 @@ def available() -> bool:
     return _library() is not None
 
 
-def _call(name: str, *arguments: Tensor | int | bool | None) -> None:
+def call(name: str, *arguments: Tensor | int | bool | None) -> int:
+    """Run a kernel on as many threads as torch has; tensors are handed over as they lie in memory."""
     converted = []
     for argument in arguments:
         if isinstance(argument, bool):
@@ -99,7 +105,7 @@ def _call(name: str, *arguments: Tensor | int | bool | None) -> None:
             converted.append(ctypes.c_long(argument))
         else:
             converted.append(ctypes.c_void_p(None if argument is None else argument.data_ptr()))
-    getattr(_library(), name)(*converted, ctypes.c_int(torch.get_num_threads()))
+    return getattr(_library(), name)(*converted, ctypes.c_int(torch.get_num_threads()))
 
 
 def _empty_sums(channels: int) -> Tensor:
@@ -121,7 +127,7 @@ def moments(x: Tensor, reduction: Reduction = SINGLE_PROCESS) -> tuple[Tensor, T
     channels = x.shape[1]
     positions = x.numel() // channels
     sums = _empty_sums(channels)
-    _call(f"moments_{NAMES[x.dtype]}", x, positions, channels, sums)
+    call(f"moments_{NAMES[x.dtype]}", x, positions, channels, sums)
     total, positions = _total(sums, positions, reduction)
     mean, square = total / positions
     return mean, (square - mean.square()).clamp_min(0), positions
@@ -147,7 +153,7 @@ class _NormLIF(torch.autograd.Function):
         out = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
         ctx.kernel = f"{NAMES[x.dtype]}_{NAMES[dtype]}"
         sizes = (spike_steps, positions, channels, constant)
-        _call(f"forward_{ctx.kernel}", x, scale, shift, readout, *sizes, out)
+        call(f"forward_{ctx.kernel}", x, scale, shift, readout, *sizes, out)
         ctx.save_for_backward(x, weight, scale, shift, mean, invstd, readout)
         ctx.sizes, ctx.training, ctx.reduction = sizes, training, reduction
         return out
@@ -159,7 +165,7 @@ class _NormLIF(torch.autograd.Function):
         grad_out = grad_out.contiguous(memory_format=torch.channels_last)
         grad = torch.empty_like(x)
         sums = _empty_sums(channels)
-        _call(f"backward_{ctx.kernel}", x, scale, shift, mean, invstd, readout, *ctx.sizes, grad_out, grad, sums)
+        call(f"backward_{ctx.kernel}", x, scale, shift, mean, invstd, readout, *ctx.sizes, grad_out, grad, sums)
         grad_bias, grad_weight = sums.sum(0)
         (total, product), rows = _total(sums, x.numel() // channels, ctx.reduction)
         # dx = scale * (g - mean(g) - xhat * mean(g * xhat)), written as a g + b x + c
@@ -167,7 +173,7 @@ class _NormLIF(torch.autograd.Function):
         b = -a * invstd.double() * product / rows if ctx.training else torch.zeros_like(a)
         c = -a * total / rows - b * mean.double() if ctx.training else b
         coefficients = (v.to(scale.dtype) for v in (a, b, c))
-        _call(f"affine_{NAMES[x.dtype]}", x, *coefficients, x.numel() // channels, channels, grad)
+        call(f"affine_{NAMES[x.dtype]}", x, *coefficients, x.numel() // channels, channels, grad)
         grad_offset = torch.zeros_like(weight) if ctx.training else (a * grad_bias).to(weight.dtype)
         return grad, grad_offset, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 8
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
-from models import fused_lif
+from models import event_conv, fused_lif
 
 MEMBRANE_DECAY = 0.8
 SURROGATE = surrogate.ATan(2.0)
@@ -191,7 +191,8 @@ class SpikingStack(nn.Sequential):
             x = x if x.dim() == 5 else x.expand(self.spike_steps, *x.shape)
             return lif(norm(conv(x.flatten(0, 1))).unflatten(0, (self.spike_steps, -1)))
         if x.dim() == 5:
-            return fire(norm, lif, convolve(conv, x.flatten(0, 1)), self.spike_steps, bias=conv.bias, readout=readout)
+            x = convolve_spikes(conv, x.flatten(0, 1))
+            return fire(norm, lif, x, self.spike_steps, bias=conv.bias, readout=readout)
         with full_precision(x):  # once, not at every step; tokens and timesteps are large integers, inexact in bfloat16
             x = convolve(conv, x)
         return fire(norm, lif, x, self.spike_steps, bias=conv.bias, readout=readout, constant=True)
@@ -202,7 +203,9 @@ class SpikingStack(nn.Sequential):
         With `readout` weights `[S]`: to their weighted sum `[P,C']`.
         """
         conv, norm, lif = self
-        x = convolve_at(conv, x, rows).flatten(0, 1)[:, :, None, None]  # [S*P,C',1,1]
+        currents = event_conv.convolve_at(conv, x, rows)
+        x = convolve_at(conv, x, rows) if currents is None else currents
+        x = x.flatten(0, 1)[:, :, None, None]  # [S*P,C',1,1]
         return fire(norm, lif, x, self.spike_steps, bias=conv.bias, readout=readout).flatten(-3)
 
 
@@ -214,6 +217,12 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     if isinstance(conv, nn.ConvTranspose2d):
         return F.conv_transpose2d(x, conv.weight, None, conv.stride, conv.padding, conv.output_padding)
     return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+
+
+def convolve_spikes(conv: nn.Module, x: Tensor) -> Tensor:
+    """`convolve` of spikes, which costs what they cost where they are few."""
+    currents = event_conv.convolve(conv, x)
+    return convolve(conv, x) if currents is None else currents
 
 
 def convolve_at(conv: nn.Conv2d, x: Tensor, rows: Tensor) -> Tensor:

@@ -1,16 +1,21 @@
 """Speed of training, encoding and sampling, and what the exact savings are worth on this machine.
 
-python scripts/benchmark.py --json FILE      both modes, a few minutes
-python scripts/benchmark.py --mode fast      one of them
-python scripts/benchmark.py --scaling        cost per image as the number of images grows
+python scripts/benchmark.py --json FILE        all modes, some minutes
+python scripts/benchmark.py --mode fast        one of them
+python scripts/benchmark.py --figure FILE      time of a denoiser's pass against its share of spikes, as a picture
+python scripts/benchmark.py --scaling          cost per image as the number of images grows
 
-Images are random; weights are fresh, with running statistics that have seen data. "plain" computes literally, in
-float32: SpikingJelly's neuron, every layer at every spike step, every timestep over the whole grid, the release's batch
-sizes, the system's way with freed memory. "fast" is what main.py does. Each mode runs in a process of its own, so that
-its peak memory is its own.
+Measured are trained networks on codes that they draw and images decoded from these: what a layer costs depends on how
+many of its neurons fire. With --spike_steps or --denoiser_channels, networks of that size with fresh weights instead.
+
+"plain" computes literally, in float32: SpikingJelly's neuron, every layer at every spike step, every timestep over the
+whole grid, the release's batch sizes, the system's way with freed memory. "fast" is what main.py does; it takes turns
+with "dense", the same without event-driven convolutions. Each mode runs in a process of its own, so that its peak
+memory is its own.
 """
 
 import argparse
+import copy
 import json
 import os
 import resource
@@ -21,35 +26,81 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
+
+import pipeline.runtime.threads  # noqa: F401  before torch
+
+# isort: split
+import torch
+from torch import Tensor, nn
 
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
-from models import SDID, VQSVAE
+from models import SDID, VQSVAE, event_conv
 from models.spiking import use_backend
+from pipeline.checkpoints import load_weights
 from pipeline.options import PRECISIONS
-from pipeline.run_folder import versions
-from pipeline.runtime.device import (
-    Machine,
-    choose_machine,
-    describe_machine,
-    find_device,
-    keep_freed_memory,
-)
+from pipeline.run_folder import RunFolder, versions
+from pipeline.runtime.device import Machine, choose_machine, describe_machine, find_device, keep_freed_memory
 from pipeline.runtime.terminal import print_anywhere
-from pipeline.sampling.batches import draw_codes, encode_images
+from pipeline.sampling.batches import decode_codes, draw_codes, encode_images
+from pipeline.sampling.grids import save_figure
 
+TRAINED = Path(__file__).resolve().parents[1] / "pretrained" / "fmnist-faithful"
 CODES, SIDE, GRID = 128, 28, 7
+IMAGES = 64  # distinct ones
+LEARNING_RATE = 1e-6  # so low that trained weights, and how much they fire, stay as they are
+WAYS = {"plain": ("plain",), "fast": ("fast", "dense")}
+"""What each mode measures."""
+
+LARGEST_SHARE = dict(event_conv.LARGEST_SHARE)
 PLAIN_BATCH = {"stage1_train": 32, "stage2_train": 32, "encode": 32, "sample": 16}
 FAST_BATCH = {"stage1_train": 64, "stage2_train": 64, "encode": 256, "sample": 64}
+FIGURE_SHIFTS = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
+"""What is added to the bias of batch norm, in front of a threshold of 1, to have neurons fire more or less."""
+
+
+def networks(args: argparse.Namespace) -> tuple[VQSVAE, SDID]:
+    """The trained networks of `--run`, or fresh ones of the size that was asked for."""
+    if args.spike_steps or args.denoiser_channels:
+        torch.manual_seed(0)
+        steps = args.spike_steps or 16
+        return VQSVAE(spike_steps=steps), SDID(spike_steps=steps, denoiser_channels=args.denoiser_channels or 64)
+    run, built = RunFolder(args.run), []
+    config = run.read_config()
+    for kind, path in ((VQSVAE, run.model), (SDID, run.denoiser)):
+        weights = load_weights(path)
+        try:
+            built.append(kind(**kind.options_of(weights), spike_steps=config["spike_steps"]))
+            built[-1].load_state_dict(weights)
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"{path} is not of the paper's networks: name another --run") from error
+    return tuple(built)
+
+
+def draw_images(vqsvae: VQSVAE, sdid: SDID, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes `[N,h,w]` drawn by the networks, the same in every mode, and their images, uint8 `[N,1,H,W]`."""
+    machine, diffusion = Machine(device, bf16=False), AbsorbingDiffusion(CODES, GRID * GRID)
+    noise = diffusion.noise(0, range(IMAGES), (GRID, GRID))
+    codes = draw_codes(machine.place(sdid), diffusion, noise, machine, temperature=1.0)
+    return codes, decode_codes(machine.place(vqsvae), codes, machine)
+
+
+@torch.no_grad()
+def shares_of_spikes(sdid: SDID, tokens: Tensor, t: Tensor) -> dict[str, float]:
+    """Share of spikes among the inputs of each convolution that has spikes, in evaluation mode."""
+    sdid, shares = copy.deepcopy(sdid).eval(), {}
+    for name in ("conv2", "conv3", "conv4", "conv5", "conv6"):
+        conv = sdid.get_submodule(name)[0]
+        conv.register_forward_pre_hook(lambda _, inputs, name=name: shares.update({name: inputs[0].mean().item()}))
+    with use_backend("reference"):
+        sdid(tokens, t)
+    return shares
 
 
 def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], machine: Machine) -> Callable[[], None]:
     """A function that does one step of training as main.py does."""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=1e-3)
 
     def step() -> None:
         with machine.autocast():
@@ -61,22 +112,23 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], machine: M
     return step
 
 
-def tasks(machine: Machine, plain: bool, batch: dict[str, int], spike_steps: int, width: int) -> dict[str, Callable]:
+def tasks(
+    machine: Machine, plain: bool, batch: dict[str, int], vqsvae: VQSVAE, sdid: SDID, codes: Tensor, images: Tensor
+) -> dict[str, Callable]:
     """What is timed: each function handles one batch, of the size that `batch` names."""
     device = machine.device
-    torch.manual_seed(0)
-    vqsvae, sdid = VQSVAE(spike_steps=spike_steps), SDID(spike_steps=spike_steps, denoiser_channels=width)
     for network in (vqsvae, sdid):
-        network.to(device) if plain else machine.place(network)
-    diffusion = AbsorbingDiffusion(CODES, GRID * GRID)
-    images = torch.rand(batch["stage1_train"], 1, SIDE, SIDE, device=device)
-    codes = torch.randint(0, CODES, (batch["stage2_train"], GRID, GRID), device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    pictures = torch.randint(0, 256, (batch["encode"], 1, SIDE, SIDE), dtype=torch.uint8)
-    noise = diffusion.noise(0, range(batch["sample"]), (GRID, GRID))
+        network.to(device, memory_format=torch.contiguous_format) if plain else machine.place(network)
 
-    def denoiser_loss() -> torch.Tensor:
-        return diffusion.loss(sdid.train(), codes, diffusion.training_noise(len(codes), (GRID, GRID), generator))
+    def some(values: Tensor, task: str) -> Tensor:
+        return values[torch.arange(batch[task]) % len(values)]
+
+    diffusion = AbsorbingDiffusion(CODES, GRID * GRID)
+    pixels = some(images, "stage1_train").to(device) / 255
+    codes = some(codes, "stage2_train").to(device)
+    training_noise = diffusion.training_noise(len(codes), (GRID, GRID), torch.Generator(device).manual_seed(0))
+    pictures = some(images, "encode")
+    noise = diffusion.noise(0, range(batch["sample"]), (GRID, GRID))
 
     def sample() -> None:
         sdid.eval()
@@ -86,8 +138,8 @@ def tasks(machine: Machine, plain: bool, batch: dict[str, int], spike_steps: int
             draw_codes(sdid, diffusion, noise, machine, temperature=1.0, batch_size=batch["sample"])
 
     return {
-        "stage1_train": training_step(vqsvae, lambda: vqsvae.train()(images, 0.1).loss, machine),
-        "stage2_train": training_step(sdid, denoiser_loss, machine),
+        "stage1_train": training_step(vqsvae, lambda: vqsvae.train()(pixels, 0.1).loss, machine),
+        "stage2_train": training_step(sdid, lambda: diffusion.loss(sdid.train(), codes, training_noise), machine),
         "encode": lambda: encode_images(vqsvae, pictures, machine, batch["encode"]),
         "sample": sample,
     }
@@ -102,25 +154,97 @@ def seconds(task: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def measure(args: argparse.Namespace, plain: bool) -> dict:
-    """Images/s of each task (median of the repeats, after a warm-up) and the process's peak memory in MiB."""
+def measure(args: argparse.Namespace, mode: str) -> dict[str, dict]:
+    """For each way of a mode, images/s of each task, the median of the repeats; and what they depend on.
+
+    That is the share of spikes, batch sizes and precision; and the process's peak memory in MiB.
+    """
+    plain = mode == "plain"
     machine = choose_machine(args.device, "float32" if plain else args.precision, args.compile and not plain)
     if not plain:
         keep_freed_memory()
     default = PLAIN_BATCH if plain else FAST_BATCH
     batch = {name: args.batch_size or size for name, size in default.items()}
-    figures = {}
-    for name, task in tasks(machine, plain, batch, args.spike_steps, args.denoiser_channels).items():
-        for _ in range(1 if name == "sample" else 3):
-            seconds(task, machine.device)
-        repeats = args.repeats if name != "sample" else max(1, args.repeats // 3)
-        times = [seconds(task, machine.device) for _ in range(repeats)]
-        figures[name] = round(batch[name] / statistics.median(times), 3)
-        print(f"{'plain' if plain else 'fast':6} {name:13} {figures[name]:10.2f} images/s", flush=True)
-    peak = {"peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+    vqsvae, sdid = networks(args)
+    codes, images = draw_images(vqsvae, sdid, machine.device)
+    figures = {way: {} for way in WAYS[mode]}
+    for name, task in tasks(machine, plain, batch, vqsvae, sdid, codes, images).items():
+        warm_up, repeats = (1, max(1, args.repeats // 3)) if name == "sample" else (3, args.repeats)
+        times = {way: [] for way in figures}
+        for _ in range(warm_up + repeats):
+            for way in figures:
+                use_events(-1 if way == "dense" else None)
+                times[way].append(seconds(task, machine.device))
+        for way, values in times.items():
+            figures[way][name] = round(batch[name] / statistics.median(values[warm_up:]), 3)
+            print(f"{way:6} {name:13} {figures[way][name]:10.2f} images/s", flush=True)
+    shares = shares_of_spikes(sdid, *masked(codes, machine.device))
+    print(f"{mode:6} {'spikes':13} ", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True)
+    facts = {"spikes": shares, "batch": batch, "precision": machine.precision}
+    facts["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     if machine.device.type == "cuda":
-        peak["peak_device_memory_mib"] = round(torch.cuda.max_memory_allocated(machine.device) / 2**20)
-    return {**figures, **peak, "batch": batch, "precision": machine.precision}
+        facts["peak_device_memory_mib"] = round(torch.cuda.max_memory_allocated(machine.device) / 2**20)
+    return {way: {**rates, **facts} for way, rates in figures.items()}
+
+
+def masked(codes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens `[N,h,w]` and timesteps `[N]` as training meets them."""
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randint(1, GRID * GRID + 1, (len(codes),), generator=generator)
+    tokens, _ = AbsorbingDiffusion(CODES, GRID * GRID).q_sample(codes, t, generator)
+    return tokens.to(device), t.to(device)
+
+
+def use_events(share: float | None = None) -> None:
+    """Compute convolutions from events up to this share of spikes: 1 for always, -1 for never, None as main.py does."""
+    event_conv.LARGEST_SHARE.update(LARGEST_SHARE if share is None else dict.fromkeys(LARGEST_SHARE, share))
+
+
+@torch.no_grad()
+def draw_figure(args: argparse.Namespace) -> dict:
+    """Time of a denoiser's pass over the whole grid against its share of spikes, dense and event-driven; CPU only.
+
+    It is processor time: what other programs take meanwhile does not count, and threads add up.
+    """
+    import matplotlib.pyplot as plt  # here because importing it takes a second
+
+    machine = choose_machine("cpu", args.precision)
+    keep_freed_memory()
+    vqsvae, trained = networks(args)
+    tokens, t = masked(draw_images(vqsvae, trained, machine.device)[0], machine.device)
+    points = []
+    for shift in FIGURE_SHIFTS:
+        sdid = copy.deepcopy(trained).eval()
+        for module in sdid.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.bias += shift
+        shares = shares_of_spikes(sdid, tokens, t)
+        times = {"dense": [], "events": []}
+        for _ in range(args.repeats):
+            for way, largest in (("dense", -1), ("events", 1)):
+                use_events(largest)
+                started = time.process_time()
+                with machine.autocast():
+                    sdid(tokens, t)
+                times[way].append(time.process_time() - started)
+        milliseconds = {way: 1e3 * statistics.median(values) for way, values in times.items()}
+        points.append(
+            {"share": statistics.mean(shares[name] for name in ("conv2", "conv3", "conv4", "conv5")), **milliseconds}
+        )
+        print("share {share:.3f}: dense {dense:.0f} ms, event-driven {events:.0f} ms".format(**points[-1]), flush=True)
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    share = [100 * point["share"] for point in points]
+    axis.plot(share, [point["dense"] for point in points], marker="s", label="dense")
+    axis.plot(share, [point["events"] for point in points], marker="o", label="event-driven")
+    axis.axvline(share[FIGURE_SHIFTS.index(0)], ls=":", color="grey", label="trained weights")
+    axis.set(
+        xlabel="neurons that fire at a spike step, %",
+        ylabel=f"processor time of a pass over {len(tokens)} grids, ms",
+        ylim=(0, None),
+    )
+    axis.legend()
+    save_figure(Path(args.figure), figure)
+    return {"denoiser_pass": points, "precision": machine.precision}
 
 
 def scaling(args: argparse.Namespace) -> dict:
@@ -147,40 +271,47 @@ def scaling(args: argparse.Namespace) -> dict:
 def in_own_process(arguments: list[str], mode: str) -> dict:
     """The figures of one mode, measured in a fresh process whose lines are passed on."""
     command = [sys.executable, __file__, *arguments, "--mode", mode, "--json", "-"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
     *lines, last = done.stdout.splitlines()
     print("\n".join(lines), flush=True)
-    return json.loads(last)[mode]
+    return {way: json.loads(last)[way] for way in WAYS[mode]}
 
 
 def main() -> None:
     """Measure, print a table, write JSON."""
     print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=("both", "plain", "fast"), default="both")
+    parser.add_argument("--mode", choices=("all", *WAYS), default="all")
+    parser.add_argument("--run", type=Path, default=TRAINED, help="folder of a run")
+    parser.add_argument("--figure", metavar="FILE", help="draw time against share of spikes instead")
     parser.add_argument("--scaling", action="store_true", help="time N = 1,000, 10,000 and 60,000 images instead")
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - for one line on standard output")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the fast mode")
     parser.add_argument("--compile", action="store_true", help="torch.compile in the fast mode")
     parser.add_argument("--batch_size", type=int, help="for all tasks; otherwise each mode has its own")
-    parser.add_argument("--spike_steps", type=int, default=16)
-    parser.add_argument("--denoiser_channels", type=int, default=64)
+    parser.add_argument("--spike_steps", type=int, help="of fresh networks [16]")
+    parser.add_argument("--denoiser_channels", type=int, help="of the first block of a fresh denoiser [64]")
     parser.add_argument("--repeats", type=int, default=7, help="of each task; a third of them for sampling")
     args = parser.parse_args()
     try:
         machine = {**describe_machine(find_device(args.device)), "cores": os.cpu_count(), "versions": versions()}
         if args.scaling:
             figures = {"machine": machine, "milliseconds_an_image": scaling(args)}
-        elif args.mode == "both":
-            modes = {mode: in_own_process(sys.argv[1:], mode) for mode in ("plain", "fast")}
-            ratio = {name: round(modes["fast"][name] / modes["plain"][name], 2) for name in PLAIN_BATCH}
-            figures = {"machine": machine, **modes, "ratio": ratio}
-            print("ratio  " + ", ".join(f"{name} {value:.2f}" for name, value in ratio.items()))
+        elif args.figure:
+            figures = {"machine": machine, **draw_figure(args)}
+        elif args.mode == "all":
+            modes = in_own_process(sys.argv[1:], "plain") | in_own_process(sys.argv[1:], "fast")
+            figures = {"machine": machine, **modes}
+            for base in ("plain", "dense"):
+                ratio = {name: round(modes["fast"][name] / modes[base][name], 2) for name in PLAIN_BATCH}
+                figures[f"fast_over_{base}"] = ratio
+                print(f"fast / {base:6}", ", ".join(f"{name} {value:.2f}" for name, value in ratio.items()))
         else:
-            plain = args.mode == "plain"
-            with use_backend("reference" if plain else "fast"):
-                figures = {"machine": machine, args.mode: measure(args, plain)}
+            with use_backend("reference" if args.mode == "plain" else "fast"):
+                figures = {"machine": machine, **measure(args, args.mode)}
     except UserError as error:
         sys.exit(f"error: {error}")
     if args.json == "-":

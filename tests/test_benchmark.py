@@ -1,6 +1,7 @@
 """The benchmark runs as a user would run it, on networks too small to measure anything."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +12,63 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 TASKS = {"stage1_train", "stage2_train", "encode", "sample"}
 
 
-def test_both_modes_and_their_ratio(tmp_path):
+def test_all_modes_and_their_ratios(tmp_path):
     network = ("--spike_steps", "1", "--denoiser_channels", "2", "--batch_size", "2")
     small = (*network, "--repeats", "1", "--device", "cpu", *PRECISION)
     file = tmp_path / "speed.json"
     done = subprocess.run([sys.executable, SCRIPT, *small, "--json", file], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())
-    assert set(figures["ratio"]) == TASKS
-    for mode in ("plain", "fast"):
+    for mode in ("plain", "dense", "fast"):
+        assert set(figures[mode]["spikes"]) == {"conv2", "conv3", "conv4", "conv5", "conv6"}
+        assert all(0 <= share <= 1 for share in figures[mode]["spikes"].values())
         assert all(figures[mode][task] > 0 for task in TASKS)
         assert figures[mode]["peak_memory_mib"] > 0
-    for task in TASKS:
-        assert abs(figures["ratio"][task] - figures["fast"][task] / figures["plain"][task]) < 0.006
+    for base in ("plain", "dense"):
+        ratio = figures[f"fast_over_{base}"]
+        assert set(ratio) == TASKS
+        for task in TASKS:
+            assert abs(ratio[task] - figures["fast"][task] / figures[base][task]) < 0.006
     assert figures["machine"]["threads"] >= 1
     assert figures["plain"]["precision"] == "float32"
-    assert "ratio" in done.stdout and "stage2_train" in done.stdout
+    assert "fast / dense" in done.stdout and "stage2_train" in done.stdout
+
+
+def test_figure_of_time_against_spikes(tmp_path):
+    small = ("--spike_steps", "1", "--denoiser_channels", "2", "--repeats", "1", "--json", tmp_path / "points.json")
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--figure", tmp_path / "pass.png", *small], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    points = json.loads((tmp_path / "points.json").read_text())["denoiser_pass"]
+    assert all(point["dense"] > 0 < point["events"] and 0 <= point["share"] <= 1 for point in points)
+    assert (tmp_path / "pass.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_is_not_there_is_one_line(tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT, "--run", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_idle_threads_sleep_unless_the_user_says_otherwise():
+    show = "import os, pipeline.runtime.threads; print(os.environ['OMP_WAIT_POLICY'])"
+    root, others = SCRIPT.parents[1], {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    for own, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        done = subprocess.run(
+            [sys.executable, "-c", show], capture_output=True, text=True, cwd=root, env={**others, **own}, check=True
+        )
+        assert done.stdout.strip() == expected
+
+
+def test_the_program_sets_it_before_torch_is_there():
+    show = (
+        "import sys, importlib.abc\n"
+        "class Watch(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': print('pipeline.runtime.threads' in sys.modules)\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "import main"
+    )
+    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, cwd=SCRIPT.parents[1])
+    assert done.stdout.split() == ["True"], done.stderr

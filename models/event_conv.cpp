@@ -1,0 +1,274 @@
+// Convolutions of binary spikes that cost what the spikes cost: for each output, the sum of the weights of its events.
+//
+// Spikes are [G, R, C]: G grids (spike steps times images) of R positions. A table [P, K] names the K neighbours of
+// each of the P output positions among the R; R stands for padding. The events of an output are the numbers k C + c
+// of its neighbours' spikes; those of all G P outputs are kept as lists behind each other (compressed sparse rows).
+// The output is the sum of a row of weights [K C, O] for each event; the gradient of such a row is the sum of the
+// gradients of the outputs that have the event. Both are the same loop, over TILE columns at a time, which stay in
+// the second-level cache. Every sum is taken in one order, whatever the number of threads.
+// event_conv.py is its only caller.
+#include <algorithm>
+#include <vector>
+
+#include "bfloat16.h"
+
+namespace {
+
+constexpr int TILE = 64;
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+
+typedef float floats __attribute__((vector_size(BYTES)));
+typedef double doubles __attribute__((vector_size(BYTES)));
+typedef uint32_t words __attribute__((vector_size(BYTES)));
+
+template <class V> inline V read(const void* from) {
+    V result;
+    std::memcpy(&result, from, sizeof(V));
+    return result;
+}
+
+// The sum of some rows of TILE numbers, in vector registers.
+template <class T, class V> struct Sum {
+    static constexpr int LANES = BYTES / sizeof(T), COUNT = TILE / LANES;
+    V parts[COUNT] = {};
+    inline void add(const T* row) {
+        for (int i = 0; i < COUNT; ++i) parts[i] += read<V>(row + i * LANES);
+    }
+    void write(T* to) const { std::memcpy(to, parts, sizeof(parts)); }
+};
+
+// Of bfloat16, two a word: the lower half belongs to even columns, the upper to odd ones.
+struct PairedSum {
+    static constexpr int LANES = BYTES / 4, COUNT = TILE / 2 / LANES;
+    floats even[COUNT] = {}, odd[COUNT] = {};
+    inline void add(const bfloat16* row) {
+        for (int i = 0; i < COUNT; ++i) {
+            const words pairs = read<words>(row + 2 * i * LANES);
+            even[i] += (floats)(pairs << 16);
+            odd[i] += (floats)(pairs & 0xffff0000u);
+        }
+    }
+    void write(float* to) const {
+        float low[TILE / 2], high[TILE / 2];
+        std::memcpy(low, even, sizeof(even));
+        std::memcpy(high, odd, sizeof(odd));
+        for (int j = 0; j < TILE / 2; ++j) to[2 * j] = low[j], to[2 * j + 1] = high[j];
+    }
+};
+
+template <class T> struct SumOf;
+template <> struct SumOf<float> { using type = Sum<float, floats>; };
+template <> struct SumOf<double> { using type = Sum<double, doubles>; };
+template <> struct SumOf<bfloat16> { using type = PairedSum; };
+
+// Sum of the rows of `table [., TILE]` that a list names.
+template <class T, class A> inline void sum_rows(const int32_t* row, const int32_t* end, const T* table, A* to) {
+    typename SumOf<T>::type sum;
+    for (; row < end; ++row) sum.add(table + long(*row) * TILE);
+    sum.write(to);
+}
+
+inline bool is_zero(float v) { return v == 0; }
+inline bool is_zero(double v) { return v == 0; }
+inline bool is_zero(bfloat16 v) { return (v.bits & 0x7fff) == 0; }
+inline bool is_one(float v) { return v == 1; }
+inline bool is_one(double v) { return v == 1; }
+inline bool is_one(bfloat16 v) { return v.bits == 0x3f80; }
+
+// Lengths of lists, at starts[1] and on, to where the lists begin and end.
+void accumulate(int64_t* starts, long lists) {
+    starts[0] = 0;
+    for (long i = 0; i < lists; ++i) starts[i + 1] += starts[i];
+}
+
+// Where the list of the ones of each row of x [rows, C] begins. False if something is neither 0 nor 1.
+template <class T> bool count(const T* x, long rows, long channels, int64_t* starts, int threads) {
+    long strange = 0;
+#pragma omp parallel for reduction(+ : strange) num_threads(threads)
+    for (long r = 0; r < rows; ++r) {
+        const T* in = x + r * channels;
+        int ones = 0, others = 0;
+#pragma omp simd reduction(+ : ones, others)
+        for (long c = 0; c < channels; ++c) {
+            ones += is_one(in[c]);
+            others += !is_one(in[c]) & !is_zero(in[c]);
+        }
+        starts[r + 1] = ones;
+        strange += others;
+    }
+    accumulate(starts, rows);
+    return strange == 0;
+}
+
+// The channels of the ones of each row, row r from channels_of[starts[r]] on.
+template <class T>
+void list(const T* x, const int64_t* starts, long rows, long channels, int32_t* channels_of, int threads) {
+    constexpr int BLOCK = 64;
+#pragma omp parallel for num_threads(threads)
+    for (long r = 0; r < rows; ++r) {
+        const T* in = x + r * channels;
+        int32_t* out = channels_of + starts[r];
+        for (long first = 0; first < channels && out < channels_of + starts[r + 1]; first += BLOCK) {
+            uint8_t flags[BLOCK] = {};
+            const int n = int(std::min<long>(BLOCK, channels - first));
+#pragma omp simd
+            for (int j = 0; j < n; ++j) flags[j] = is_one(in[first + j]);
+            for (int j = 0; j < BLOCK; j += 8) {
+                uint64_t eight;
+                std::memcpy(&eight, flags + j, 8);
+                for (; eight; eight &= eight - 1) *out++ = int32_t(first + j + (__builtin_ctzll(eight) >> 3));
+            }
+        }
+    }
+}
+
+// Lists of events `events[offsets[o] ..]` of all outputs o = g P + p. The first pass (no events) makes the offsets.
+void gather(const int64_t* starts, const int32_t* channels_of, const int64_t* table, long grids, long rows,
+            long positions, long neighbours, long channels, int64_t* offsets, int32_t* events, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long o = 0; o < grids * positions; ++o) {
+        const int64_t* near = table + o % positions * neighbours;
+        const long first = o / positions * rows;
+        int32_t* out = events ? events + offsets[o] : nullptr;
+        int64_t length = 0;
+        for (long k = 0; k < neighbours; ++k) {
+            if (near[k] == rows) continue;
+            const int64_t begin = starts[first + near[k]], n = starts[first + near[k] + 1] - begin;
+            if (events)
+                for (int64_t i = 0; i < n; ++i) out[length + i] = int32_t(k * channels + channels_of[begin + i]);
+            length += n;
+        }
+        if (!events) offsets[o + 1] = length;
+    }
+    if (!events) accumulate(offsets, grids * positions);
+}
+
+// Weights w[k sk + c sc + o so] to tiles [ceil(O / TILE), K C, TILE] padded with zeros.
+template <class W, class T>
+void pack(const W* w, long sk, long sc, long so, long neighbours, long channels, long outputs, T* tiles, int threads) {
+    const long count = (outputs + TILE - 1) / TILE, width = neighbours * channels;
+#pragma omp parallel for collapse(2) num_threads(threads)
+    for (long tile = 0; tile < count; ++tile)
+        for (long k = 0; k < neighbours; ++k)
+            for (long c = 0; c < channels; c += 16) {  // a cache line of weights for each column
+                const long n = std::min(16L, channels - c), columns = std::min<long>(TILE, outputs - tile * TILE);
+                W rows[16][TILE] = {};
+                for (long j = 0; j < columns; ++j)
+                    for (long i = 0; i < n; ++i) rows[i][j] = w[k * sk + (c + i) * sc + (tile * TILE + j) * so];
+                for (long i = 0; i < n; ++i)
+                    for (long j = 0; j < TILE; ++j)
+                        store(tiles[(tile * width + k * channels + c + i) * TILE + j], rows[i][j]);
+            }
+}
+
+// Output [rows, O]: for each row, the sum of the weights of its events.
+template <class T>
+void forward(const int64_t* offsets, const int32_t* events, const T* tiles, long rows, long width, long outputs, T* out,
+             int threads) {
+    constexpr long CHUNK = 64;
+    const long count = (outputs + TILE - 1) / TILE, chunks = (rows + CHUNK - 1) / CHUNK;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+    for (long tile = 0; tile < count; ++tile)
+        for (long chunk = 0; chunk < chunks; ++chunk) {
+            const T* weights = tiles + tile * width * TILE;
+            const long n = std::min<long>(TILE, outputs - tile * TILE);
+            for (long r = chunk * CHUNK; r < std::min(rows, (chunk + 1) * CHUNK); ++r) {
+                typename Accumulator<T>::type sum[TILE];
+                sum_rows(events + offsets[r], events + offsets[r + 1], weights, sum);
+                T* to = out + r * outputs + tile * TILE;
+                for (long j = 0; j < n; ++j) store(to[j], sum[j]);
+            }
+        }
+}
+
+// Gradient [K C, O] of the weights, from that of the output [rows, O]. A block of rows at a time, whose gradients,
+// as tiles, stay in the second-level cache, and whose lists are turned round: event to rows.
+template <class T, class A>
+void backward(const int64_t* offsets, const int32_t* events, const T* grad_out, long rows, long width, long outputs,
+              A* grad, int threads) {
+    const long block = std::min<long>(rows, 400000 / (TILE * sizeof(T))), blocks = (rows + block - 1) / block;
+    const long count = (outputs + TILE - 1) / TILE;
+    std::vector<int64_t> starts(blocks * (width + 1));
+    std::vector<int32_t> rows_of(offsets[rows]);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (long b = 0; b < blocks; ++b) {
+        const long first = b * block, last = std::min(rows, first + block);
+        int64_t* start = starts.data() + b * (width + 1);
+        std::fill(start, start + width + 1, 0);
+        for (int64_t i = offsets[first]; i < offsets[last]; ++i) ++start[events[i]];
+        int64_t end = offsets[first];
+        for (long e = 0; e < width; ++e) end += start[e], start[e] = end;
+        start[width] = end;
+        for (long r = last - 1; r >= first; --r)
+            for (int64_t i = offsets[r + 1] - 1; i >= offsets[r]; --i) rows_of[--start[events[i]]] = int32_t(r - first);
+    }
+    std::vector<T> tiles(count * block * TILE);
+    for (long b = 0; b < blocks; ++b) {
+        const long first = b * block, last = std::min(rows, first + block);
+        const int64_t* start = starts.data() + b * (width + 1);
+#pragma omp parallel num_threads(threads)
+        {
+#pragma omp for collapse(2)
+            for (long tile = 0; tile < count; ++tile)
+                for (long r = first; r < last; ++r) {
+                    const long n = std::min<long>(TILE, outputs - tile * TILE);
+                    std::copy_n(grad_out + r * outputs + tile * TILE, n, &tiles[(tile * block + r - first) * TILE]);
+                }
+#pragma omp for collapse(2) schedule(dynamic, 64)
+            for (long tile = 0; tile < count; ++tile)
+                for (long e = 0; e < width; ++e) {
+                    A sum[TILE];
+                    sum_rows(rows_of.data() + start[e], rows_of.data() + start[e + 1], &tiles[tile * block * TILE], sum);
+                    A* to = grad + e * outputs + tile * TILE;
+                    const long n = std::min<long>(TILE, outputs - tile * TILE);
+                    for (long j = 0; j < n; ++j) to[j] += sum[j];
+                }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" void event_gather(const int64_t* starts, const int32_t* channels_of, const int64_t* table, long grids,
+                             long rows, long positions, long neighbours, long channels, int64_t* offsets,
+                             int32_t* events, int threads) {
+    gather(starts, channels_of, table, grids, rows, positions, neighbours, channels, offsets, events, threads);
+}
+
+#define EVENT_KERNELS(NAME, T)                                                                                        \
+    extern "C" int event_count_##NAME(const T* x, long rows, long channels, int64_t* starts, int threads) {          \
+        return count(x, rows, channels, starts, threads);                                                             \
+    }                                                                                                                 \
+    extern "C" void event_list_##NAME(const T* x, const int64_t* starts, long rows, long channels,                    \
+                                      int32_t* channels_of, int threads) {                                            \
+        list(x, starts, rows, channels, channels_of, threads);                                                        \
+    }                                                                                                                 \
+    extern "C" void event_forward_##NAME(const int64_t* offsets, const int32_t* events, const T* tiles, long rows,    \
+                                         long width, long outputs, T* out, int threads) {                             \
+        forward(offsets, events, tiles, rows, width, outputs, out, threads);                                          \
+    }                                                                                                                 \
+    extern "C" void event_backward_##NAME(const int64_t* offsets, const int32_t* events, const T* grad_out,           \
+                                          long rows, long width, long outputs, Accumulator<T>::type* grad,            \
+                                          int threads) {                                                              \
+        backward(offsets, events, grad_out, rows, width, outputs, grad, threads);                                     \
+    }
+
+#define PACK_KERNEL(NAME, W, T)                                                                                       \
+    extern "C" void event_pack_##NAME(const W* w, long sk, long sc, long so, long neighbours, long channels,          \
+                                      long outputs, T* tiles, int threads) {                                          \
+        pack(w, sk, sc, so, neighbours, channels, outputs, tiles, threads);                                           \
+    }
+
+EVENT_KERNELS(float32, float)
+EVENT_KERNELS(float64, double)
+EVENT_KERNELS(bfloat16, bfloat16)
+PACK_KERNEL(float32_float32, float, float)
+PACK_KERNEL(float64_float64, double, double)
+PACK_KERNEL(float32_bfloat16, float, bfloat16)
