@@ -189,10 +189,9 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, dict]:
 
 def masked(codes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens `[N,h,w]` and timesteps `[N]` as training meets them."""
-    generator = torch.Generator().manual_seed(0)
-    t = torch.randint(1, GRID * GRID + 1, (len(codes),), generator=generator)
-    tokens, _ = AbsorbingDiffusion(CODES, GRID * GRID).q_sample(codes, t, generator)
-    return tokens.to(device), t.to(device)
+    diffusion = AbsorbingDiffusion(CODES, GRID * GRID)
+    noise = diffusion.training_noise(len(codes), (GRID, GRID), torch.Generator().manual_seed(0))
+    return diffusion.q_sample(codes, noise.mask).to(device), noise.t.to(device)
 
 
 def use_events(share: float | None = None) -> None:
