@@ -352,10 +352,12 @@ def test_checkpoint_of_the_release(elsewhere, cli, tmp_path, monkeypatch, float6
         other.write_text(json.dumps({"dataset_name": "MNIST", "spike_steps": 3}))
 
     arguments = ("--dataset_name", "MNIST", "--model", "snn-vq-vae", "--checkpoint", folder / "model.pth")
-    sampled = ("--num_samples", 1, "--sample_steps", 1, "--metrics", "mse")
+    sampled = ("--num_samples", 1, "--sample_steps", 1)
     machine = ("--precision", "float32", "--device", "cpu")
-    outcome = cli(*arguments, "--data_path", tmp_path / "data", *sampled, *machine)
-    assert (outcome.status, outcome.err) == (0, "")
+    for stage in ("sample", "evaluate"):
+        own = ("--stage", stage, *(("--metrics", "mse") if stage == "evaluate" else ()))
+        outcome = cli(*arguments, "--data_path", tmp_path / "data", *sampled, *machine, *own)
+        assert (outcome.status, outcome.err) == (0, "")
     expected = np.round((GOLDEN["vqsvae.eval.recon"] + 0.5).clip(0, 1) * 255) / 255
     assert read_metrics(folder)["mse"]["value"] == pytest.approx(np.square(expected - images / 255).mean(), rel=1e-6)
     assert read_images(folder).shape == (1, 28, 28, 1) and not (folder / "config.json").exists()

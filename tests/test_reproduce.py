@@ -126,7 +126,7 @@ def test_the_table_of_results_that_were_written_elsewhere(cli, run, tmp_path, ca
     assert cli("--checkpoint", run.name, "--result_path", tmp_path / "elsewhere", "--num_samples", 5).status == 0
     monkeypatch.chdir(tmp_path)
     results_table.main([str(tmp_path / "elsewhere")])
-    assert "| ImageFolder | snn-vq-vae | 2 + 2 epochs, 0.0 h |" in capsys.readouterr().out
+    assert "| ImageFolder | snn-vq-vae | 2 + 2 epochs, 0.0 h; temperature" in capsys.readouterr().out
     (run / "config.json").unlink()
     assert f"{run / 'config.json'} does not say which model" in refused(capsys, tmp_path / "elsewhere")
 
