@@ -1,8 +1,8 @@
 """Absorbing-state discrete diffusion over grids of codes (arXiv 2308.10187; D3PM, arXiv 2107.03006).
 
 A token is masked by timestep t with probability t/T and then stays masked; a denoiser learns to predict masked tokens.
-Nothing here depends on networks, images or processes: a denoiser is a function that is passed in, and what is random is
-drawn beforehand, for each example of its own.
+Nothing here depends on networks, images or processes: a denoiser is a function that is passed in, and all noise is
+drawn beforehand, separately for each example.
 """
 
 import math
@@ -37,10 +37,6 @@ class TrainingNoise(NamedTuple):
     t: Tensor
     mask: Tensor
 
-    def part(self, chosen: slice) -> "TrainingNoise":
-        """The noise of the chosen examples."""
-        return TrainingNoise(self.t[chosen], self.mask[chosen])
-
 
 class SamplingNoise(NamedTuple):
     """All that is random in N samples: when each token is revealed, and the uniform number that determines its code.
@@ -69,14 +65,15 @@ class AbsorbingDiffusion:
         """
         if kind == "spread_cross_entropy":
             return self._spread_noise(count, grid, generator)
-        how = {"generator": generator, "device": generator.device}
-        t = torch.randint(1, self.num_timesteps + 1, (count,), **how)
-        return TrainingNoise(t, torch.rand(count, *grid, **how) < (t / self.num_timesteps).view(-1, 1, 1))
+        device = generator.device
+        t = torch.randint(1, self.num_timesteps + 1, (count,), generator=generator, device=device)
+        uniforms = torch.rand(count, *grid, generator=generator, device=device)
+        return TrainingNoise(t, uniforms < (t / self.num_timesteps).view(-1, 1, 1))
 
     def _spread_noise(self, count: int, grid: tuple[int, int], generator: torch.Generator) -> TrainingNoise:
-        how = {"generator": generator, "device": generator.device}
-        order = spread_order(torch.rand(count, 2, *grid, **how))
-        elapsed = torch.rand(count, **how) ** REVEAL_ORDERS["spread"]
+        device = generator.device
+        order = spread_order(torch.rand(count, 2, *grid, generator=generator, device=device))
+        elapsed = torch.rand(count, generator=generator, device=device) ** REVEAL_ORDERS["spread"]
         revealed = (self.num_timesteps * elapsed).long()
         return TrainingNoise(self.num_timesteps - revealed, order >= revealed.view(-1, 1, 1))
 

@@ -3,10 +3,10 @@
 Tensors over spike steps are `[S,N,C,H,W]`. A tensor without the first axis, `[N,C,H,W]`, is an input that is the same
 at every spike step (direct coding).
 
-There are two backends. "fast" computes only what is needed: a constant input meets its convolution once, a linear head
-sees the sum over the spike steps, and batch norm and LIF are fused where a C++ compiler was found. "reference" calls
-every layer as a module at every spike step, on SpikingJelly's neuron, as the equations are written. Both compute the
-same function; `use_backend` chooses.
+There are two backends, which compute the same function. "reference" follows the equations literally: it calls every
+layer as a module at every spike step, with SpikingJelly's neuron. "fast" avoids redundant work: a constant input is
+convolved once, a linear head is applied to the sum over the spike steps, and batch norm and LIF are fused on the CPU if
+there is a C++ compiler. "fast" is the default; `use_backend` chooses.
 """
 
 from collections.abc import Iterator

@@ -164,7 +164,7 @@ def test_codes_see_the_pixels_that_they_are_said_to_see(kind, side):
     hidden = torch.zeros(side, side, dtype=torch.bool)
     hidden[side // 4 : side // 2, side // 2 :] = True
     encoded = model.encoder(images)
-    for cell, sees in np.ndenumerate(model.sees(hidden)):
+    for cell, sees in np.ndenumerate(model.affected_codes(hidden)):
         (gradient,) = torch.autograd.grad(encoded[(..., *cell)].sum(), images, retain_graph=True)
         assert bool(gradient[..., hidden].any()) == bool(sees), cell
 

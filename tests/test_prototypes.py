@@ -13,6 +13,7 @@ from models.quantizer import Codebook
 from models.spiking import use_backend
 from pipeline.checkpoints import load_weights, write_json
 from pipeline.run_folder import RunFolder
+from pipeline.runtime import processes
 from pipeline.runtime.device import Machine
 from pipeline.sampling.generators import CodeDiffusion
 from pipeline.training.loop import Schedule
@@ -199,7 +200,7 @@ def test_samples_are_told_and_fillings_are_not(told, cli, monkeypatch, float64):
     assert asked and all(len(told) == 3 for told in asked)
 
 
-def test_training_images_are_told_their_own_mostly(groups, codebook, tmp_path):
+def test_training_images_are_told_their_own_mostly(groups, codebook, tmp_path, monkeypatch):
     """A share of them is told none, in whatever part of the batch a process computes."""
     denoiser = small(prototypes=5)
     denoiser.prototypes.fit(groups, codebook, seed=0)
@@ -214,8 +215,10 @@ def test_training_images_are_told_their_own_mostly(groups, codebook, tmp_path):
     with RunFolder(tmp_path) as run:
         schedule = Schedule(epochs=1, batch_size=10, lr=0.1, seed=0)
         trainer = sdid_trainer(denoiser, generator, groups, "elbo", run=run, schedule=schedule, machine=machine)
-        for part in (slice(1000), slice(500, 1000)):
-            trainer.losses(network, batch, part, torch.Generator().manual_seed(0))
+        for number, count in ((0, 1), (1, 2)):  # one process, and the second of two
+            monkeypatch.setattr(processes, "rank", lambda number=number: number)
+            monkeypatch.setattr(processes, "size", lambda count=count: count)
+            trainer._share_of_losses(network, batch, torch.Generator().manual_seed(0))
     whole, half = seen
     assert torch.equal(whole[500:], half)
     dropped = whole == NO_PROTOTYPE

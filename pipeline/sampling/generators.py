@@ -129,7 +129,7 @@ class CodeDiffusion:
         The codes that are kept are those whose encoder sees no hidden pixel, so nothing of what was there is known.
         """
         diffusion = self.diffusion
-        unknown = self.autoencoder.sees(hidden)
+        unknown = self.autoencoder.affected_codes(hidden)
         tokens = torch.where(unknown, diffusion.mask_token, self.encode(images).long())
         codes, _ = self._draw_codes(range(len(images)), tokens)
         return torch.where(hidden, decode_codes(self.autoencoder, codes, self.machine, self.batch_size), images)

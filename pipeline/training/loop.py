@@ -30,7 +30,8 @@ LR_SCHEDULES = {
 CALIBRATION_IMAGES = 10_000  # of which batch norm's statistics are taken anew
 
 Losses = dict[str, Tensor]
-LossFunction = Callable[[nn.Module, Tensor, slice, torch.Generator], Losses]
+LossFunction = Callable[..., Losses]
+DrawFunction = Callable[[Tensor, torch.Generator], tuple[Tensor, ...]]
 Figures = dict[str, float]
 
 
@@ -68,11 +69,13 @@ class Trainer:
         stage: its number (1 or 2) and name, for seeds, log and progress bar.
         model: trained in place.
         examples: `[N,...]`; kept on the machine's device as a whole.
-        losses: the network, a batch, the part of it to compute and a generator to means over that part by name; the one
-            called "loss" is minimised, all are logged.
+        losses: the network, a generator of this process's own, and this process's share of a batch, as `draw` returns
+            it, to mean losses by name; the one called "loss" is minimised, all are logged.
         preview: called after each epoch, with the network that is kept and the epoch's number; returns figures for
             the log.
         checkpoint: where the weights of the network that is kept go whenever they are saved.
+        draw: a whole batch and a generator to tensors `[N,...]` of examples and their noise, which are the same for any
+            number of processes; by default, the batch alone.
 
     Attributes:
         kept: what training is for: `model` itself, or with `ema_decay` the average of its weights over the steps, with
@@ -94,9 +97,10 @@ class Trainer:
         checkpoint: Path,
         schedule: Schedule,
         machine: Machine,
+        draw: DrawFunction = lambda batch, _: (batch,),
     ):
         self.number, self.name = stage
-        self.model, self.losses, self.preview = model, losses, preview
+        self.model, self.draw, self.losses, self.preview = model, draw, losses, preview
         self.network = processes.share_training(model, machine.device)
         self.examples = examples.to(machine.device)
         self.steps = math.ceil(len(examples) / schedule.batch_size)  # of an epoch
@@ -279,23 +283,26 @@ class Trainer:
         chosen = self._shuffled("statistics order")[:CALIBRATION_IMAGES]
         for batch, indices in enumerate(chosen.split(self.schedule.batch_size)):
             self._seed(generator, "statistics", batch)
-            part, _ = processes.share_of_batch(len(indices))
-            with self.machine.autocast():
-                self.losses(network, self.examples[indices], part, generator)
+            self._share_of_losses(network, self.examples[indices], generator)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval().momentum = momentum
 
     def _step(self, batch: Tensor, generator: torch.Generator) -> Losses:
         """One step on a batch; returns its losses in float64."""
-        part, weight = processes.share_of_batch(len(batch))
-        with self.machine.autocast():
-            losses = self.losses(self.network, batch, part, generator)
+        losses, weight = self._share_of_losses(self.network, batch, generator)
         self.optimizer.zero_grad()
         (losses["loss"] * weight * processes.size()).backward()  # of which the processes take the mean
         self.optimizer.step()
         if self.average:
             self.average.update_parameters(self.model)
         return processes.total({name: value.detach().double() * weight for name, value in losses.items()})
+
+    def _share_of_losses(self, network: nn.Module, batch: Tensor, generator: torch.Generator) -> tuple[Losses, float]:
+        """The losses of this process's share of a batch, and the weight of that share in the mean of the batch."""
+        part, weight = processes.share_of_batch(len(batch))
+        with self.machine.autocast():
+            share = [values[part] for values in self.draw(batch, generator)]
+            return self.losses(network, processes.own_noise(generator), *share), weight
 
 
 def _batch_norms(network: nn.Module) -> list[nn.Module]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion.absorbing import TrainingNoise
 from metrics.codebook import usage
 from models import FSVAE, Denoiser
 from models.prototypes import NO_PROTOTYPE
@@ -30,8 +31,8 @@ def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: 
     run, machine = options["run"], options["machine"]
     shown = test[:PREVIEW_IMAGES]
 
-    def losses(network: nn.Module, batch: Tensor, part: slice, generator: torch.Generator) -> Losses:
-        out = network(to_float(batch[part]), variance, processes.own_noise(generator))
+    def losses(network: nn.Module, generator: torch.Generator, batch: Tensor) -> Losses:
+        out = network(to_float(batch), variance, generator)
         return {"loss": out.loss, "mse": out.mse, "quantizer_loss": out.quantizer_loss}
 
     def preview(model: VQAutoencoder, epoch: int) -> Figures:
@@ -52,10 +53,10 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> 
     run, schedule = options["run"], options["schedule"]
     shown = test[:PREVIEW_IMAGES]
 
-    def losses(network: nn.Module, batch: Tensor, part: slice, generator: torch.Generator) -> Losses:
+    def losses(network: nn.Module, generator: torch.Generator, batch: Tensor) -> Losses:
         first, last = SCHEDULED_SAMPLING
         p = first + (last - first) * trainer.progress.epoch / schedule.epochs
-        out = network(to_float(batch[part]), processes.own_noise(generator), p)
+        out = network(to_float(batch), generator, p)
         return {"loss": out.loss, "mse": out.mse, "mmd": out.mmd}
 
     def preview(model: FSVAE, epoch: int) -> Figures:
@@ -76,12 +77,15 @@ def sdid_trainer(denoiser: Denoiser, generator: CodeDiffusion, codes: Tensor, lo
     """
     run, diffusion = options["run"], generator.diffusion
 
-    def losses(network: nn.Module, batch: Tensor, part: slice, random: torch.Generator) -> Losses:
+    def draw(batch: Tensor, random: torch.Generator) -> tuple[Tensor, ...]:
         condition = generator.condition(batch)
-        if condition is not None:
-            condition = _dropped_out(condition, random)[part]
-        noise = diffusion.training_noise(len(batch), generator.grid, random, loss).part(part)
-        codes = batch[part].long()
+        conditions = () if condition is None else (_dropped_out(condition, random),)
+        return batch.long(), *diffusion.training_noise(len(batch), generator.grid, random, loss), *conditions
+
+    def losses(
+        network: Denoiser, _: torch.Generator, codes: Tensor, t: Tensor, mask: Tensor, condition: Tensor | None = None
+    ) -> Losses:
+        noise = TrainingNoise(t, mask)
         return {"loss": diffusion.loss(lambda tokens, t: network(tokens, t, condition), codes, noise, loss)}
 
     def preview(denoiser: Denoiser, epoch: int) -> Figures:
@@ -89,7 +93,7 @@ def sdid_trainer(denoiser: Denoiser, generator: CodeDiffusion, codes: Tensor, lo
         show(run, "sdid", "samples", grid(images, PREVIEW_IMAGES // 2), epoch)
         return {}
 
-    return Trainer((2, "sdid"), denoiser, codes, losses, preview, checkpoint=run.denoiser, **options)
+    return Trainer((2, "sdid"), denoiser, codes, losses, preview, checkpoint=run.denoiser, draw=draw, **options)
 
 
 def _dropped_out(condition: Tensor, random: torch.Generator) -> Tensor:
