@@ -250,8 +250,8 @@ def trained_layer(folder, see=lambda model: None, **schedule):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 4), nn.BatchNorm1d(4))
 
-    def losses(network, batch, part, generator):
-        out = network(batch[part])
+    def losses(network, generator, batch):
+        out = network(batch)
         if network is model and torch.is_grad_enabled():
             see(model)
         return {"loss": (out - 5).square().mean()}
