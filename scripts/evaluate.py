@@ -25,6 +25,7 @@ from pipeline.checkpoints import write_json
 from pipeline.evaluation.records import print_records
 from pipeline.options import SAMPLE_METRICS, EvaluationOptions, names, parse_metrics
 from pipeline.run_folder import RunFolder
+from pipeline.runtime.device import find_device
 from pipeline.runtime.terminal import print_anywhere
 
 
@@ -64,6 +65,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def evaluate(args: argparse.Namespace) -> list[dict]:
     """The metrics, as in a run's metrics.json."""
+    find_device(args.device)  # a mistake is found before images are read
     if args.real and args.dataset_name:
         raise UserError("real images and --dataset_name are two real sides: give one of them")
     if args.real:

@@ -165,7 +165,7 @@ def test_new_denoiser_on_trained_codes(improved, cli, grey, tmp_path):
     new = (*grey, "--denoiser_channels", 32, "--epochs", 1, "--diffusion_epochs", 1)
     outcome = cli(*new, "--start_from", start, "--stage", "sdid", "--result_path", tmp_path / "new")
     assert (outcome.status, outcome.err) == (0, "")
-    assert outcome.out.count(f"{start} has no denoiser: the new one begins untrained\n") == 1
+    assert outcome.out.count(f"{start} has no denoiser: the new one is trained from scratch\n") == 1
     result = ("--result_path", tmp_path / "stage_1")
     assert cli(*new, "--start_from", improved, "--stage", "vqsvae", *result).status == 0
     outcome = cli(*new, "--stage", "sdid", *result)

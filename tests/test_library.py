@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL
 
 from datasets import load_dataset
@@ -13,6 +14,15 @@ from pipeline.checkpoints import load_weights
 from spiking_diffusion import SpikingDiffusion, evaluate, train_autoencoder, train_denoiser
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the command line runs in these tests: bit for bit the same takes the same number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import pytest
 import torch
 from test_improved import SMALL
 
-from pipeline import networks, stages
+from pipeline import networks
 from pipeline.runtime import processes, seeds
 from pipeline.runtime.seeds import PURPOSES, SEEDS, STEPS, derive_seed, own_seed
 from pipeline.training import loop as training
+from pipeline.training import train
 
 
 def test_seeds_are_32_bits_and_follow_from_what_they_are_for():
@@ -75,7 +76,7 @@ def test_no_two_streams_of_a_run_are_alike(cli, grey, tmp_path, monkeypatch):
         derived[arguments] = seeds.derive_seed(*arguments)
         return derived[arguments]
 
-    for module in (stages, networks, training):
+    for module in (train, networks, training):
         monkeypatch.setattr(module, "derive_seed", recording)
     monkeypatch.setattr(torch, "Generator", Recorded)
     USED.clear()
