@@ -1,6 +1,6 @@
 """The table of data sets: whole sets as uint8 tensors in memory, whatever they came from.
 
-`load_dataset(name, data_path)` is the one door. What the person at the keyboard can mend (files missing,
+`load_dataset(name, data_path)` is the one entry point. What a user can fix (files missing,
 damaged or unreadable, options that do not fit) raises `UserError`.
 """
 
@@ -117,7 +117,7 @@ def load_dataset(
 
     `train_images` keeps that many images from the start of the training split; `held_out` of them, spread evenly, are
     set apart. `image_size` (side in pixels) and `channels` (1 or 3) are for ImageFolder alone: the other sets have a
-    size and colours of their own. Raises UserError for anything the user can mend.
+    size and colours of their own. Raises UserError for anything the user can fix.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")

@@ -1,6 +1,6 @@
 """Files that are written whole, and the cache: those that are made once and kept between runs.
 
-The cache helps and is never a condition. Where it cannot be read or written, the file is made anew.
+The cache saves time and is never required: where it cannot be read or written, the file is made again.
 """
 
 import errno

@@ -26,11 +26,11 @@ def stop(message: str, status: int = 2) -> None:
     sys.exit(status)
 
 
-def how_to_go_on(call: Call | None) -> str:
+def resume_hint(call: Call | None) -> str:
     """What to do after an end before its time, in words: resume a training that has saved, else begin again."""
     trains = call and call.options.run.stage in ("all", "vqsvae", "sdid") and not call.options.run.checkpoint
-    if trains and (call.run.last.is_file() or not processes.is_writer()):  # others may not see the folder
-        return call.run.how_to_go_on
+    if trains and (call.run.last.is_file() or not processes.is_rank_0()):  # others may not see the folder
+        return call.run.resume_hint
     return "nothing was saved, run the same command again"
 
 
@@ -40,19 +40,19 @@ def main(arguments: list[str] | None = None) -> None:
     call = None
     with processes.joined():
         try:
-            with processes.in_contact(lambda: how_to_go_on(call)):
-                call = processes.from_writer(lambda: resolve(arguments, __doc__.replace("`", "")))
+            with processes.in_contact(lambda: resume_hint(call)):
+                call = processes.from_rank_0(lambda: resolve(arguments, __doc__.replace("`", "")))
                 keep_freed_memory()
                 o = call.options.run
                 machine = choose_machine(o.device, o.precision, o.compile)
-            with call.run, processes.in_contact(lambda: how_to_go_on(call)):
+            with call.run, processes.in_contact(lambda: resume_hint(call)):
                 execute(Session(call, machine))
         except UserError as error:
             stop(f"error: {error}")
         except Interrupted as interrupted:
             stop(str(interrupted), interrupted.status)
         except KeyboardInterrupt:
-            stop(f"interrupted: {how_to_go_on(call)}", 130)
+            stop(f"interrupted: {resume_hint(call)}", 130)
         except OSError as error:
             stop(f"error: {error}")
         except RuntimeError as error:

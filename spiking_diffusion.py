@@ -20,7 +20,7 @@ from pipeline.evaluation.records import context
 from pipeline.options import EvaluationOptions, autoencoder_weights
 from pipeline.runtime.device import choose_machine
 from pipeline.sampling.batches import decode_codes
-from pipeline.sampling.generators import CodeDiffusion
+from pipeline.sampling.image_models import CodeDiffusion
 from pipeline.session import Session
 from pipeline.stages import train
 
@@ -28,12 +28,12 @@ from pipeline.stages import train
 class SpikingDiffusion:
     """A trained spiking autoencoder and the denoiser of its codes.
 
-    Images are NumPy arrays uint8 `[N,C,H,W]`, codes int64 `[N,h,w]`. `generator` holds the networks and the sampling
+    Images are NumPy arrays uint8 `[N,C,H,W]`, codes int64 `[N,h,w]`. `model` holds the networks and the sampling
     settings, for whoever needs them as PyTorch modules.
     """
 
-    def __init__(self, generator: CodeDiffusion):
-        self.generator = generator
+    def __init__(self, model: CodeDiffusion):
+        self.model = model
 
     @classmethod
     def load(
@@ -53,22 +53,22 @@ class SpikingDiffusion:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
-        generator = self.generator
-        height, width = (side * generator.autoencoder.downsampling for side in generator.grid)
-        return generator.autoencoder.channels, height, width
+        model = self.model
+        height, width = (side * model.autoencoder.downsampling for side in model.grid)
+        return model.autoencoder.channels, height, width
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Images uint8 `[N,C,H,W]` to codes int64 `[N,h,w]`. Raises ValueError for images of another shape or type."""
-        return self.generator.encode(self._checked(images)).long().numpy()
+        return self.model.encode(self._checked(images)).long().numpy()
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Codes, integers `[N,h,w]` in 0..K-1, to images uint8 `[N,C,H,W]`. Raises ValueError for other codes."""
-        grid, size = self.generator.grid, self.generator.autoencoder.codebook_size
+        grid, size = self.model.grid, self.model.autoencoder.codebook_size
         if codes.ndim != 3 or codes.shape[1:] != grid or (codes.size and not 0 <= codes.min() <= codes.max() < size):
             raise ValueError(f"codes [N,{grid[0]},{grid[1]}] from 0 to {size - 1} expected, not {list(codes.shape)}")
-        generator = self.generator
+        model = self.model
         tensor = torch.from_numpy(np.ascontiguousarray(codes, dtype=np.int64))
-        return decode_codes(generator.autoencoder, tensor, generator.machine, generator.batch_size).numpy()
+        return decode_codes(model.autoencoder, tensor, model.machine, model.batch_size).numpy()
 
     def sample(self, count: int, seed: int | None = None) -> np.ndarray:
         """Draw `count` images uint8 `[N,C,H,W]`; image i depends on seed and i alone. Without a seed, the run's."""
@@ -87,7 +87,7 @@ class SpikingDiffusion:
         return self._seeded(seed).inpaint(pixels, torch.from_numpy(hidden)).numpy()
 
     def _seeded(self, seed: int | None) -> CodeDiffusion:
-        return self.generator if seed is None else replace(self.generator, seed=seed)
+        return self.model if seed is None else replace(self.model, seed=seed)
 
     def _checked(self, images: np.ndarray) -> torch.Tensor:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != self.image_shape:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import files
 from errors import UserError
-from pipeline.runtime.processes import by_writer
+from pipeline.runtime.processes import on_rank_0
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Keys under which other programs save a state dict."""
@@ -21,14 +21,14 @@ WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Context in which a failure to write is the user's to mend."""
+    """Context in which a failure to write becomes a UserError."""
     try:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): make room there or choose another place") from error
 
 
-@by_writer
+@on_rank_0
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole, see `files.write_whole`. Raises UserError."""
     with writing(path):
@@ -72,14 +72,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises UserError if the file is missing or unreadable, or if a checksum in it shows that a bit has changed.
     """
     if not path.is_file():
-        wrong = "is a folder" if path.is_dir() else "is not there"
+        wrong = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {wrong}: train first, or name a file of weights that a run has written")
     try:
         _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign or damaged bytes fail in any way while they are unpickled
         cause = f"{path} is no checkpoint that can be read ({type(error).__name__})"
-        raise UserError(f"{cause}: it is damaged, cut short or another file; put back a copy, or train anew") from error
+        raise UserError(f"{cause}: it is damaged, cut short or another file; restore a copy, or train again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict")
     return content

@@ -35,8 +35,8 @@ def assemble(typed: Mapping[str, Any]) -> Call:
     run = RunFolder(_folder(DEFAULTS | started | typed))
     made = _made(typed, run)
     if made and made.exists():
-        ways = f"go on with --resume {run.path}, evaluate with --checkpoint {run.model}"
-        raise UserError(f"{made} is there already: {ways}, or choose another --result_path")
+        ways = f"resume it with --resume {run.path}, evaluate with --checkpoint {run.model}"
+        raise UserError(f"{made} already exists: {ways}, or choose another --result_path")
     saved = {} if made == run.model else run.read_config()
     if "resume" in typed and not saved:
         raise UserError(f"{run.path} is not the folder of a run: it has no config.json")

@@ -15,7 +15,7 @@ from pipeline.checkpoints import load_weights
 from pipeline.options import Options
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine, Network
-from pipeline.runtime.processes import from_writer
+from pipeline.runtime.processes import from_rank_0
 from pipeline.runtime.seeds import derive_seed
 
 
@@ -33,7 +33,7 @@ class Networks:
         self.trained = RunFolder(checkpoint.parent) if checkpoint else run
         self.start = RunFolder(start) if start else None
         self.autoencoder_path = checkpoint or run.model
-        if self.start and options.run.stage == "sdid" and not from_writer(run.model.is_file):
+        if self.start and options.run.stage == "sdid" and not from_rank_0(run.model.is_file):
             self.autoencoder_path = self.start.model
 
     def new_autoencoder(self, channels: int, image_size: int) -> nn.Module:
@@ -61,9 +61,9 @@ class Networks:
         """Give a new denoiser the weights in `--start_from`, if that is given; False if that run has only stage 1."""
         if not self.start:
             return True
-        if not from_writer(self.start.config.is_file):
+        if not from_rank_0(self.start.config.is_file):
             raise UserError(f"{self.start.path}, which stage 2 is to begin with, is gone: put it back")
-        if from_writer(lambda: self.start.model.is_file() and not self.start.denoiser.is_file()):
+        if from_rank_0(lambda: self.start.model.is_file() and not self.start.denoiser.is_file()):
             return False
         self._load_pretrained(denoiser.load_pretrained, self.start.denoiser)
         return True
@@ -77,7 +77,7 @@ class Networks:
             return {name: value.cpu() for name, value in prototypes.state_dict().items()}
 
         if prototypes:
-            prototypes.load_state_dict(from_writer(fitted))
+            prototypes.load_state_dict(from_rank_0(fitted))
 
     def load_autoencoder(self, channels: int) -> nn.Module:
         """The trained autoencoder, shaped after its weights, for images of so many channels."""
@@ -95,7 +95,7 @@ class Networks:
         name = self.options.denoiser.denoiser
         path, kind = self.trained.denoiser, DENOISERS[name]
         if not self.has_trained_denoiser():
-            raise UserError(f"{path} is not there: a denoiser belongs beside the autoencoder; --stage sdid trains it")
+            raise UserError(f"{path} does not exist: a denoiser belongs beside the autoencoder; --stage sdid trains it")
         build = partial(kind, spike_steps=self._denoiser_spike_steps)
         denoiser = self._load(path, f"a denoiser of the kind {name}", build, kind.options_of)
         codes, wanted = autoencoder.codebook_size, denoiser.codebook_size
@@ -105,7 +105,7 @@ class Networks:
 
     def has_trained_denoiser(self) -> bool:
         """Whether there is a denoiser beside the trained autoencoder."""
-        return from_writer(self.trained.denoiser.is_file)
+        return from_rank_0(self.trained.denoiser.is_file)
 
     def digest(self) -> str:
         """Stands for the trained weights of this folder, those of both networks where both are there."""
@@ -130,20 +130,20 @@ class Networks:
 
     def _load_pretrained(self, load: Callable[[dict[str, Tensor]], Any], path: Path) -> None:
         """Have a network `load` the weights of another run's."""
-        weights = from_writer(partial(load_weights, path))
+        weights = from_rank_0(partial(load_weights, path))
         try:
             load(weights)
         except RuntimeError as error:
             raise UserError(f"{path} is of another network: leave out the options that shape it") from error
 
     def _load(self, path: Path, kind: str, build: Callable[..., Network], shape_of: Callable[[dict], dict]) -> Network:
-        weights = from_writer(partial(load_weights, path))
+        weights = from_rank_0(partial(load_weights, path))
         try:
             network = build(**shape_of(weights))
             network.load_state_dict(weights)
         except (KeyError, AttributeError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{path} does not hold the weights of {kind}") from error
-        return self.machine.place(network)
+        return self.machine.to_device(network)
 
 
 def _chosen(names: Iterable[str], options: dict[str, Any], **others: Any) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class RunOptions:
         metavar="FILE",
         parse=autoencoder_weights,
     )
-    resume: Path | None = option(None, "go on with this run folder, or its last.pth", Role.CALL, metavar="RUN")
+    resume: Path | None = option(None, "resume this run folder, or its last.pth", Role.CALL, metavar="RUN")
     start_from: Path | None = option(
         None,
         "initialise from another run's weights; parts it does not have are trained from scratch; with --stage sdid its "

@@ -5,8 +5,8 @@ model.pth                      autoencoder, plain state dict
 diff_result/diff_model.pth     denoiser, plain state dict
 last.pth                       what --resume needs: stage, epoch, step, weights, optimizer, and what run it is of
 log.jsonl, tensorboard/        training curves
-samples/                       pictures and images.npz
-metrics.json                   figures, each with its protocol
+samples/                       image grids and images.npz
+metrics.json                   metrics, each with its protocol
 .lock                          held by the process that works here
 
 Of several processes at one run, one writes; in the others all that writes does nothing.
@@ -29,7 +29,7 @@ import files
 from errors import UserError
 from pipeline.checkpoints import load_checkpoint, save_weights, write_json, write_whole, writing
 from pipeline.options import Role, with_role
-from pipeline.runtime.processes import by_writer
+from pipeline.runtime.processes import on_rank_0
 
 PACKAGES = (
     *("torch", "torchvision", "spikingjelly", "numpy", "scipy", "scikit-learn", "pillow"),
@@ -69,9 +69,9 @@ def _read_records(path: Path, parse: Callable[[str], Iterable], needed: set[str]
     try:
         records = [dict(**record) for record in parse(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): mend or remove it") from error
+        raise UserError(f"{path} cannot be read ({error}): repair or remove it") from error
     if missing := {key for record in records for key in needed - record.keys()}:
-        raise UserError(f"{path} has a record without {', '.join(sorted(missing))}: mend or remove it")
+        raise UserError(f"{path} has a record without {', '.join(sorted(missing))}: repair or remove it")
     return records
 
 
@@ -100,7 +100,7 @@ class RunFolder:
             for curves in self._curves.values():
                 closing.callback(curves.close)
 
-    @by_writer
+    @on_rank_0
     def lock(self) -> None:
         """Make the folder and keep other processes out of it until this one ends, however it does. Raises UserError."""
         if self._lock:
@@ -139,11 +139,11 @@ class RunFolder:
     @property
     def trained(self) -> "RunFolder":
         """The folder of the training: another one where this holds only what `--checkpoint` wrote to --result_path."""
-        checkpoints = (figure.get("checkpoint") for figure in self.read_records())
+        checkpoints = (record.get("checkpoint") for record in self.read_records())
         elsewhere = None if self.config.exists() else next(filter(None, checkpoints), None)
         return RunFolder(Path(elsewhere).parent) if elsewhere else self
 
-    @by_writer
+    @on_rank_0
     def check_writable(self) -> None:
         """Lock the folder; raise UserError now, not after hours of computing, if nothing can be written there."""
         self.lock()
@@ -157,7 +157,7 @@ class RunFolder:
         run = {key: config[key] for key in FIXED if key in config}
         save_weights(self.last, {"version": LAST_VERSION, "run": run, **state})
 
-    @by_writer
+    @on_rank_0
     def remove_last(self) -> None:
         """Remove last.pth: what is trained from now on is something else."""
         self.last.unlink(missing_ok=True)
@@ -176,7 +176,7 @@ class RunFolder:
             raise UserError(f"{self.last} is not what a training saved: put back the file that the run wrote")
         if state.get("version") != LAST_VERSION:
             versions = f"version {state.get('version', 1)}, this program reads version {LAST_VERSION}"
-            raise UserError(f"{self.last} has {versions}: go on with git commit {config.get('git_commit')}")
+            raise UserError(f"{self.last} has {versions}: resume it with git commit {config.get('git_commit')}")
         there = {key: config.get(key) for key in state["run"]}
         other = [
             "other training data" if key == "data" else f"--{key} {value}, not {there[key]}"
@@ -188,42 +188,42 @@ class RunFolder:
         return state
 
     @property
-    def how_to_go_on(self) -> str:
+    def resume_hint(self) -> str:
         """The command that goes on with this run, in words."""
-        return f"go on with: python -u main.py --resume {self.path}"
+        return f"resume with: python -u main.py --resume {self.path}"
 
     def contents(self) -> list[Path]:
         """The files and folders for people to look at, as far as they are there."""
         names = ("log.jsonl", "metrics.json", "samples/grid.png", "samples/trajectory.png", "samples/images.npz")
-        pictures = ("samples/inpainted.png", "samples/png")
-        paths = (self.model, self.denoiser, *(self.path / name for name in (*names, *pictures)))
+        images = ("samples/inpainted.png", "samples/png")
+        paths = (self.model, self.denoiser, *(self.path / name for name in (*names, *images)))
         return [path for path in paths if path.exists()]
 
-    @by_writer
-    def log(self, stage: str, epoch: int, figures: dict[str, float]) -> None:
-        """Append one epoch's figures to log.jsonl and to TensorBoard.
+    @on_rank_0
+    def log(self, stage: str, epoch: int, values: dict[str, float]) -> None:
+        """Append one epoch's values to log.jsonl and to TensorBoard.
 
         What a run that was killed before it had saved has left of this or a later epoch is replaced in both.
         """
         now = datetime.now(UTC).isoformat("T", "seconds")
-        line = {"stage": stage, "epoch": epoch, **figures, "time": now}
+        line = {"stage": stage, "epoch": epoch, **values, "time": now}
         before = [old for old in self.read_log() if old.get("stage") != stage or old["epoch"] < epoch]
         write_whole(self.log_file, "".join(json.dumps(each) + "\n" for each in (*before, line)).encode())
         with writing(self.path):
             curves = self._open_curves(stage, epoch)
-            for name, value in figures.items():
+            for name, value in values.items():
                 curves.add_scalar(f"{stage}/{name}", value, epoch)
             curves.flush()
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl; none if it is not there. Raises UserError if it is damaged."""
+        """The lines of log.jsonl; none if it does not exist. Raises UserError if it is damaged."""
         return _read_records(self.log_file, lambda text: map(json.loads, text.splitlines()), LOG_KEYS)
 
-    @by_writer
-    def log_picture(self, stage: str, name: str, picture: Tensor, epoch: int) -> None:
-        """Show a picture of an epoch, uint8 `[3,H,W]`, in TensorBoard."""
+    @on_rank_0
+    def log_image(self, stage: str, name: str, image: Tensor, epoch: int) -> None:
+        """Log an image of an epoch, uint8 `[3,H,W]`, in TensorBoard."""
         with writing(self.path):
-            self._open_curves(stage, epoch).add_image(name, picture, epoch)
+            self._open_curves(stage, epoch).add_image(name, image, epoch)
 
     def _open_curves(self, stage: str, epoch: int) -> SummaryWriter:
         """The TensorBoard writer of a stage; as it opens, TensorBoard forgets this and later epochs of earlier calls.
@@ -235,5 +235,5 @@ class RunFolder:
         return self._curves[stage]
 
     def read_records(self) -> list[dict[str, Any]]:
-        """The records of metrics.json; none if it is not there. Raises UserError if it is damaged."""
+        """The records of metrics.json; none if it does not exist. Raises UserError if it is damaged."""
         return _read_records(self.metrics, json.loads, RECORD_KEYS)

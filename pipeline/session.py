@@ -12,8 +12,8 @@ from models.vq_autoencoder import VQAutoencoder
 from pipeline.configuration import Call
 from pipeline.networks import Networks
 from pipeline.runtime.device import Machine
-from pipeline.runtime.processes import from_writer
-from pipeline.sampling.generators import CodeDiffusion, Generator, PriorSampling
+from pipeline.runtime.processes import from_rank_0
+from pipeline.sampling.image_models import CodeDiffusion, ImageModel, PriorSampling
 
 
 class Session:
@@ -35,7 +35,7 @@ class Session:
         self.last: dict[str, Any] = {}
         if self.options.run.resume:
             self.run.lock()
-            self.last = from_writer(self.run.read_last)
+            self.last = from_rank_0(self.run.read_last)
 
     @cached_property
     def data(self) -> ImageData:
@@ -50,7 +50,7 @@ class Session:
             image_size=o.image_size,
             channels=o.channels,
         )
-        data = self._given or from_writer(load)
+        data = self._given or from_rank_0(load)
         if self.recorded["image_shape"] and data.shape != tuple(self.recorded["image_shape"]):
             shapes = f"{data.shape}, those of the run were {tuple(self.recorded['image_shape'])}"
             raise UserError(f"the images in {o.data_path} are {shapes} (channels, height, width): correct --data_path")
@@ -88,7 +88,7 @@ class Session:
         """The trained autoencoder."""
         return self.networks.load_autoencoder(self.image_shape[0])
 
-    def load_generator(self, draws: bool = True) -> Generator:
+    def load_model(self, draws: bool = True) -> ImageModel:
         """The trained model; one that does not draw needs no denoiser.
 
         Raises UserError if its files are not there or do not fit each other.

@@ -21,7 +21,7 @@ def execute(session: Session) -> None:
     o = session.options.run
     trains = o.stage in ("all", "vqsvae", "sdid") and not o.checkpoint
     if trains and not train(session):
-        print(f"--max_minutes {o.max_minutes:g} are over: saved; {session.run.how_to_go_on}")
+        print(f"--max_minutes {o.max_minutes:g} are over: saved; {session.run.resume_hint}")
         return
     if o.stage == "sample":
         sample(session)
@@ -48,8 +48,8 @@ def train(session: Session) -> bool:
 
 def sample(session: Session) -> None:
     """Draw images and write them."""
-    generator = with_temperature(session, session.load_generator())
-    draw(session, generator, session.options.sampling.num_samples or GRID_IMAGES)
+    model = with_temperature(session, session.load_model())
+    draw(session, model, session.options.sampling.num_samples or GRID_IMAGES)
 
 
 def inpaint(session: Session) -> None:
@@ -57,9 +57,9 @@ def inpaint(session: Session) -> None:
     o = session.options
     if not session.has_codes:
         raise UserError(f"--stage inpaint: {o.autoencoder.model} has no codes to keep; snn-vq-vae and vq-vae have")
-    generator = with_temperature(session, session.load_generator())
+    model = with_temperature(session, session.load_model())
     images = session.data.test[: o.sampling.num_samples or INPAINTED_IMAGES]
     hidden = hidden_pixels(o.sampling.mask, *images.shape[2:])
-    completed = generator.inpaint(images.repeat(COMPLETIONS, 1, 1, 1), hidden)
+    completed = model.inpaint(images.repeat(COMPLETIONS, 1, 1, 1), hidden)
     rows = torch.cat((images, torch.where(hidden, GREY, images).byte(), completed))
     save_png(session.run.samples / "inpainted.png", grid(rows, len(images)))

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
+from image_files import expand
 from models import SDID, VQSVAE, event_conv
 from models.spiking import use_backend
 from pipeline.checkpoints import load_weights
@@ -82,8 +83,8 @@ def draw_images(vqsvae: VQSVAE, sdid: SDID, device: torch.device) -> tuple[Tenso
     """Codes `[N,h,w]` drawn by the networks, the same in every mode, and their images, uint8 `[N,1,H,W]`."""
     machine, diffusion = Machine(device, bf16=False), AbsorbingDiffusion(CODES, GRID * GRID)
     noise = diffusion.noise(0, range(IMAGES), (GRID, GRID))
-    codes = draw_codes(machine.place(sdid), diffusion, noise, machine, temperature=1.0)
-    return codes, decode_codes(machine.place(vqsvae), codes, machine)
+    codes = draw_codes(machine.to_device(sdid), diffusion, noise, machine, temperature=1.0)
+    return codes, decode_codes(machine.to_device(vqsvae), codes, machine)
 
 
 @torch.no_grad()
@@ -118,7 +119,7 @@ def tasks(
     """What is timed: each function handles one batch, of the size that `batch` names."""
     device = machine.device
     for network in (vqsvae, sdid):
-        network.to(device, memory_format=torch.contiguous_format) if plain else machine.place(network)
+        network.to(device, memory_format=torch.contiguous_format) if plain else machine.to_device(network)
 
     def some(values: Tensor, task: str) -> Tensor:
         return values[torch.arange(batch[task]) % len(values)]
@@ -283,7 +284,7 @@ def main() -> None:
     print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=("all", *WAYS), default="all")
-    parser.add_argument("--run", type=Path, default=TRAINED, help="folder of a run")
+    parser.add_argument("--run", type=expand, default=TRAINED, help="folder of a run")
     parser.add_argument("--figure", metavar="FILE", help="draw time against share of spikes instead")
     parser.add_argument("--scaling", action="store_true", help="time N = 1,000, 10,000 and 60,000 images instead")
     parser.add_argument("--json", metavar="FILE", help="write the figures there; - for one line on standard output")

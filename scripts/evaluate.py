@@ -30,14 +30,14 @@ from pipeline.runtime.terminal import print_anywhere
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the figures with their protocols; for a mistake of the user, one line on stderr and exit status 2."""
+    """Print the metrics with their protocols; for a mistake of the user, one line on stderr and exit status 2."""
     print_anywhere()
     args = parse(arguments)
     try:
-        figures = evaluate(args)
+        records = evaluate(args)
         if args.output:
-            write_json(args.output, figures)
-        print_records(figures)
+            write_json(args.output, records)
+        print_records(records)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--fad_weights", type=expand, help="folder of the published FAD autoencoders [own, trained once]")
     add("--seed", type=int, default=42, help="of KID's subsets, and of networks that are trained [42]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--output", type=expand, help="also write the figures to this JSON file")
+    add("--output", type=expand, help="also write the metrics to this JSON file")
     return parser.parse_args(arguments)
 
 

@@ -7,7 +7,7 @@ Needs the packages nir and nirtorch. A graph takes its input, [C,H,W], at every 
 weights are float64, batch norm is folded into the convolutions. What NIR has no node for, transposed convolutions and
 the mixing of positions, becomes convolutions with many zeros, exactly (scripts/nir_graphs.py; zeros are counted among
 the parameters). Each file is read back and run on test images, in float64, and must give every spike of the trained
-network; the picture shows those of some neurons.
+network; the plot shows those of some neurons.
 """
 
 import argparse
@@ -29,6 +29,7 @@ except ImportError:  # of nir or nirtorch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 from errors import UserError
+from image_files import expand
 from models import SDID, VQSVAE, ResidualSDID
 from models.spiking import SpikingStack, membrane_weights, use_backend, weighted_sum
 from pipeline.options import autoencoder_weights
@@ -39,7 +40,7 @@ from spiking_diffusion import open_session
 
 IMAGES = 8  # that spikes are compared on
 ROUNDING = 1e-9  # allowed difference of outputs that are not spikes
-NEURONS = 12  # of each layer in the picture
+NEURONS = 12  # of each layer in the plot
 
 
 class Export(NamedTuple):
@@ -173,7 +174,7 @@ def write(export: Export, folder: Path) -> Comparison:
 
 
 def plot_raster(networks: dict[str, Comparison], picture: Path) -> None:
-    """Write a picture of spikes for one image: dots for the trained networks', rings for those of the files' graphs."""
+    """Plot the spikes for one image: dots for the trained networks', rings for those of the files' graphs."""
     import matplotlib.pyplot as plt  # here because importing it takes a second
 
     figure, axes = plt.subplots(1, len(networks), figsize=(11, 5), layout="constrained", squeeze=False)
@@ -202,10 +203,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Export; exit status 1 if a file does other than its network, 2 and one line for a mistake of the user."""
     print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where the files go [RUN/nir]")
-    parser.add_argument("--data_path", type=Path, metavar="DIR", help="where the data set is [as in the run]")
-    parser.add_argument("--raster", type=Path, metavar="PICTURE", help="a picture of some of the spikes [none]")
+    parser.add_argument("run", type=expand, help="a run folder")
+    parser.add_argument("--output", type=expand, metavar="DIR", help="where the files go [RUN/nir]")
+    parser.add_argument("--data_path", type=expand, metavar="DIR", help="where the data set is [as in the run]")
+    parser.add_argument("--raster", type=expand, metavar="PICTURE", help="a plot of some of the spikes [none]")
     args = parser.parse_args(arguments)
     folder, compared = args.output or args.run / "nir", {}
     try:

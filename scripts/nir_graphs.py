@@ -52,12 +52,12 @@ class ResidualGraph(nn.Module):
 
     def __init__(self, denoiser: ResidualSDID):
         super().__init__()
-        position, patch, told = denoiser.position, denoiser.patch, denoiser.prototypes
+        position, patch, prototypes = denoiser.position, denoiser.patch, denoiser.prototypes
         self.codebook_size, self.grid = denoiser.codebook_size, position.shape[1:]
-        self.prototypes = told.grids if told else None
+        self.prototypes = prototypes.grids if prototypes else None
         self.corner = F.pad(torch.ones(1, 1), (0, patch - 1, 0, patch - 1))
         corners = position.flatten(1)[..., None, None] * self.corner
-        weights = [denoiser.embed.weight, *([told.embed.weight] if told else []), corners]
+        weights = [denoiser.embed.weight, *([prototypes.embed.weight] if prototypes else []), corners]
         self.enter = convolution(torch.cat(weights, 1), stride=denoiser.embed.stride)
         self.blocks = nn.Sequential(*(MixingGraph(block, self.grid) for block in denoiser.blocks))
         self.leave = nn.Sequential(*fired(identity(len(position)), denoiser.fire), layer(denoiser.head))

@@ -1,4 +1,4 @@
-"""Make a small copy of a run to hand on: weights in half precision, options, log, figures; without optimizer, pictures.
+"""Make a small copy of a run to share: weights in half precision, options, log, metrics; no optimizer, no images.
 
 python scripts/pack.py RUN_FOLDER pretrained/fmnist
 
@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 import torch
 
 from errors import UserError
+from image_files import expand
 from pipeline.checkpoints import load_weights, save_weights, write_json
 from pipeline.options import DEFAULTS, Role, with_role
 from pipeline.run_folder import RunFolder
@@ -44,8 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Pack; a mistake of the user is one line on stderr and exit status 2."""
     print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("copy", type=Path, help="where the copy goes")
+    parser.add_argument("run", type=expand, help="a run folder")
+    parser.add_argument("copy", type=expand, help="where the copy goes")
     args = parser.parse_args(arguments)
     try:
         pack(RunFolder(args.run), RunFolder(args.copy))

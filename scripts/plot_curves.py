@@ -14,6 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 from errors import UserError
+from image_files import expand
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.grids import save_figure
@@ -27,7 +28,7 @@ def curve(log: list[dict[str, Any]], stage: int) -> tuple[list[int], list[float]
 
 
 def plot(runs: dict[Path, RunFolder], picture: Path) -> None:
-    """Write the picture. Raises UserError for a folder without a log."""
+    """Write the plot. Raises UserError for a folder without a log."""
     import matplotlib.pyplot as plt  # here because importing it takes a second
     from matplotlib.ticker import LogLocator
 
@@ -55,8 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Plot; a mistake of the user is one line on stderr and exit status 2."""
     print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--output", required=True, type=Path, metavar="PICTURE", help="picture file")
+    parser.add_argument("runs", nargs="+", type=expand, help="run folders")
+    parser.add_argument("--output", required=True, type=expand, metavar="PICTURE", help="image file")
     args = parser.parse_args(arguments)
     try:
         plot({path: RunFolder(path) for path in args.runs}, args.output)

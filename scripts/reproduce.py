@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 from datasets import DATASETS
+from image_files import expand
 from pipeline.options import DECLARATIONS
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
@@ -52,7 +53,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=["MNIST", "FMNIST", "KMNIST", "Letters"])
     parser.add_argument("--models", nargs="+", choices=VARIANTS, default=["snn-vq-vae", "vq-vae", "snn-vae"])
     parser.add_argument("--budget", choices=BUDGETS, required=True)
-    parser.add_argument("--result_path", type=Path, default=Path("result/reproduce"))
+    parser.add_argument("--result_path", type=expand, default=Path("result/reproduce"))
     return parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
 
 

@@ -1,9 +1,9 @@
-"""One Markdown table, and a plot, of the figures of all runs below some folders, beside published figures.
+"""One Markdown table, and a plot, of the values of all runs below some folders, beside published values.
 
 python scripts/results_table.py result/reproduce --output docs/table.md --plot docs/table.png
 
-Each figure has a letter that names its protocol below the table: only figures of the same letter compare. What a run
-has no figure of was not run.
+Each metric has a letter that names its protocol below the table: only values of the same letter compare. What a run
+has no metric of was not run.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 from errors import UserError
+from image_files import expand
 from pipeline.checkpoints import write_whole
 from pipeline.evaluation.records import describe
 from pipeline.run_folder import RunFolder
@@ -35,7 +36,7 @@ COLUMNS = {
     "ssim": "SSIM",
     "energy_sample": "energy of a sample",
 }
-"""Name in metrics.json, and heading; those without any figure are left out, FID excepted."""
+"""Name in metrics.json, and heading; those without any metric are left out, FID excepted."""
 
 PAPER, CLEAN = "the paper's: 1,280 images, see the release's protocol", "clean-fid, 5,000 generated against test"
 DDIM, FAD = "clean-fid, 10,000 generated against test", "published weights, 5,000 generated against test"
@@ -66,13 +67,13 @@ PUBLISHED = {
     ("FSDDIM, 4 spike steps (published)", "fid", DDIM): {"MNIST": 7.48, "FMNIST": 9.17, "CIFAR10": 51.46},
     ("FSDDIM, 4 spike steps (published)", "fad", FAD): {"MNIST": 3.62, "FMNIST": 9.25, "CIFAR10": 8.63},
 }
-"""(Model, column, protocol) to data set to figure, as their authors published them."""
+"""(Model, column, protocol) to data set to metric, as their authors published them."""
 
 
 STANDARD = ("both", "adaptive", None)  # not an ablation; None: a run of before there were any
 
 
-class Figure(NamedTuple):
+class Value(NamedTuple):
     """A number and how it was worked out."""
 
     value: float
@@ -80,30 +81,30 @@ class Figure(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One model on one data set: figures by column; `training` is empty for what others published."""
+    """One model on one data set: values by column; `training` is empty for what others published."""
 
     dataset: str
     model: str
     training: str
-    figures: dict[str, Figure]
+    values: dict[str, Value]
 
 
 def read_run(run: RunFolder) -> Row:
-    """The row of a run, from its figures and from what is known of its training.
+    """The row of a run, from its values and from what is known of its training.
 
     Raises UserError where no config.json tells what was trained.
     """
-    options, figures, epochs = run.trained.read_config(), run.read_records(), run.trained.read_log()
+    options, values, epochs = run.trained.read_config(), run.read_records(), run.trained.read_log()
     if not {"dataset_name", "model"} <= options.keys():
-        missing = f"{run.trained.config} does not say which model the figures in {run.path} are of"
+        missing = f"{run.trained.config} does not say which model the values in {run.path} are of"
         raise UserError(f"{missing}: put back the file that the run wrote, or leave the folder out")
-    drawn = [figure["drawn"] for figure in figures if figure["name"] in COLUMNS and "drawn" in figure][:1]
+    drawn = [metric["drawn"] for metric in values if metric["name"] in COLUMNS and "drawn" in metric][:1]
     counts = " + ".join(map(str, Counter(line["stage"] for line in epochs).values()))
     hours = sum(line["images"] / line["images_per_second"] for line in epochs) / 3600
     ablation = [options[key] for key in ("readout", "spike_generator") if options.get(key) not in STANDARD]
     model = ", ".join([options["model"], *ablation])
     training = "; ".join([f"{counts} epochs, {hours:.1f} h", *drawn])
-    by_name = {figure["name"]: Figure(figure["value"], describe(figure)) for figure in figures}
+    by_name = {metric["name"]: Value(metric["value"], describe(metric)) for metric in values}
     return Row(options["dataset_name"], model, training, by_name)
 
 
@@ -111,24 +112,24 @@ def published_rows(datasets: set[str]) -> Iterator[Row]:
     """Rows of PUBLISHED for some data sets."""
     for dataset in sorted(datasets):
         for model in dict.fromkeys(name for name, _, _ in PUBLISHED):
-            figures = {
-                column: Figure(values[dataset], protocol)
+            values = {
+                column: Value(values[dataset], protocol)
                 for (name, column, protocol), values in PUBLISHED.items()
                 if name == model and dataset in values
             }
-            if figures:
-                yield Row(dataset, model, "", figures)
+            if values:
+                yield Row(dataset, model, "", values)
 
 
 def table(rows: list[Row]) -> str:
-    """The Markdown table, each figure with the letter of its protocol, and the protocols."""
-    columns = [name for name in COLUMNS if "fid" in name or any(name in row.figures for row in rows)]
+    """The Markdown table, each metric with the letter of its protocol, and the protocols."""
+    columns = [name for name in COLUMNS if "fid" in name or any(name in row.values for row in rows)]
     letters: dict[tuple[str, str], str] = {}
 
     def cell(row: Row, column: str) -> str:
-        if column not in row.figures:
+        if column not in row.values:
             return "not run" if row.training else ""
-        value, protocol = row.figures[column]
+        value, protocol = row.values[column]
         letter = letters.setdefault((column, protocol), _letter(len(letters)))
         return f"{value:.4g} <sup>{letter}</sup>"
 
@@ -155,7 +156,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
     distances = ("paper_fid", "fid", "fad", "classifier_frechet")
     panels = [
-        (dataset, column, [row for row in rows if row.dataset == dataset and column in row.figures])
+        (dataset, column, [row for row in rows if row.dataset == dataset and column in row.values])
         for dataset in sorted({row.dataset for row in rows})
         for column in distances
     ]
@@ -164,7 +165,7 @@ def plot(rows: list[Row], path: Path) -> None:
         return
     figure, axes = plt.subplots(len(panels), squeeze=False, figsize=(8, 2.2 * len(panels)), layout="constrained")
     for axis, (dataset, column, shown) in zip(axes[:, 0], panels, strict=True):
-        values = [row.figures[column].value for row in shown]
+        values = [row.values[column].value for row in shown]
         colours = ["tab:blue" if row.training else "lightgrey" for row in shown]
         axis.bar_label(axis.barh([row.model for row in shown], values, color=colours), fmt="%.3g", padding=3)
         axis.invert_yaxis()
@@ -178,9 +179,9 @@ def main(arguments: list[str] | None = None) -> None:
     print_anywhere()
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders with runs somewhere below")
-    parser.add_argument("--output", type=Path, help="Markdown file; printed if absent")
-    parser.add_argument("--plot", type=Path, help="picture file")
+    parser.add_argument("folders", nargs="+", type=expand, help="run folders, or folders with runs somewhere below")
+    parser.add_argument("--output", type=expand, help="Markdown file; printed if absent")
+    parser.add_argument("--plot", type=expand, help="image file")
     args = parser.parse_args(arguments)
     runs = [RunFolder(path.parent) for folder in args.folders for path in sorted(folder.rglob("metrics.json"))]
     try:

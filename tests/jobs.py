@@ -56,5 +56,5 @@ if __name__ == "__main__":
     jobs_file, losses_file = map(Path, sys.argv[1:])
     with processes.joined(), mock.patch.object(processes, "joined", contextlib.nullcontext):
         losses = perform(json.loads(jobs_file.read_text()))
-        if processes.is_writer():
+        if processes.is_rank_0():
             losses_file.write_text(json.dumps(losses))

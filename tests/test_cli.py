@@ -139,7 +139,7 @@ def test_a_run_that_is_already_there(mistake, run, small):
 @pytest.mark.parametrize("stage", ["all", "sdid", "sample", "evaluate"])
 def test_nothing_to_work_with(stage, mistake, small, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    expected = {"all": "cannot write"}.get(stage, "model.pth is not there")
+    expected = {"all": "cannot write"}.get(stage, "model.pth does not exist")
     assert expected in mistake(*small, "--result_path", tmp_path / "file", "--stage", stage)
 
 
@@ -184,8 +184,8 @@ def test_options_that_exclude_each_other(mistake, run):
     ("name", "expected"),
     [
         ("config.json", "no checkpoint that can be read"),
-        ("samples", "samples/model.pth is not there"),
-        ("none.pth", "is not there"),
+        ("samples", "samples/model.pth does not exist"),
+        ("none.pth", "does not exist"),
         ("half.pth", "no checkpoint that can be read"),
         ("tensor.pth", "holds a Tensor"),
         ("last.pth", "is what --resume reads: name the model.pth beside it"),
@@ -209,7 +209,7 @@ def test_denoiser_that_does_not_fit(mistake, run):
     shutil.copy(run / "model.pth", path)
     assert f"{path} does not hold the weights of a denoiser" in mistake("--checkpoint", run / "model.pth")
     path.unlink()
-    assert f"{path} is not there" in mistake("--checkpoint", run / "model.pth")
+    assert f"{path} does not exist" in mistake("--checkpoint", run / "model.pth")
 
 
 def test_checkpoint_of_another_kind_of_image(mistake, grey, tmp_path):
@@ -252,7 +252,7 @@ def test_figures_of_stage_1_alone(cli, mistake, run):
     figures = [figure["name"] for figure in json.loads((run / "metrics.json").read_text())]
     assert figures == ["mse", "codebook_usage", "codebook_perplexity"] and not (run / "samples").exists()
     for others in ("mse,energy", "fad"):
-        assert "diff_model.pth is not there" in mistake("--checkpoint", run, "--metrics", others)
+        assert "diff_model.pth does not exist" in mistake("--checkpoint", run, "--metrics", others)
 
 
 def test_data_that_is_not_the_runs(mistake, run, colour):

@@ -14,7 +14,7 @@ from models import SDID, VQSVAE, ResidualSDID
 from models.spiking import LIF, use_backend
 from pipeline.evaluation.model_metrics import energy_records
 from pipeline.runtime.device import Machine
-from pipeline.sampling.generators import CodeDiffusion
+from pipeline.sampling.image_models import CodeDiffusion
 
 STEPS = 4
 

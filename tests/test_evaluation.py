@@ -19,7 +19,7 @@ from pipeline.evaluation.model_metrics import energy_records, reconstruction_rec
 from pipeline.options import EvaluationOptions
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
-from pipeline.sampling.generators import CodeDiffusion, PriorSampling
+from pipeline.sampling.image_models import CodeDiffusion, PriorSampling
 
 CPU = Machine(torch.device("cpu"), bf16=False)
 

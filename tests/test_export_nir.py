@@ -234,4 +234,4 @@ def test_missing_packages_are_named(run, capsys, monkeypatch):
 
 def test_no_run_is_one_line(tmp_path, capsys):
     status, lines, (error,) = export(capsys, tmp_path / "nothing")
-    assert status == 2 and not lines and error.startswith("error: ") and "is not there" in error
+    assert status == 2 and not lines and error.startswith("error: ") and "does not exist" in error

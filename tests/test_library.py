@@ -80,7 +80,7 @@ def test_arrays_that_do_not_fit(mistake, model):
 
 
 def test_a_model_that_is_not_there(tmp_path, finished):
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         SpikingDiffusion.load(tmp_path / "none")
     with pytest.raises(UserError, match="no option temprature"):
         SpikingDiffusion.load(finished.path, temprature=1)

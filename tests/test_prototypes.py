@@ -15,7 +15,7 @@ from pipeline.checkpoints import load_weights, write_json
 from pipeline.run_folder import RunFolder
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine
-from pipeline.sampling.generators import CodeDiffusion
+from pipeline.sampling.image_models import CodeDiffusion
 from pipeline.training.loop import Schedule
 from pipeline.training.objectives import sdid_trainer
 

@@ -182,7 +182,7 @@ def test_terminated_from_outside(finished, small, tmp_path, start):
     os.kill(process.pid, signal.SIGTERM)
     process.join()
     assert process.exitcode == 143
-    assert output.read_text().splitlines()[-1] == f"terminated: saved; go on with: python -u main.py --resume {run}"
+    assert output.read_text().splitlines()[-1] == f"terminated: saved; resume with: python -u main.py --resume {run}"
     process, output = start(("--resume", run))
     process.join()
     assert process.exitcode == 0, output.read_text()
@@ -302,7 +302,7 @@ def test_a_signal_saves_at_once(number, step, cli, small, finished, tmp_path, mo
         patch_step(patch, step, raise_signal)
         outcome = cli(*small, "--result_path", tmp_path)
     assert outcome.status == 128 + number
-    assert outcome.err == f"{SIGNALS[number]}: saved; go on with: python -u main.py --resume {run}\n"
+    assert outcome.err == f"{SIGNALS[number]}: saved; resume with: python -u main.py --resume {run}\n"
     state = load_checkpoint(run / "last.pth")
     before = 2 * STEPS if state["stage"] == "sdid" else 0
     assert before + state["epoch"] * STEPS + state["step"] == step, "not a step is lost or done after the signal"
@@ -329,7 +329,7 @@ def test_ctrl_c_advises_what_works(cli, small, run, tmp_path, monkeypatch):
     again = "interrupted: nothing was saved, run the same command again\n"
     shutil.rmtree(run / "samples")
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.sampling.generators.CodeDiffusion.draw", interrupt)
+        patch.setattr("pipeline.sampling.image_models.CodeDiffusion.draw", interrupt)
         for call in (("--checkpoint", run), (*small, "--stage", "evaluate", "--result_path", run.parents[1])):
             shutil.copytree(run, place(run.parents[1]), dirs_exist_ok=True)
             outcome = cli(*call)
@@ -339,7 +339,7 @@ def test_ctrl_c_advises_what_works(cli, small, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(stages, "evaluate", interrupt)
         outcome = cli(*small, "--result_path", tmp_path / "new")
-    command = f"go on with: python -u main.py --resume {place(tmp_path / 'new')}"
+    command = f"resume with: python -u main.py --resume {place(tmp_path / 'new')}"
     assert (outcome.status, outcome.err) == (130, f"interrupted: {command}\n")
     assert cli("--resume", place(tmp_path / "new")).status == 0
 

@@ -51,7 +51,7 @@ def test_finished_runs_are_left_alone_and_others_resumed(calls, tmp_path):
 
 
 def test_options_of_budgets_and_variants_are_those_of_main(cli, tmp_path):
-    """Asked of the program itself, which stops at the data set that is not there."""
+    """Asked of the program itself, which stops at the data set that does not exist."""
     for variant in reproduce.VARIANTS:
         for budget in reproduce.BUDGETS:
             args, passed_on = reproduce.parse(["--budget", budget, "--result_path", str(tmp_path / "result")])

@@ -25,16 +25,16 @@ def evaluate(session: Session) -> None:
     trained = o.run.stage == "all" and not o.run.checkpoint
     of_samples = trained or bool(set(wanted) & set(SAMPLE_METRICS))
     draws = of_samples or "energy" in wanted
-    generator = session.load_generator(draws)
+    model = session.load_model(draws)
     evaluation = prepare_evaluation(session)
-    generator = with_temperature(session, generator) if draws else generator
+    model = with_temperature(session, model) if draws else model
     records = []
     if of_samples:
         count = o.sampling.num_samples or evaluation.images_needed or GRID_IMAGES
-        records += evaluation.compute(draw(session, generator, count, reuse=True), generator.drawn)
-    records += reconstruction_records(generator, evaluation, wanted)
+        records += evaluation.compute(draw(session, model, count, reuse=True), model.drawn)
+    records += reconstruction_records(model, evaluation, wanted)
     if "energy" in wanted:
-        records += energy_records(generator, session.data.test, o.run.seed)
+        records += energy_records(model, session.data.test, o.run.seed)
     if change := session.data_change(session.data):
         print(f"warning: {change}", file=sys.stderr)
         records = [record | {"data": change} for record in records]

@@ -41,7 +41,7 @@ from pipeline.evaluation.feature_networks import classifier, fad_network, refere
 from pipeline.evaluation.records import make_record
 from pipeline.options import EvaluationOptions
 from pipeline.runtime.device import Machine
-from pipeline.runtime.processes import from_writer, is_writer
+from pipeline.runtime.processes import from_rank_0, is_rank_0
 
 FID_IMAGES = 10_000  # generated for FID, as is usual
 Values = dict[str, float]
@@ -199,7 +199,7 @@ class Evaluation:
         self.seed, self.num_samples = seed, num_samples
         self.networks: dict[str, FeatureNetwork | UserError] = {}
         wanted = [name for name in GENERATED_METRICS if options.metrics is None or name in options.metrics]
-        obstacles = from_writer(lambda: {name: self._obstacle(GENERATED_METRICS[name]) for name in wanted})
+        obstacles = from_rank_0(lambda: {name: self._obstacle(GENERATED_METRICS[name]) for name in wanted})
         self.metrics = {name: GENERATED_METRICS[name] for name in wanted if not obstacles[name]}
         for obstacle in filter(None, dict.fromkeys(obstacles.values())):
             missing = f"no {', '.join(name for name in wanted if obstacles[name] == obstacle)}: {obstacle}"
@@ -244,7 +244,7 @@ class Evaluation:
         Of all available metrics, or of those in `metrics`; empty in processes other than rank 0. `whole` as in
         `Features`.
         """
-        computed = self.metrics if is_writer() else {}
+        computed = self.metrics if is_rank_0() else {}
         chosen = [metric for name, metric in computed.items() if metrics is None or name in metrics]
         split, networks = self.options.reference, {metric.network for metric in chosen}
         features = {name: Features(self._load(name), images, self.data, split, self.seed, whole) for name in networks}

@@ -10,20 +10,20 @@ from metrics.fad import FAD_IMAGES
 from metrics.reconstruction import mse, ssim
 from pipeline.evaluation.metrics import Evaluation
 from pipeline.evaluation.records import make_record
-from pipeline.sampling.generators import CodeDiffusion, Generator
 from pipeline.sampling.grids import to_float
+from pipeline.sampling.image_models import CodeDiffusion, ImageModel
 
 ENERGY_IMAGES = 16
 
 
-def reconstruction_records(generator: Generator, evaluation: Evaluation, wanted: Collection[str]) -> list[dict]:
+def reconstruction_records(model: ImageModel, evaluation: Evaluation, wanted: Collection[str]) -> list[dict]:
     """Metrics of the autoencoder on the test split: MSE, SSIM, codebook use, and FAD, a lower bound for samples."""
     test, seed = evaluation.data.test, evaluation.seed
     records = []
     about = {"split": "test", "real": len(test), "seed": seed}
     mean = "reconstructions as 8-bit images in [0,1], mean over all"
     if {"mse", "ssim", "fad"} & set(wanted):
-        reconstructed = generator.reconstruct(test)
+        reconstructed = model.reconstruct(test)
         pair = to_float(test), to_float(reconstructed)
         if "mse" in wanted:
             records.append(make_record("mse", mse(*pair), f"{mean} pixels", **about))
@@ -32,8 +32,8 @@ def reconstruction_records(generator: Generator, evaluation: Evaluation, wanted:
         if len(test) >= FAD_IMAGES:
             scored = evaluation.compute(reconstructed, "reconstructions of the test split", ["fad"], whole=True)
             records += [record | {"name": "reconstruction_fad"} for record in scored]
-    if "codebook" in wanted and isinstance(generator, CodeDiffusion):
-        codes, size = generator.encode(test), generator.autoencoder.codebook_size
+    if "codebook" in wanted and isinstance(model, CodeDiffusion):
+        codes, size = model.encode(test), model.autoencoder.codebook_size
         records += [
             make_record("codebook_usage", usage(codes, size), f"share of the {size} codes that occur", **about),
             make_record("codebook_perplexity", perplexity(codes, size), "exp of the code entropy in nats", **about),
@@ -41,15 +41,15 @@ def reconstruction_records(generator: Generator, evaluation: Evaluation, wanted:
     return records
 
 
-def energy_records(generator: Generator, test: Tensor, seed: int) -> list[dict]:
+def energy_records(model: ImageModel, test: Tensor, seed: int) -> list[dict]:
     """Energy in µJ per image of each part and of a whole sample, with and without spikes, and the mean firing rate.
 
     Encoding is counted on ENERGY_IMAGES test images, what takes part in a sample on as many samples.
     """
     images = test[:ENERGY_IMAGES]
-    cost = generator.cost(images)
+    cost = model.cost(images)
     real = {"split": "test", "real": len(images), "seed": seed}
-    drawn = {"split": "test", "real": 0, "generated": len(images), "seed": seed, "drawn": generator.drawn}
+    drawn = {"split": "test", "real": 0, "generated": len(images), "seed": seed, "drawn": model.drawn}
     records = []
     for part, counted in cost.operations.items():
         about, on = real if part == "encode" else drawn, cost.protocols[part]

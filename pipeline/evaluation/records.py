@@ -5,7 +5,7 @@ from typing import Any
 from pipeline.checkpoints import write_json
 from pipeline.run_folder import RunFolder, versions
 from pipeline.runtime.device import Machine, describe_machine
-from pipeline.runtime.processes import by_writer
+from pipeline.runtime.processes import on_rank_0
 
 
 def make_record(
@@ -21,7 +21,7 @@ def context(machine: Machine) -> dict[str, Any]:
     return {"precision": machine.precision, **describe_machine(machine.device), "versions": versions()}
 
 
-@by_writer
+@on_rank_0
 def write_records(run: RunFolder, records: list[dict], machine: Machine, weights: str) -> None:
     """Merge records of the networks with the digest `weights` into metrics.json, and print them as a table.
 

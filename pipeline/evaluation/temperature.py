@@ -12,8 +12,8 @@ from metrics.frechet import feature_statistics, frechet_distance
 from pipeline.checkpoints import write_json
 from pipeline.evaluation.feature_networks import fad_network, reference_features
 from pipeline.run_folder import RunFolder
-from pipeline.runtime.processes import from_writer, is_writer
-from pipeline.sampling.generators import CodeDiffusion, Generator
+from pipeline.runtime.processes import from_rank_0, is_rank_0
+from pipeline.sampling.image_models import CodeDiffusion, ImageModel
 from pipeline.session import Session
 
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -28,33 +28,33 @@ def check_held_out(data: ImageData) -> None:
 
 
 def choose_temperature(
-    generator: CodeDiffusion, data: ImageData, fad_weights: Path | None, run: RunFolder, weights: str
+    model: CodeDiffusion, data: ImageData, fad_weights: Path | None, run: RunFolder, weights: str
 ) -> float:
     """Of TEMPERATURES the one whose samples are nearest to the held-out images, by the Fréchet autoencoder distance.
 
     Writes all distances to temperature.json, with what they depend on: a later call for which that is the same draws no
-    images. `weights` is the digest of the generator's. Raises UserError where too few images are held out.
+    images. `weights` is the digest of the model's. Raises UserError where too few images are held out.
     """
     check_held_out(data)
     path, depends_on = run.path / "temperature.json", {}
-    if is_writer():
-        network, origin, _ = fad_network(data, fad_weights, generator.machine)
-        depends_on = {"weights": weights, **generator.settings, "temperatures": list(TEMPERATURES), "images": IMAGES}
+    if is_rank_0():
+        network, origin, _ = fad_network(data, fad_weights, model.machine)
+        depends_on = {"weights": weights, **model.settings, "temperatures": list(TEMPERATURES), "images": IMAGES}
         depends_on |= {"held_out": digest(data.held_out), "fad_network": digest(network.state_dict())}
-    chosen = from_writer(lambda: _chosen_before(path, depends_on))
+    chosen = from_rank_0(lambda: _chosen_before(path, depends_on))
     if chosen is not None:
         return chosen
-    if is_writer():
+    if is_rank_0():
         held_out = reference_features(network, fad_features, data.held_out, f"{data.name}-held_out")
         reference = feature_statistics(held_out)
     distances = {}
     for temperature in TEMPERATURES:
-        images = replace(generator, temperature=temperature).draw(range(IMAGES))
-        if is_writer():
+        images = replace(model, temperature=temperature).draw(range(IMAGES))
+        if is_rank_0():
             distances[temperature] = frechet_distance(*feature_statistics(fad_features(images, network)), *reference)
             print(f"temperature {temperature:g}: distance to held-out images {distances[temperature]:.2f}", flush=True)
-    best = from_writer(lambda: min(distances, key=distances.get))
-    if is_writer():
+    best = from_rank_0(lambda: min(distances, key=distances.get))
+    if is_rank_0():
         count = len(data.held_out)
         protocol = f"Fréchet autoencoder distance ({origin}) of {IMAGES} samples to {count} held-out images"
         content = {"temperature": best, "distances": distances, "protocol": protocol, "depends_on": depends_on}
@@ -69,7 +69,7 @@ def _chosen_before(path: Path, depends_on: dict[str, Any]) -> float | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        print(f"{path} cannot be read ({error}): the temperature is chosen anew")
+        print(f"{path} cannot be read ({error}): choosing the temperature again")
         return None
     if content.get("depends_on") != depends_on or content.get("temperature") not in TEMPERATURES:
         return None
@@ -77,11 +77,11 @@ def _chosen_before(path: Path, depends_on: dict[str, Any]) -> float | None:
     return content["temperature"]
 
 
-def with_temperature(session: Session, generator: Generator) -> Generator:
+def with_temperature(session: Session, model: ImageModel) -> ImageModel:
     """The model at the temperature of the options; with "auto", at one that is chosen on held-out images."""
     o = session.options
-    if o.sampling.temperature != "auto" or not isinstance(generator, CodeDiffusion):
-        return generator
+    if o.sampling.temperature != "auto" or not isinstance(model, CodeDiffusion):
+        return model
     weights = session.networks.digest()
-    temperature = choose_temperature(generator, session.data, o.evaluation.fad_weights, session.run, weights)
-    return replace(generator, temperature=temperature, chosen=True)
+    temperature = choose_temperature(model, session.data, o.evaluation.fad_weights, session.run, weights)
+    return replace(model, temperature=temperature, chosen=True)

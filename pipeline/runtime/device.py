@@ -30,7 +30,7 @@ class Machine:
     bf16: bool
     compile: bool = False
 
-    def place(self, network: Network) -> Network:
+    def to_device(self, network: Network) -> Network:
         """Move a network there, in place: channels last, and its forward pass through torch.compile if chosen."""
         network.to(self.device, memory_format=torch.channels_last)
         if self.compile:

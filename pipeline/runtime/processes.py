@@ -40,7 +40,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def is_writer() -> bool:
+def is_rank_0() -> bool:
     """Whether this is the one process that reads and writes files, prints and shows progress."""
     return rank() == 0
 
@@ -76,10 +76,10 @@ def is_first_to_end() -> bool:
 
 
 @contextmanager
-def in_contact(how_to_go_on: Callable[[], str]) -> Iterator[None]:
+def in_contact(resume_hint: Callable[[], str]) -> Iterator[None]:
     """Context in which UserError is raised if another process has died, or has not answered in time.
 
-    `how_to_go_on` is asked then what the user can do, in words.
+    `resume_hint` is asked then what the user can do, in words.
     """
     try:
         yield
@@ -88,25 +88,25 @@ def in_contact(how_to_go_on: Callable[[], str]) -> Iterator[None]:
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's: there must be time to say it
         lost = "another process of the run has died or does not answer"
-        raise UserError(f"{lost}: {how_to_go_on()}") from error
+        raise UserError(f"{lost}: {resume_hint()}") from error
 
 
-def by_writer(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
+def on_rank_0(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
     """Decorate a function that writes: the other processes pass over it."""
 
     @functools.wraps(function)
     def gated(*arguments: Arguments.args, **options: Arguments.kwargs) -> None:
-        if is_writer():
+        if is_rank_0():
             function(*arguments, **options)
 
     return gated
 
 
-def from_writer(compute: Callable[[], Value]) -> Value:
+def from_rank_0(compute: Callable[[], Value]) -> Value:
     """What `compute` returns in the one process that calls it; the others wait and are sent it."""
     if size() == 1:
         return compute()
-    box = [compute() if is_writer() else None]
+    box = [compute() if is_rank_0() else None]
     dist.broadcast_object_list(box, 0)
     return box[0]
 

@@ -10,7 +10,7 @@ The noise of samples is not derived here: see `AbsorbingDiffusion.noise`, `FSVAE
 import hashlib
 
 PURPOSES = ("weights", "order", "noise", "statistics", "statistics order", "prototypes")
-"""A network's first weights; of an epoch's examples; of a step; both of batch norm taken anew; k-means."""
+"""Initial weights; order of an epoch; noise of a step; noise and order of batch-norm recalibration; k-means."""
 
 SEEDS = 2**28  # of a purpose in a stage: 6 purposes and 2 stages fit into 32 bits
 STEPS = 2**22  # at most, of a process in a stage; that leaves room for 64 processes

@@ -27,7 +27,7 @@ def in_batches(tensor: Tensor, batch_size: int, title: str, compute: Callable[[T
     Several processes share the parts, and each is given the whole result.
     """
     mine = tensor[processes.share(len(tensor))]
-    hidden = None if len(mine) > 1000 and processes.is_writer() else True  # None: where stderr is no terminal
+    hidden = None if len(mine) > 1000 and processes.is_rank_0() else True  # None: where stderr is no terminal
     done = []
     with tqdm(total=len(mine), desc=title, unit=" images", leave=False, disable=hidden) as bar:
         for part in mine.split(batch_size) if len(mine) else ():
@@ -80,14 +80,14 @@ def draw_codes(
     def draw(part: Tensor) -> Tensor:
         here = SamplingNoise(*(values[part].to(machine.device) for values in noise))
         kept = None if given is None else given[part].to(machine.device)
-        told = None if condition is None else condition[part].to(machine.device)
-        return diffusion.sample(denoiser.logits_at, here, given=kept, condition=told, **temperatures)
+        conditions = None if condition is None else condition[part].to(machine.device)
+        return diffusion.sample(denoiser.logits_at, here, given=kept, condition=conditions, **temperatures)
 
     with machine.autocast():
         return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", draw)
 
 
-@processes.by_writer
+@processes.on_rank_0
 def write_samples(folder: Path, images: Tensor, settings: dict[str, Any]) -> None:
     """Write `images`, uint8 `[N,C,H,W]`, as `grid.png` and `images.npz`; the PNG files of earlier ones are removed.
 
@@ -116,7 +116,7 @@ def read_samples(folder: Path, settings: dict[str, Any], count: int) -> Tensor |
     return images.permute(0, 3, 1, 2).contiguous() if len(images) == count else None
 
 
-@processes.by_writer
+@processes.on_rank_0
 def write_single_files(folder: Path, images: Tensor) -> None:
     """Write each of `images`, uint8 `[N,C,H,W]`, as a PNG file, numbered from 0."""
     for i, image in enumerate(images):

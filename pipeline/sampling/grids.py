@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images, originals over reconstructions, a denoising trajectory."""
+"""Images for people: grids of images, originals over reconstructions, a denoising trajectory."""
 
 import colorsys
 import io
@@ -33,17 +33,17 @@ def grid(images: Tensor, columns: int) -> Tensor:
     return make_grid(enlarged, columns, padding=ZOOM, pad_value=GREY)
 
 
-def encode_png(picture: Tensor) -> bytes:
-    """The PNG file of a picture, uint8 `[C,H,W]` with C = 1 or 3."""
-    pixels = picture.permute(1, 2, 0).numpy()  # [C,H,W] -> [H,W,C]
+def encode_png(image: Tensor) -> bytes:
+    """The PNG file of a image, uint8 `[C,H,W]` with C = 1 or 3."""
+    pixels = image.permute(1, 2, 0).numpy()  # [C,H,W] -> [H,W,C]
     buffer = io.BytesIO()
     Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def save_png(path: Path, picture: Tensor) -> None:
-    """Write a picture, uint8 `[C,H,W]`."""
-    write_whole(path, encode_png(picture))
+def save_png(path: Path, image: Tensor) -> None:
+    """Write a image, uint8 `[C,H,W]`."""
+    write_whole(path, encode_png(image))
 
 
 def save_figure(path: Path, figure: Any) -> None:
@@ -63,7 +63,7 @@ def code_colours(codebook_size: int) -> Tensor:
     return to_uint8(torch.tensor([*colours, (0.0, 0.0, 0.0)]))
 
 
-def trajectory_picture(tokens: Tensor, image: Tensor, codebook_size: int) -> Tensor:
+def trajectory_image(tokens: Tensor, image: Tensor, codebook_size: int) -> Tensor:
     """Two rows over L moments: the grid of tokens (mask black), and what it means in the finished image.
 
     Args:

@@ -7,13 +7,13 @@ SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 class Interrupted(Exception):
-    """A signal has ended what it found running, in good order; the message is one line that says how to go on.
+    """A signal has ended what it found running, in good order; the message is one line that says how to resume.
 
     `status` is the exit status of a program that a signal ends, 128 and its number.
     """
 
-    def __init__(self, number: int, how_to_go_on: str):
-        super().__init__(f"{SIGNALS[number]}: saved; {how_to_go_on}")
+    def __init__(self, number: int, resume_hint: str):
+        super().__init__(f"{SIGNALS[number]}: saved; {resume_hint}")
         self.status = 128 + number
 
 
@@ -24,8 +24,8 @@ class Interruption:
     was ignored before, as by nohup, is ignored here, too.
     """
 
-    def __init__(self, how_to_go_on: str):
-        self.how_to_go_on = how_to_go_on
+    def __init__(self, resume_hint: str):
+        self.resume_hint = resume_hint
         self.signal: int | None = None
         handlers = {number: signal.getsignal(number) for number in SIGNALS}
         self._handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
@@ -38,7 +38,7 @@ class Interruption:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._let_act()
         if self.signal and error is None:
-            raise Interrupted(self.signal, self.how_to_go_on)
+            raise Interrupted(self.signal, self.resume_hint)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = number

@@ -27,12 +27,12 @@ LR_SCHEDULES = {
     "cosine": lambda done: min(1, done / WARM_UP) * (1 + math.cos(math.pi * done)) / 2,
 }
 """What the learning rate is multiplied by when this share of all steps is done."""
-CALIBRATION_IMAGES = 10_000  # of which batch norm's statistics are taken anew
+CALIBRATION_IMAGES = 10_000  # of batch-norm recalibration
 
 Losses = dict[str, Tensor]
 LossFunction = Callable[..., Losses]
 DrawFunction = Callable[[Tensor, torch.Generator], tuple[Tensor, ...]]
-Figures = dict[str, float]
+Values = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Trainer:
         examples: `[N,...]`; kept on the machine's device as a whole.
         losses: the network, a generator of this process's own, and this process's share of a batch, as `draw` returns
             it, to mean losses by name; the one called "loss" is minimised, all are logged.
-        preview: called after each epoch, with the network that is kept and the epoch's number; returns figures for
+        preview: called after each epoch, with the network that is kept and the epoch's number; returns values for
             the log.
         checkpoint: where the weights of the network that is kept go whenever they are saved.
         draw: a whole batch and a generator to tensors `[N,...]` of examples and their noise, which are the same for any
@@ -79,9 +79,9 @@ class Trainer:
 
     Attributes:
         kept: what training is for: `model` itself, or with `ema_decay` the average of its weights over the steps, with
-            batch norm's statistics taken anew (an average of those would be of other weights).
+            batch norm recalibrated (an average of statistics would belong to other weights).
 
-    With `fixed_norm`, statistics are taken anew once and then stay, in training as in evaluation: a neuron fires or
+    With `fixed_norm`, batch norm is recalibrated once and then frozen, in training as in evaluation: a neuron fires or
     not, so the network learns with the very statistics that it is used with. Averaged weights share them.
     """
 
@@ -91,7 +91,7 @@ class Trainer:
         model: nn.Module,
         examples: Tensor,
         losses: LossFunction,
-        preview: Callable[[nn.Module, int], Figures],
+        preview: Callable[[nn.Module, int], Values],
         *,
         run: RunFolder,
         checkpoint: Path,
@@ -151,7 +151,7 @@ class Trainer:
         came, and UserError, without saving, if loss or weights are not finite.
         """
         deadline = time.monotonic() + 60 * (self.schedule.max_minutes or float("inf"))
-        with Interruption(self.run.how_to_go_on) as interruption:
+        with Interruption(self.run.resume_hint) as interruption:
             while self.progress.epoch < self.schedule.epochs:
                 if self._train_epoch(deadline, interruption):
                     self._end_epoch()
@@ -177,7 +177,7 @@ class Trainer:
         saved = time.monotonic()
         started = saved - progress.seconds
         self.model.train()
-        hidden = None if processes.is_writer() else True  # None: where stderr is no terminal
+        hidden = None if processes.is_rank_0() else True  # None: where stderr is no terminal
         with tqdm(total=count, initial=first, desc=self.title, unit=" images", leave=False, disable=hidden) as bar:
             for indices in batches[progress.step :]:
                 self._seed(generator, "noise", progress.epoch * self.steps + progress.step)
@@ -213,15 +213,15 @@ class Trainer:
         if self.average:
             self._calibrate_average()
         self.kept.eval()
-        figures = {**means, **self.preview(self.kept, progress.epoch + 1)}
+        values = {**means, **self.preview(self.kept, progress.epoch + 1)}
         cost = {"images": count, "images_per_second": round(rate, 2)}
-        self.run.log(self.name, progress.epoch + 1, {**figures, **cost})
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        self.run.log(self.name, progress.epoch + 1, {**values, **cost})
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         print(f"{self.title}: {shown}, {rate:.0f} images/s", flush=True)
         self.progress = Progress(progress.epoch + 1)
 
     def _check_finite(self, *numbers: dict[str, Tensor]) -> None:
-        """Raise UserError, which says what to do, if one of the losses or weights is infinite or no number."""
+        """Raise UserError, which says what to do, if one of the losses or weights is non-finite (NaN or infinite)."""
         for name, value in ((name, value) for group in numbers for name, value in group.items()):
             if not math.isfinite(total := value.sum().item()):
                 where = f"{self.title}, step {self.progress.step}: {name} is {total}"
@@ -269,7 +269,7 @@ class Trainer:
 
     @torch.no_grad()
     def _calibrate(self, network: nn.Module) -> None:
-        """Take batch norm's statistics anew, over CALIBRATION_IMAGES examples; `network` is in evaluation mode then.
+        """Recalibrate batch norm: statistics over CALIBRATION_IMAGES examples; `network` is in evaluation mode then.
 
         Nothing else of the network is in training mode meanwhile.
         """

@@ -15,9 +15,9 @@ from models.vq_autoencoder import VQAutoencoder
 from pipeline.run_folder import RunFolder
 from pipeline.runtime import processes
 from pipeline.sampling.batches import decode_codes, encode_images
-from pipeline.sampling.generators import CodeDiffusion, PriorSampling
 from pipeline.sampling.grids import grid, save_png, to_float
-from pipeline.training.loop import Figures, Losses, Trainer
+from pipeline.sampling.image_models import CodeDiffusion, PriorSampling
+from pipeline.training.loop import Losses, Trainer, Values
 
 PREVIEW_IMAGES = 16
 USAGE_IMAGES = 1000  # of the test split, whose codes tell the codebook's usage after each epoch
@@ -35,12 +35,12 @@ def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: 
         out = network(to_float(batch), variance, generator)
         return {"loss": out.loss, "mse": out.mse, "quantizer_loss": out.quantizer_loss}
 
-    def preview(model: VQAutoencoder, epoch: int) -> Figures:
+    def preview(model: VQAutoencoder, epoch: int) -> Values:
         codes = encode_images(model, test[:USAGE_IMAGES], machine)
         rows = torch.cat((shown, decode_codes(model, codes[: len(shown)], machine)))
         show(run, "vqsvae", "reconstructions", grid(rows, len(shown)), epoch)
         share = usage(codes, model.codebook_size)
-        if share < max(FEWEST_CODES, 1.5 / model.codebook_size) and processes.is_writer():
+        if share < max(FEWEST_CODES, 1.5 / model.codebook_size) and processes.is_rank_0():
             cause = f"warning: epoch {epoch}: the codebook collapses, {share:.1%} of its codes are used"
             print(f"{cause}; if this lasts, begin a new run with a smaller --codebook_size or --lr", file=sys.stderr)
         return {"codebook_usage": share}
@@ -59,28 +59,28 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> 
         out = network(to_float(batch), generator, p)
         return {"loss": out.loss, "mse": out.mse, "mmd": out.mmd}
 
-    def preview(model: FSVAE, epoch: int) -> Figures:
-        generator_of = PriorSampling(model, options["machine"], schedule.seed)
-        rows = torch.cat((shown, generator_of.reconstruct(shown)))
+    def preview(model: FSVAE, epoch: int) -> Values:
+        prior = PriorSampling(model, options["machine"], schedule.seed)
+        rows = torch.cat((shown, prior.reconstruct(shown)))
         show(run, "vae", "reconstructions", grid(rows, len(shown)), epoch)
-        show(run, "vae", "samples", grid(generator_of.draw(range(PREVIEW_IMAGES)), PREVIEW_IMAGES // 2), epoch)
+        show(run, "vae", "samples", grid(prior.draw(range(PREVIEW_IMAGES)), PREVIEW_IMAGES // 2), epoch)
         return {}
 
     trainer = Trainer((1, "vae"), model, train, losses, preview, checkpoint=run.model, **options)
     return trainer
 
 
-def sdid_trainer(denoiser: Denoiser, generator: CodeDiffusion, codes: Tensor, loss: str, **options: Any) -> Trainer:
-    """Stage 2: the denoiser on `codes [N,h,w]`; previews are what `generator` draws with it.
+def sdid_trainer(denoiser: Denoiser, model: CodeDiffusion, codes: Tensor, loss: str, **options: Any) -> Trainer:
+    """Stage 2: the denoiser on `codes [N,h,w]`; previews are what `model` draws with it.
 
     A denoiser with prototypes is conditioned on them for most images, but not for all: inpainting has no condition.
     """
-    run, diffusion = options["run"], generator.diffusion
+    run, diffusion = options["run"], model.diffusion
 
     def draw(batch: Tensor, random: torch.Generator) -> tuple[Tensor, ...]:
-        condition = generator.condition(batch)
+        condition = model.condition(batch)
         conditions = () if condition is None else (_dropped_out(condition, random),)
-        return batch.long(), *diffusion.training_noise(len(batch), generator.grid, random, loss), *conditions
+        return batch.long(), *diffusion.training_noise(len(batch), model.grid, random, loss), *conditions
 
     def losses(
         network: Denoiser, _: torch.Generator, codes: Tensor, t: Tensor, mask: Tensor, condition: Tensor | None = None
@@ -88,8 +88,8 @@ def sdid_trainer(denoiser: Denoiser, generator: CodeDiffusion, codes: Tensor, lo
         noise = TrainingNoise(t, mask)
         return {"loss": diffusion.loss(lambda tokens, t: network(tokens, t, condition), codes, noise, loss)}
 
-    def preview(denoiser: Denoiser, epoch: int) -> Figures:
-        images = replace(generator, denoiser=denoiser).draw(range(PREVIEW_IMAGES))
+    def preview(denoiser: Denoiser, epoch: int) -> Values:
+        images = replace(model, denoiser=denoiser).draw(range(PREVIEW_IMAGES))
         show(run, "sdid", "samples", grid(images, PREVIEW_IMAGES // 2), epoch)
         return {}
 
@@ -102,7 +102,7 @@ def _dropped_out(condition: Tensor, random: torch.Generator) -> Tensor:
     return torch.where(dropped, NO_PROTOTYPE, condition)
 
 
-def show(run: RunFolder, stage: str, name: str, picture: Tensor, epoch: int) -> None:
+def show(run: RunFolder, stage: str, name: str, image: Tensor, epoch: int) -> None:
     """Keep a preview, uint8 `[3,H,W]`, as a file and in TensorBoard."""
-    save_png(run.samples / f"{name}_epoch_{epoch:03d}.png", picture)
-    run.log_picture(stage, name, picture, epoch)
+    save_png(run.samples / f"{name}_epoch_{epoch:03d}.png", image)
+    run.log_image(stage, name, image, epoch)

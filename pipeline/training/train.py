@@ -7,7 +7,7 @@ import torch
 from errors import UserError
 from pipeline.checkpoints import load_weights, save_weights
 from pipeline.options import as_written
-from pipeline.runtime.processes import from_writer
+from pipeline.runtime.processes import from_rank_0
 from pipeline.runtime.seeds import derive_seed
 from pipeline.sampling.batches import encode_images
 from pipeline.session import Session
@@ -41,12 +41,12 @@ def begin(session: Session) -> None:
     if not o.run.resume:
         run.remove_last()
     if networks.autoencoder_path != run.model:
-        save_weights(run.model, from_writer(partial(load_weights, networks.autoencoder_path)))
+        save_weights(run.model, from_rank_0(partial(load_weights, networks.autoencoder_path)))
         networks.autoencoder_path = run.model
 
 
 def _check_denoiser(session: Session) -> None:
-    """Raise UserError if stage 2 could not begin as asked; print a line if it begins untrained after all."""
+    """Raise UserError if stage 2 could not begin as asked; print a line if it is trained from scratch after all."""
     denoiser = session.networks.new_denoiser(session.code_grid, len(session.data.train))
     if session.last.get("stage") != "sdid" and not session.networks.begin_denoiser(denoiser):
         print(f"{session.options.run.start_from} has no denoiser: the new one is trained from scratch")
@@ -63,15 +63,15 @@ def train_autoencoder(session: Session) -> bool:
         session.networks.begin_autoencoder(model)
     settings = {"run": session.run, "schedule": _schedule(session, o.epochs, o.lr), "machine": machine}
     if session.has_codes:
-        trainer = vqsvae_trainer(machine.place(model), data.train, data.test, data.variance, **settings)
+        trainer = vqsvae_trainer(machine.to_device(model), data.train, data.test, data.variance, **settings)
     else:
-        trainer = fsvae_trainer(machine.place(model), data.train, data.test, **settings)
+        trainer = fsvae_trainer(machine.to_device(model), data.train, data.test, **settings)
     return _train(session, trainer)
 
 
 def _has_stage_1(session: Session) -> bool:
     """Whether a resumed run has its autoencoder already: it is at stage 2, or stage 1 was all it had to train."""
-    alone = session.options.run.resume and not session.last and from_writer(session.run.model.is_file)
+    alone = session.options.run.resume and not session.last and from_rank_0(session.run.model.is_file)
     return bool(alone) or session.last.get("stage") == "sdid"
 
 
@@ -81,14 +81,14 @@ def train_denoiser(session: Session) -> bool:
     autoencoder = session.load_autoencoder()
     codes = encode_images(autoencoder, session.data.train, machine, session.options.sampling.eval_batch_size)
     torch.manual_seed(derive_seed(session.options.run.seed, "weights", 2))
-    denoiser = machine.place(networks.new_denoiser(session.code_grid, len(codes)))
+    denoiser = machine.to_device(networks.new_denoiser(session.code_grid, len(codes)))
     if session.last.get("stage") != "sdid":  # a resumed training has weights and prototypes
         networks.begin_denoiser(denoiser)
         networks.fit_prototypes(denoiser, codes, autoencoder)
     schedule = _schedule(session, o.diffusion_epochs, o.diffusion_lr or o.lr, o.fixed_norm)
     settings = {"run": session.run, "schedule": schedule, "machine": machine}
-    generator = session.code_diffusion(autoencoder, denoiser)
-    return _train(session, sdid_trainer(denoiser, generator, codes, o.loss, **settings))
+    model = session.code_diffusion(autoencoder, denoiser)
+    return _train(session, sdid_trainer(denoiser, model, codes, o.loss, **settings))
 
 
 def _schedule(session: Session, epochs: int, lr: float, fixed_norm: float = 0.0) -> Schedule:

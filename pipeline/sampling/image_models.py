@@ -15,9 +15,9 @@ from models import FSVAE, Denoiser
 from models.spiking import use_backend
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.runtime.device import Machine
-from pipeline.runtime.processes import is_writer
+from pipeline.runtime.processes import is_rank_0
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images, in_batches
-from pipeline.sampling.grids import to_float, to_uint8, trajectory_picture
+from pipeline.sampling.grids import to_float, to_uint8, trajectory_image
 
 TRAJECTORY_MOMENTS = 12
 TEST_IMAGES = "test images"
@@ -35,7 +35,7 @@ class Cost:
     protocols: dict[str, str]
 
 
-class Generator(Protocol):
+class ImageModel(Protocol):
     """The two kinds of model below. Images are uint8 `[N,C,H,W]`; sample i is the same whatever it is drawn with."""
 
     @property
@@ -79,7 +79,7 @@ class CodeDiffusion:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See Generator."""
+        """See ImageModel."""
         spike_steps = [self.autoencoder.spike_steps, self.denoiser.spike_steps]
         return {
             "seed": self.seed,
@@ -101,27 +101,27 @@ class CodeDiffusion:
         return encode_images(self.autoencoder, images, self.machine, self.batch_size)
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """See Generator."""
+        """See ImageModel."""
         return decode_codes(self.autoencoder, self.encode(images), self.machine, self.batch_size)
 
     def draw(self, samples: range) -> Tensor:
-        """See Generator."""
+        """See ImageModel."""
         return decode_codes(self.autoencoder, self._draw_codes(samples)[0], self.machine, self.batch_size)
 
     @property
     def drawn(self) -> str:
-        """See Generator."""
+        """See ImageModel."""
         final = f" changing to {self.final_temperature:g}" if self.final_temperature else ""
         chosen = " chosen on held-out training images" if self.chosen else ""
         order = ", spread order" if self.reveal_order == "spread" else ""
         return f"temperature {self.temperature:g}{chosen}{final}, {self.sample_steps or 'all'} timesteps{order}"
 
     def trajectory(self) -> Tensor:
-        """How sample 0 came about, a picture uint8 `[3,H,W]`."""
+        """How sample 0 came about, an image uint8 `[3,H,W]`."""
         diffusion, (codes, noise) = self.diffusion, self._draw_codes(range(1))
         moments = torch.linspace(diffusion.num_timesteps + 1, 1, TRAJECTORY_MOMENTS).round().int().tolist()
         tokens = torch.cat([diffusion.trajectory(codes, noise, t) for t in moments])
-        return trajectory_picture(tokens, decode_codes(self.autoencoder, codes, self.machine)[0], diffusion.mask_token)
+        return trajectory_image(tokens, decode_codes(self.autoencoder, codes, self.machine)[0], diffusion.mask_token)
 
     def inpaint(self, images: Tensor, hidden: Tensor) -> Tensor:
         """Images with the pixels `hidden`, bool `[H,W]`, filled in; image i by the noise of sample i.
@@ -147,14 +147,14 @@ class CodeDiffusion:
         return prototypes.draw(self.seed, samples) if prototypes else None
 
     def cost(self, images: Tensor) -> Cost:
-        """See Generator; a sample is a pass of the denoiser at each timestep of the schedule, and a decoding.
+        """See ImageModel; a sample is a pass of the denoiser at each timestep of the schedule, and a decoding.
 
         The denoiser sees at each what the sampler has there. A pass is the mean of them.
         """
         model, device, samples = self.autoencoder, self.machine.device, range(len(images))
         pixels, (codes, noise) = to_float(images.to(device)), self._draw_codes(samples)
         codes, passes = codes.to(device), self._passes(codes, noise, samples)
-        shown = tqdm(passes, "counting energy", unit=" passes", leave=False, disable=None if is_writer() else True)
+        shown = tqdm(passes, "counting energy", unit=" passes", leave=False, disable=None if is_rank_0() else True)
         parts = {
             "encode": (model, lambda: model.encode(pixels)),
             "decode": (model, lambda: model.decode(codes)),
@@ -195,36 +195,36 @@ class PriorSampling:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See Generator."""
+        """See ImageModel."""
         return {"seed": self.seed, "spike_steps": self.autoencoder.spike_steps, "precision": self.machine.precision}
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """See Generator; latents are drawn from the posterior."""
+        """See ImageModel; latents are drawn from the posterior."""
         model = self.autoencoder
 
-        def pictures(part: Tensor, picks: Tensor) -> Tensor:
+        def compute_images(part: Tensor, picks: Tensor) -> Tensor:
             return model.decode(model.encode(to_float(images[part].to(self.machine.device)), picks))
 
-        return self._by_sample(range(len(images)), pictures, "reconstructing")
+        return self._by_sample(range(len(images)), compute_images, "reconstructing")
 
     def draw(self, samples: range) -> Tensor:
-        """See Generator."""
+        """See ImageModel."""
         model = self.autoencoder
         return self._by_sample(samples, lambda _, picks: model.decode(model.sample(picks)), "sampling")
 
     @torch.no_grad()
-    def _by_sample(self, samples: range, pictures: Callable[[Tensor, Tensor], Tensor], title: str) -> Tensor:
+    def _by_sample(self, samples: range, images_of: Callable[[Tensor, Tensor], Tensor], title: str) -> Tensor:
         self.autoencoder.eval()
 
         def compute(part: Tensor) -> Tensor:
             picks = self.autoencoder.noise(self.seed, part.tolist()).to(self.machine.device)
-            return to_uint8(pictures(part, picks))
+            return to_uint8(images_of(part, picks))
 
         with self.machine.autocast():
             return in_batches(torch.tensor(samples), self.batch_size, title, compute)
 
     def cost(self, images: Tensor) -> Cost:
-        """See Generator; a sample is one run of the prior and one of the decoder."""
+        """See ImageModel; a sample is one run of the prior and one of the decoder."""
         model, pixels = self.autoencoder, to_float(images.to(self.machine.device))
         picks = model.noise(self.seed, range(len(images))).to(self.machine.device)
         with torch.no_grad():
