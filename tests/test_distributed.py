@@ -195,7 +195,7 @@ def test_the_end_of_one_is_the_end_of_all(fault, small, cli, tmp_path):
     else:
         process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    expected = {"killed": "error: another process of the run has died", "terminated": "terminated: saved; go on with"}
+    expected = {"killed": "error: another process of the run has died", "terminated": "terminated: saved; resume with"}
     assert process.returncode and len(lines_of(err, expected[fault])) == 1, err
     epochs = load_checkpoint(run / "last.pth")["epoch"] + 1
     resumed = cli("--resume", run, "--epochs", epochs, "--stage", "vqsvae")

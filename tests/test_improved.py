@@ -139,7 +139,7 @@ def test_denoiser_trained_on_is_resumed(saved, improved, cli, grey, tmp_path, mo
     begin = (*grey, "--start_from", start, "--stage", "sdid", "--diffusion_epochs", 1, "--precision", "float32")
     if saved:
         begun = cli(*begin, "--max_minutes", 1e-4, "--result_path", result)
-        assert begun.status == 0 and "saved; go on with" in begun.out
+        assert begun.status == 0 and "saved; resume with" in begun.out
         shutil.move(start, tmp_path / "moved")
     else:
         with monkeypatch.context() as patch:

@@ -222,10 +222,10 @@ def test_stopped_by_the_clock_within_epochs(cli, small, finished, tmp_path, monk
     limit = ("--max_minutes", 20)
     outcome = cli(*small, *limit, "--result_path", tmp_path)
     run, stops, steps = tmp_path / "ImageFolder" / "snn-vq-vae", 0, set()
-    while "go on with: " in outcome.out:
+    while "resume with: " in outcome.out:
         state = load_checkpoint(run / "last.pth")
         steps.add((state["stage"], state["epoch"], state["step"]))
-        command = shlex.split(outcome.out.split("go on with: ")[1])
+        command = shlex.split(outcome.out.split("resume with: ")[1])
         assert command[:3] == ["python", "-u", "main.py"] and "the run is in" not in outcome.out
         outcome = cli(*command[3:], *limit)
         assert outcome.status == 0, outcome.err

@@ -467,7 +467,7 @@ def test_a_damaged_checkpoint_is_not_used(name, cli, run):
     arguments = ("--resume", run) if name == "last.pth" else ("--checkpoint", run / "model.pth")
     outcome = cli(*arguments)
     assert outcome.status == 2 and outcome.err.count("\n") == 1
-    assert str(run / name) in outcome.err and "put back a copy" in outcome.err
+    assert str(run / name) in outcome.err and "restore a copy" in outcome.err
     assert before == [path.read_bytes() for path in sorted(run.glob("**/*.pth"))]
 
 
