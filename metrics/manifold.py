@@ -35,7 +35,7 @@ def manifold_metrics(generated: np.ndarray, real: np.ndarray, neighbours: int = 
     containing = torch.zeros(len(generated), dtype=torch.int64)  # number of real balls around each generated image
     recalled = covered = 0
     for rows, radii in zip(real.split(BLOCK), real_radii.split(BLOCK), strict=True):
-        squared = _squared_distances(rows, generated)  # [b,N]
+        squared = squared_distances(rows, generated)  # [b,N]
         inside = squared < radii[:, None]
         containing += inside.sum(0)
         covered += inside.any(1).sum().item()
@@ -52,11 +52,11 @@ def _radii(features: Tensor, neighbours: int) -> Tensor:
     """Squared distance of each of [N,D] to its k-th nearest neighbour: [N]."""
     # +1, as the nearest is the image itself
     return torch.cat(
-        [_squared_distances(rows, features).kthvalue(neighbours + 1, dim=1).values for rows in features.split(BLOCK)]
+        [squared_distances(rows, features).kthvalue(neighbours + 1, dim=1).values for rows in features.split(BLOCK)]
     )
 
 
-def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
+def squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
     """|x|² + |y|² - 2 x·y for all pairs of [b,D] and [N,D]: [b,N]."""
     squares = rows.square().sum(1)[:, None] + columns.square().sum(1)
     return squares.addmm_(rows, columns.T, alpha=-2)

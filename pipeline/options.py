@@ -28,7 +28,7 @@ STAGES = ("all", "vqsvae", "sdid", "sample", "inpaint", "evaluate")
 PRECISIONS = ("auto", "float32", "bf16")
 MASKS = ("left", "right", "top", "bottom", "center")
 LR_SCHEDULES = ("constant", "cosine")
-SAMPLE_METRICS = ("fid", "kid", "is", "prdc", "paper_fid", "fad", "classifier")  # of generated images
+SAMPLE_METRICS = ("fid", "kid", "is", "prdc", "paper_fid", "fad", "classifier", "memorisation")  # of generated images
 AUTOENCODER_METRICS = ("mse", "ssim", "codebook")  # no denoiser is needed
 METRICS = (*SAMPLE_METRICS, *AUTOENCODER_METRICS, "energy")
 

@@ -69,7 +69,7 @@ def pooling(monkeypatch, tmp_path):
 
     table = {
         "distance": Metric("free", 6, 3, distance),
-        "counts": Metric("fixed", 4, 5, lambda seen: {"n": len(seen.generated), "m": len(seen.real)}, True),
+        "counts": Metric("fixed", 4, 5, lambda seen: {"n": len(seen.generated), "m": len(seen.real)}, "test"),
         "both": Metric("missing", 2, 0, distance),
         "more": Metric("missing", 2, 0, distance),
     }

@@ -37,6 +37,7 @@ from metrics.inception import (
     load_paper_inception,
 )
 from metrics.manifold import manifold_metrics
+from metrics.memorisation import memorisation
 from pipeline.evaluation.feature_networks import classifier, fad_network, reference_features
 from pipeline.evaluation.records import make_record
 from pipeline.options import EvaluationOptions
@@ -44,6 +45,7 @@ from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import from_rank_0, is_rank_0
 
 FID_IMAGES = 10_000  # generated for FID, as is usual
+MEMORISATION_IMAGES = 1000
 Values = dict[str, float]
 
 
@@ -75,9 +77,8 @@ class Features:
         self.source, self.data, self.seed = source, data, seed
         self.network = source.network
         self.split = "test" if source.fixed else split
-        real = getattr(data, self.split)
-        first, real_first = source.fixed or (len(images), len(real))
-        self.images, self.real_images = images if whole else images[:first], real[:real_first]
+        first, self.real_first = source.fixed or (None, None)
+        self.images = images if whole else images[:first]
 
     @cached_property
     def generated(self) -> np.ndarray:
@@ -86,9 +87,17 @@ class Features:
 
     @cached_property
     def real(self) -> np.ndarray:
-        """Of the real images: `[M,D]`; from the cache if they are there."""
-        name = f"{Path(self.data.name).name}-{self.split}"
-        return reference_features(self.network, self.source.extract, self.real_images, name)
+        """Of the real images of the reference split: `[M,D]`."""
+        return self.of(self.split)
+
+    def real_images(self, split: str) -> Tensor:
+        """The images of a split, as many as the protocol says."""
+        return getattr(self.data, split)[: self.real_first]
+
+    def of(self, split: str) -> np.ndarray:
+        """Of the images of a split: `[M,D]`; from the cache if they are there."""
+        name = f"{Path(self.data.name).name}-{split}"
+        return reference_features(self.network, self.source.extract, self.real_images(split), name)
 
 
 def _inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork:
@@ -125,14 +134,16 @@ class Metric(NamedTuple):
         generated: the smallest number of generated images.
         real: the smallest number of real images.
         values: computes its values, by name.
-        always_test: whether its protocol has the test split for reference, whatever `--reference` says.
+        split: the reference split that its protocol fixes, whatever `--reference` says.
+        protocol: what has to be stated of it besides its network.
     """
 
     network: str
     generated: int
     real: int
     values: Callable[[Features], Values]
-    always_test: bool = False
+    split: str | None = None
+    protocol: str = ""
 
 
 def _kid(features: Features) -> Values:
@@ -160,6 +171,12 @@ def _classifier_metrics(features: Features) -> Values:
     }
 
 
+def _memorisation(features: Features) -> Values:
+    unseen = features.of("held_out" if len(features.data.held_out) else "test")
+    result = memorisation(features.generated, features.of("train"), unseen)
+    return {"memorisation": result.nearer, "memorisation_nearest": result.nearest_is_training}
+
+
 GENERATED_METRICS = {
     "fid": Metric("inception", FID_IMAGES, FEWEST_IMAGES, lambda both: {"fid": fid(both.generated, both.real)}),
     "kid": Metric("inception", FID_IMAGES, KID_SUBSET_SIZE, _kid),
@@ -170,10 +187,18 @@ GENERATED_METRICS = {
         PAPER_IMAGES,
         PAPER_IMAGES,
         lambda both: {"paper_fid": paper_fid(both.generated, both.real)},
-        always_test=True,
+        split="test",
     ),
-    "fad": Metric("fad", FAD_IMAGES, 0, lambda both: {"fad": fad(both.generated, both.source.reference)}, True),
+    "fad": Metric("fad", FAD_IMAGES, 0, lambda both: {"fad": fad(both.generated, both.source.reference)}, "test"),
     "classifier": Metric("classifier", FAD_IMAGES, FEATURES + 1, _classifier_metrics),
+    "memorisation": Metric(
+        "classifier",
+        MEMORISATION_IMAGES,
+        1,
+        _memorisation,
+        "train",
+        "against held-out images, or where none are held out, test images",
+    ),
 }
 
 
@@ -217,8 +242,7 @@ class Evaluation:
         try:
             if self.num_samples is not None:
                 check_enough("this", metric.generated, generated=range(self.num_samples))
-            split = "test" if metric.always_test else self.options.reference
-            check_enough("this", metric.real, real=getattr(self.data, split))
+            check_enough("this", metric.real, real=getattr(self.data, metric.split or self.options.reference))
             self._load(metric.network)
         except UserError as error:
             return str(error)
@@ -246,19 +270,19 @@ class Evaluation:
         """
         computed = self.metrics if is_rank_0() else {}
         chosen = [metric for name, metric in computed.items() if metrics is None or name in metrics]
-        split, networks = self.options.reference, {metric.network for metric in chosen}
-        features = {name: Features(self._load(name), images, self.data, split, self.seed, whole) for name in networks}
+        networks = {metric.network for metric in chosen}
+        features = {
+            name: Features(self._load(name), images, self.data, self.options.reference, self.seed, whole)
+            for name in networks
+        }
         return [
-            make_record(
-                name,
-                value,
-                features[metric.network].source.protocol,
-                split=features[metric.network].split,
-                real=len(features[metric.network].real_images),
-                generated=len(features[metric.network].images),
-                seed=self.seed,
-                drawn=drawn,
-            )
+            self._record(metric, name, value, features[metric.network]) | {"drawn": drawn}
             for metric in chosen
             for name, value in metric.values(features[metric.network]).items()
         ]
+
+    def _record(self, metric: Metric, name: str, value: float, features: Features) -> dict:
+        split = metric.split or features.split
+        protocol = ", ".join(filter(None, (features.source.protocol, metric.protocol)))
+        counts = {"real": len(features.real_images(split)), "generated": len(features.images)}
+        return make_record(name, value, protocol, split=split, **counts, seed=self.seed)
