@@ -4,6 +4,7 @@ model = SpikingDiffusion.load("pretrained/fmnist")
 images = model.sample(16, seed=1)
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from pipeline.sampling.batches import decode_codes
 from pipeline.sampling.image_models import CodeDiffusion
 from pipeline.session import Session
 from pipeline.stages import train
+
+Labels = int | str | Sequence[int | str]
+"""Classes, by number or name; "all" stands for all of them."""
 
 
 class SpikingDiffusion:
@@ -70,12 +74,35 @@ class SpikingDiffusion:
         tensor = torch.from_numpy(np.ascontiguousarray(codes, dtype=np.int64))
         return decode_codes(model.autoencoder, tensor, model.machine, model.batch_size).numpy()
 
-    def sample(self, count: int, seed: int | None = None) -> np.ndarray:
-        """Draw `count` images uint8 `[N,C,H,W]`; image i depends on seed and i alone. Without a seed, the run's."""
-        return self._seeded(seed).draw(range(count)).numpy()
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes that can be asked for, in the order of their numbers; None if the run recorded none."""
+        return self.model.class_names
 
-    def inpaint(self, images: np.ndarray, hidden: np.ndarray, seed: int | None = None) -> np.ndarray:
-        """Draw the pixels `hidden`, bool `[H,W]`, of images uint8 `[N,C,H,W]` anew, given the others.
+    def sample(
+        self, count: int, seed: int | None = None, labels: Labels | None = None, guidance: float | None = None
+    ) -> np.ndarray:
+        """Draw `count` images uint8 `[N,C,H,W]`; image i depends on seed, i and its label alone.
+
+        Args:
+            count: N.
+            seed: by default, the run's.
+            labels: classes to draw, by number or name; image i is of labels[i modulo their number]. By default, of any.
+            guidance: weight of classifier-free guidance; by default, the run's.
+
+        Raises UserError for labels or guidance that the model cannot follow.
+        """
+        return self._asked(seed, labels, guidance).draw(range(count)).numpy()
+
+    def inpaint(
+        self,
+        images: np.ndarray,
+        hidden: np.ndarray,
+        seed: int | None = None,
+        labels: Labels | None = None,
+        guidance: float | None = None,
+    ) -> np.ndarray:
+        """Draw the pixels `hidden`, bool `[H,W]`, of images uint8 `[N,C,H,W]` anew, given the others; see `sample`.
 
         Codes whose encoder sees a hidden pixel are drawn anew, so that nothing of what was there is known.
         """
@@ -84,10 +111,11 @@ class SpikingDiffusion:
             raise ValueError(
                 f"hidden must be bool {list(self.image_shape[1:])}, not {hidden.dtype} {list(hidden.shape)}"
             )
-        return self._seeded(seed).inpaint(pixels, torch.from_numpy(hidden)).numpy()
+        return self._asked(seed, labels, guidance).inpaint(pixels, torch.from_numpy(hidden)).numpy()
 
-    def _seeded(self, seed: int | None) -> CodeDiffusion:
-        return self.model if seed is None else replace(self.model, seed=seed)
+    def _asked(self, seed: int | None, labels: Labels | None, guidance: float | None) -> CodeDiffusion:
+        model = self.model if seed is None else replace(self.model, seed=seed)
+        return model.asked([labels] if isinstance(labels, str | int) else labels, guidance)
 
     def _checked(self, images: np.ndarray) -> torch.Tensor:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != self.image_shape:

@@ -24,7 +24,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 PredictAt = Callable[..., Tensor]
 """Tokens `[N,h,w]`, timesteps `[N]` and positions, bool `[N,h,w]` with P set, to the logits there `[P,K]`.
 
-A condition `[N]` is the fourth argument, if there is one.
+A condition `[N,...]` is the fourth argument, if there is one.
 """
 
 
@@ -165,7 +165,7 @@ class AbsorbingDiffusion:
         """Draw codes int64 `[N,h,w]`; tokens of `given [N,h,w]` that are not masked are kept.
 
         The temperature changes linearly from `temperature` at t = T to `final_temperature` at t = 0; None: it does not
-        change. `condition [N]` is passed on to the denoiser.
+        change. `condition [N,...]` is passed on to the denoiser.
 
         In the reverse process a masked token is revealed with probability 1/t at each t = T..1, hence at a time uniform
         on 1..T. A timestep that reveals nothing in an image changes nothing and is skipped: images of one batch are at

@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from models.conditions import Conditions
+from models.labels import Labels
 from models.prototypes import Prototypes
 
 
@@ -15,20 +17,26 @@ class Denoiser(nn.Module, ABC):
         spike_steps: S.
 
     Attributes:
-        prototypes: the condition of the denoiser, or None if it takes none.
+        prototypes, labels: the conditions of the denoiser; None for one that it does not take.
     """
 
     def __init__(self, codebook_size: int, spike_steps: int):
         super().__init__()
         self.codebook_size, self.spike_steps = codebook_size, spike_steps
         self.prototypes: Prototypes | None = None
+        self.labels: Labels | None = None
+
+    @property
+    def conditions(self) -> Conditions:
+        """What it may be told of an image besides its tokens."""
+        return Conditions(self.prototypes, self.labels)
 
     @abstractmethod
     def forward(self, tokens: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """Tokens int `[N,h,w]` in 0..K and timesteps int `[N]` to logits `[N,K,h,w]`.
 
-        `condition` is the index int `[N]` of each image's prototype, or NO_PROTOTYPE; None leaves all images without
-        one. Raises ValueError if the denoiser has no prototypes.
+        `condition` is int64 `[N,J]`, see `Conditions`; None leaves all images without one. Raises ValueError if the
+        denoiser takes no condition.
         """
 
     def logits_at(self, tokens: Tensor, t: Tensor, where: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -39,6 +47,16 @@ class Denoiser(nn.Module, ABC):
         self._check_evaluation_mode()
         return self(tokens, t, condition).permute(0, 2, 3, 1)[where]  # [N,K,h,w] -> [N,h,w,K] -> [P,K]
 
+    def guided_logits_at(self, guidance: float, tokens: Tensor, t: Tensor, where: Tensor, condition: Tensor) -> Tensor:
+        """`logits_at` with classifier-free guidance: `given + guidance * (given - dropped)`, in two passes.
+
+        `dropped` are the logits without the last condition, which is the label if there is one. (On discrete tokens as
+        in VQ-Diffusion, arXiv 2205.16007, and MaskGIT, arXiv 2202.04200.)
+        """
+        given = self.logits_at(tokens, t, where, condition)
+        dropped = self.logits_at(tokens, t, where, self.conditions.without_last(condition))
+        return given + guidance * (given - dropped)
+
     def load_pretrained(self, weights: dict[str, Tensor]) -> None:
         """Initialise from the weights of another denoiser. Raises RuntimeError if its shape is different."""
         self.load_state_dict(weights)
@@ -48,5 +66,5 @@ class Denoiser(nn.Module, ABC):
             raise RuntimeError("logits_at needs evaluation mode: a sample must not depend on its batch")
 
     def _check_condition(self, condition: Tensor | None) -> None:
-        if condition is not None and self.prototypes is None:
-            raise ValueError("this denoiser has no prototypes, so it takes no condition")
+        if condition is not None and not self.conditions:
+            raise ValueError("this denoiser takes no condition")

@@ -1,18 +1,14 @@
-"""A global condition for a denoiser: which of a set of average code grids is nearest to the image."""
+"""A prototype as a condition of a denoiser: which of a set of average code grids is nearest to the image."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.quantizer import Codebook, nearest_rows
 from models.spiking import full_precision
-
-NO_PROTOTYPE = -1
-"""In place of a prototype's index: the image is not conditioned."""
 
 MAX_ITERATIONS = 10  # of k-means
 CHUNK = 4096  # grids whose embeddings are in memory at a time
@@ -46,9 +42,9 @@ class Prototypes(nn.Module):
         nn.init.zeros_(self.embed.weight)
 
     def forward(self, indices: Tensor) -> Tensor:
-        """Indices `[N]` in 0..G-1, or NO_PROTOTYPE, to currents `[N,C,h/patch,w/patch]`; zeros for NO_PROTOTYPE."""
+        """Indices `[N]`, negative where none is given, to currents `[N,C,h/patch,w/patch]`; zeros for none."""
         codes = self.grids[indices.clamp_min(0)].long()
-        spikes = F.one_hot(codes, self.codebook_size) * (indices != NO_PROTOTYPE).view(-1, 1, 1, 1)
+        spikes = F.one_hot(codes, self.codebook_size) * (indices >= 0).view(-1, 1, 1, 1)
         return self.embed(spikes.permute(0, 3, 1, 2).to(self.embed.weight))  # [N,h,w,K] -> [N,K,h,w]
 
     def fit(self, codes: Tensor, codebook: Codebook, seed: int) -> None:
@@ -79,12 +75,6 @@ class Prototypes(nn.Module):
         with torch.no_grad(), full_precision(codebook.embeddings.weight):
             centres = torch.cat([part.flatten(1) for part in _embedded(self.grids, codebook)])
             return torch.cat([nearest_rows(part.flatten(1), centres) for part in _embedded(codes, codebook)])
-
-    def draw(self, seed: int, samples: Iterable[int]) -> Tensor:
-        """Indices int64 `[N]` of prototypes for the samples with these indices, drawn in proportion to `counts`."""
-        ends = self.counts.cumsum(0).cpu().numpy()
-        images = [np.random.default_rng((seed, sample, 1)).integers(ends[-1]) for sample in samples]
-        return torch.from_numpy(ends.searchsorted(images, "right"))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.denoiser import Denoiser
+from models.labels import Labels
 from models.prototypes import Prototypes
 from models.spiking import Firing, apply_head, is_reference
 
@@ -60,7 +61,7 @@ class ResidualSDID(Denoiser):
     """A residual network of `MixingBlock`.
 
     Tokens enter as one-hot spikes over K + 1 channels. A strided convolution embeds each patch of tokens as currents of
-    one position; learned position embeddings are added, and the currents of a prototype if there is one. After the
+    one position; learned position embeddings are added, and the currents of what the image is conditioned on. After the
     blocks, a linear layer maps mean firing rates to the logits of each patch. There is no timestep embedding: the
     number of masked tokens already tells the timestep.
 
@@ -69,7 +70,8 @@ class ResidualSDID(Denoiser):
         spike_steps: S.
         denoiser_channels: channels of all blocks, a multiple of HEADS. Raises ValueError if it is not.
         denoiser_blocks: number of blocks.
-        prototypes: number of prototypes, which have to be fitted (`Prototypes.fit`); 0 for none.
+        prototypes: number of prototypes it can be conditioned on, which have to be fitted (`Conditions.fit`); or 0.
+        classes: number of classes whose labels it can be conditioned on, which have to be fitted, too; or 0.
         grid: height and width of the grid of codes. Patches are 2x2 tokens, or single tokens if a side is odd.
     """
 
@@ -80,6 +82,7 @@ class ResidualSDID(Denoiser):
         denoiser_channels: int = 192,
         denoiser_blocks: int = 4,
         prototypes: int = 0,
+        classes: int = 0,
         grid: tuple[int, int] = (14, 14),
     ):
         super().__init__(codebook_size, spike_steps)
@@ -92,6 +95,8 @@ class ResidualSDID(Denoiser):
         self.embed = nn.Conv2d(codebook_size + 1, width, patch, stride=patch, bias=False)
         if prototypes:
             self.prototypes = Prototypes(prototypes, codebook_size, width, patch, grid)
+        if classes:
+            self.labels = Labels(classes, width, (height, columns), prototypes)
         self.position = nn.Parameter(torch.randn(width, height, columns) / 2)
         blocks = (MixingBlock(width, height * columns, spike_steps) for _ in range(denoiser_blocks))
         self.blocks = nn.Sequential(*blocks)
@@ -106,22 +111,25 @@ class ResidualSDID(Denoiser):
         height, columns = weights["position"].shape[1:]
         blocks = sum(name.endswith(".mix.weight") for name in weights)
         prototypes = len(weights.get("prototypes.counts", ()))
+        classes = len(weights.get("labels.embed.weight", ()))
         return dict(
             codebook_size=channels - 1,
             denoiser_channels=width,
             denoiser_blocks=blocks,
             prototypes=prototypes,
+            classes=classes,
             grid=(patch * height, patch * columns),
         )
 
     def load_pretrained(self, weights: dict[str, Tensor]) -> None:
-        """Initialise from the weights of another denoiser, whose prototypes may be others, or none.
+        """Initialise from the weights of another denoiser, which may lack conditions or have other prototypes.
 
-        The prototypes themselves are not loaded, as they have to be fitted to the codes. Their embedding keeps its
-        initial weights, zeros, where `weights` has none. Raises RuntimeError if anything else differs.
+        What is fitted to the training images, prototypes and counts, is not loaded. A condition that is not among the
+        weights keeps its initial ones, zeros. Raises RuntimeError if anything else differs.
         """
-        own = {name: value for name, value in self.state_dict().items() if name.startswith("prototypes.")}
-        found = {name: weights[name] for name in weights if name not in ("prototypes.grids", "prototypes.counts")}
+        own = {name: value for name, value in self.state_dict().items() if name.startswith(("prototypes.", "labels."))}
+        fitted = ("prototypes.grids", "prototypes.counts", "labels.counts")
+        found = {name: weights[name] for name in weights if name not in fitted}
         self.load_state_dict(own | found)
 
     def forward(self, tokens: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -141,7 +149,7 @@ class ResidualSDID(Denoiser):
         return F.pixel_shuffle(apply_head(self.head, x, mean), self.patch)
 
     def _condition_currents(self, condition: Tensor) -> Tensor:
-        """Currents of the prototypes: `[N,C,h/patch,w/patch]`, on the reference backend one for each spike step."""
+        """Currents of the conditions: `[N,C,h/patch,w/patch]`, on the reference backend one for each spike step."""
         if is_reference():
-            return torch.stack([self.prototypes(condition) for _ in range(self.spike_steps)])
-        return self.prototypes(condition)
+            return torch.stack([self.conditions.currents(condition) for _ in range(self.spike_steps)])
+        return self.conditions.currents(condition)

@@ -5,9 +5,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from errors import UserError
-from pipeline.options import DECLARATIONS, DEFAULTS, Options, Role, as_read, as_written, build_parser, with_role
+from pipeline.options import (
+    CONDITIONS,
+    DECLARATIONS,
+    DEFAULTS,
+    Options,
+    Role,
+    as_read,
+    as_written,
+    build_parser,
+    with_role,
+)
 from pipeline.presets import PRESETS
 from pipeline.run_folder import RunFolder
+
+RECORDED = ("image_shape", "data", "class_names")
+"""What config.json has of a run's data besides the options."""
 
 TYPED = "command line"
 """Origin of what was typed in this call."""
@@ -55,7 +68,7 @@ def assemble(typed: Mapping[str, Any]) -> Call:
     _check_fixed(options, run, saved)
     _check_owners(options)
     _check_values(options)
-    return Call(options, _results_folder(options, run), {key: saved.get(key) for key in ("image_shape", "data")})
+    return Call(options, _results_folder(options, run), {key: saved.get(key) for key in RECORDED})
 
 
 def _merge(layers: Mapping[str, Mapping[str, Any]]) -> Options:
@@ -86,6 +99,8 @@ def _started_from(start: Path | None) -> dict[str, Any]:
     config = RunFolder(start).read_config()
     if not config:
         raise UserError(f"--start_from {start} is not the folder of a run: it has no config.json")
+    if not config.get("images_per_prototype"):  # 0 once stood for a denoiser without prototypes
+        config["images_per_prototype"] = DEFAULTS["images_per_prototype"]
     return {key: as_read(key, config.get(key, DEFAULTS[key])) for key in with_role(Role.NETWORKS)}
 
 
@@ -139,6 +154,13 @@ def _check_owners(options: Options) -> None:
 
 def _check_values(options: Options) -> None:
     """Refuse values that can be known to be wrong before anything is loaded."""
+    condition, typed = options.denoiser.condition, {key for key, origin in options.origins.items() if origin == TYPED}
+    if "images_per_prototype" in typed and "prototype" not in CONDITIONS[condition]:
+        raise UserError("--images_per_prototype is for --condition prototype or both: leave it out, or say which")
+    if options.sampling.guidance and condition == "none" and "guidance" in typed:
+        raise UserError("--guidance needs a denoiser with a condition: leave it out, or train with --condition label")
+    if options.sampling.labels is not None and options.run.stage not in ("sample", "inpaint"):
+        raise UserError("--labels is for --stage sample and --stage inpaint: leave it out")
     if options.sampling.temperature == "auto" and options.origins["final_temperature"] == TYPED:
         raise UserError("--temperature auto chooses one for all timesteps: leave out --final_temperature")
     for key in ("fid_weights", "paper_fid_weights", "fad_weights"):

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from datasets import digest
+from datasets import ImageData, digest
 from errors import UserError
 from models import AUTOENCODERS, DENOISERS, Denoiser, build_denoiser, build_model, denoiser_options, model_options
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.checkpoints import load_weights
-from pipeline.options import Options
+from pipeline.options import CONDITIONS, Options
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine, Network
 from pipeline.runtime.processes import from_rank_0
@@ -42,11 +42,11 @@ class Networks:
         options = _chosen(model_options(o.model), vars(o), channels=channels, image_size=image_size)
         return build_model(o.model, **options)
 
-    def new_denoiser(self, grid: tuple[int, int], images: int) -> Denoiser:
-        """What stage 2 begins with, still on the CPU, for a `grid` (h, w) of codes and so many training images."""
+    def new_denoiser(self, grid: tuple[int, int], data: ImageData) -> Denoiser:
+        """What stage 2 begins with, still on the CPU, for a `grid` (h, w) of codes of the images in `data`."""
         o = self.options.denoiser
         own = {"codebook_size": self.options.autoencoder.codebook_size, "spike_steps": self._denoiser_spike_steps}
-        own |= {"prototypes": self._prototypes(images), "grid": grid}
+        own |= {"prototypes": self._prototypes(len(data.train)), "classes": self._classes(data), "grid": grid}
         try:
             return build_denoiser(o.denoiser, **_chosen(denoiser_options(o.denoiser), vars(o), **own))
         except ValueError as error:  # it names the option
@@ -68,16 +68,18 @@ class Networks:
         self._load_pretrained(denoiser.load_pretrained, self.start.denoiser)
         return True
 
-    def fit_prototypes(self, denoiser: Denoiser, codes: Tensor, autoencoder: VQAutoencoder) -> None:
-        """Find the prototypes of a denoiser that is to have some, among the codes `[N,h,w]` of the training images."""
-        prototypes = denoiser.prototypes
+    def fit_conditions(
+        self, denoiser: Denoiser, codes: Tensor, labels: Tensor | None, autoencoder: VQAutoencoder
+    ) -> None:
+        """Fit a new denoiser's conditions to the codes `[N,h,w]` and `labels [N]` of the training images."""
 
         def fitted() -> dict[str, Tensor]:
-            prototypes.fit(codes, autoencoder.vq_layer, derive_seed(self.options.run.seed, "prototypes", 2))
-            return {name: value.cpu() for name, value in prototypes.state_dict().items()}
+            seed = derive_seed(self.options.run.seed, "prototypes", 2)
+            denoiser.conditions.fit(codes, labels, autoencoder.vq_layer, seed)
+            return {name: value.cpu() for name, value in denoiser.state_dict().items()}
 
-        if prototypes:
-            prototypes.load_state_dict(from_rank_0(fitted))
+        if denoiser.conditions:
+            denoiser.load_state_dict(from_rank_0(fitted))
 
     def load_autoencoder(self, channels: int) -> nn.Module:
         """The trained autoencoder, shaped after its weights, for images of so many channels."""
@@ -124,9 +126,20 @@ class Networks:
     def _prototypes(self, images: int) -> int:
         """How many the denoiser has."""
         share = self.options.denoiser.images_per_prototype
+        if "prototype" not in CONDITIONS[self.options.denoiser.condition]:
+            return 0
         if share > images:
-            raise UserError(f"there are {images} training images: say --images_per_prototype {images} at most, or 0")
-        return images // share if share else 0
+            raise UserError(f"there are {images} training images: say --images_per_prototype {images} at most")
+        return images // share
+
+    def _classes(self, data: ImageData) -> int:
+        """How many it is told the labels of."""
+        if "label" not in CONDITIONS[self.options.denoiser.condition]:
+            return 0
+        if data.class_names is None:
+            condition = self.options.denoiser.condition
+            raise UserError(f"--condition {condition}: {data.name} has no labels; choose prototype or none")
+        return len(data.class_names)
 
     def _load_pretrained(self, load: Callable[[dict[str, Tensor]], Any], path: Path) -> None:
         """Have a network `load` the weights of another run's."""

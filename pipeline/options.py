@@ -27,6 +27,7 @@ TITLES = {"autoencoder": "autoencoder (stage 1)", "denoiser": "denoiser (stage 2
 STAGES = ("all", "vqsvae", "sdid", "sample", "inpaint", "evaluate")
 PRECISIONS = ("auto", "float32", "bf16")
 MASKS = ("left", "right", "top", "bottom", "center")
+CONDITIONS = {"none": (), "prototype": ("prototype",), "label": ("label",), "both": ("prototype", "label")}
 LR_SCHEDULES = ("constant", "cosine")
 SAMPLE_METRICS = ("fid", "kid", "is", "prdc", "paper_fid", "fad", "classifier", "memorisation")  # of generated images
 AUTOENCODER_METRICS = ("mse", "ssim", "codebook")  # no denoiser is needed
@@ -75,11 +76,16 @@ def temperature_or_auto(text: str) -> float | str:
     return text if text == "auto" else number(float, 1e-9)(text)
 
 
+def comma_separated(text: str) -> tuple[str, ...]:
+    """Words separated by commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 def parse_metrics(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
     """A reader of names among `known`, separated by commas."""
 
     def read(text: str) -> tuple[str, ...]:
-        wanted = tuple(name.strip() for name in text.split(",") if name.strip())
+        wanted = comma_separated(text)
         strange = [name for name in wanted if name not in known]
         if strange or not wanted:
             wrong = f"unknown metric {strange[0]!r}" if strange else "no metric named"
@@ -241,12 +247,19 @@ class DenoiserOptions:
     denoiser_blocks: int = option(
         4, "blocks of the residual denoiser", Role.NETWORKS, low=1, high=1000, metavar="N", of=("residual",)
     )
-    images_per_prototype: int = option(
-        0,
-        "condition the residual denoiser on the nearest of a set of average images, one for every N training images; "
-        "0: none",
+    condition: str = option(
+        "none",
+        "what the residual denoiser is told of a whole image: its prototype, the nearest of a set of average images; "
+        "its label; or both",
         Role.NETWORKS,
-        low=0,
+        choices=CONDITIONS,
+        of=("residual",),
+    )
+    images_per_prototype: int = option(
+        50,
+        "one prototype for every N training images, where there are any",
+        Role.NETWORKS,
+        low=1,
         high=10**9,
         metavar="N",
         of=("residual",),
@@ -312,6 +325,24 @@ class SamplingOptions:
         "order in which tokens are revealed; spread: few at first, far apart from each other",
         choices=REVEAL_ORDERS,
         of=CODES,
+    )
+    guidance: float = option(
+        0.0,
+        "classifier-free guidance: how much stronger the condition acts, in two denoiser passes instead of one; it is "
+        "that of the label if there is one; 0: off",
+        low=0,
+        high=100,
+        metavar="W",
+        of=("residual",),
+    )
+    labels: tuple[str, ...] | None = option(
+        None,
+        "classes that --stage sample and --stage inpaint draw: names or numbers, or all",
+        Role.CALL,
+        metavar="A,B",
+        absent="any",
+        parse=comma_separated,
+        of=("residual",),
     )
     num_samples: int | None = option(
         None,

@@ -19,6 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "denoiser_spike_steps": 2,
         "denoiser_channels": 192,
         "denoiser_blocks": 4,
+        "condition": "prototype",
         "images_per_prototype": 50,
         "diffusion_lr": 6e-3,
         "loss": "spread_cross_entropy",

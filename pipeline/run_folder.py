@@ -128,13 +128,17 @@ class RunFolder:
         write_json(self.config, config)
 
     def read_config(self) -> dict[str, Any]:
-        """The options of the run; empty if the folder has no config.json, as with checkpoints of the release."""
+        """The options of the run; empty if the folder has no config.json, as with checkpoints of the release.
+
+        A run from before there was --condition had prototypes if there were images for them.
+        """
         if not self.config.is_file():
             return {}
         try:
-            return dict(**json.loads(self.config.read_text(encoding="utf-8")))
+            config = dict(**json.loads(self.config.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{self.config} cannot be read ({error}): put back the file that the run wrote") from error
+        return {"condition": "prototype" if config.get("images_per_prototype") else "none"} | config
 
     @property
     def trained(self) -> "RunFolder":

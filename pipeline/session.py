@@ -7,7 +7,7 @@ from torch import nn
 
 from datasets import ImageData, load_dataset
 from errors import UserError
-from models import AUTOENCODERS, FSVAE
+from models import AUTOENCODERS, FSVAE, Denoiser
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.configuration import Call
 from pipeline.networks import Networks
@@ -99,7 +99,7 @@ class Session:
             return self.code_diffusion(autoencoder, self.networks.load_denoiser(autoencoder) if draws else None)
         return PriorSampling(autoencoder, self.machine, self.options.run.seed, self.options.sampling.eval_batch_size)
 
-    def code_diffusion(self, autoencoder: VQAutoencoder, denoiser: nn.Module | None) -> CodeDiffusion:
+    def code_diffusion(self, autoencoder: VQAutoencoder, denoiser: Denoiser | None) -> CodeDiffusion:
         """Both networks with the sampling options; at temperature 1 where one is still to be chosen."""
         o = self.options.sampling
         settings = {
@@ -107,5 +107,7 @@ class Session:
         }
         if o.temperature == "auto":
             settings |= {"temperature": 1.0, "final_temperature": None}
-        settings["batch_size"] = o.eval_batch_size
-        return CodeDiffusion(autoencoder, denoiser, self.code_grid, self.machine, self.options.run.seed, **settings)
+        names = self.recorded["class_names"]
+        settings |= {"batch_size": o.eval_batch_size, "class_names": tuple(names) if names else None}
+        model = CodeDiffusion(autoencoder, denoiser, self.code_grid, self.machine, self.options.run.seed, **settings)
+        return model.asked(o.labels, o.guidance) if denoiser else model

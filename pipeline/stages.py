@@ -1,13 +1,16 @@
 """What `--stage` runs, in order: train the autoencoder, train the denoiser, sample or inpaint, evaluate."""
 
+from dataclasses import replace
+
 import torch
 
 from errors import UserError
 from pipeline.evaluation.evaluate import check_evaluation, evaluate
 from pipeline.evaluation.temperature import with_temperature
-from pipeline.sampling.batches import GRID_IMAGES
+from pipeline.sampling.batches import CLASS_IMAGES, GRID_IMAGES
 from pipeline.sampling.draw import draw
 from pipeline.sampling.grids import GREY, grid, save_png
+from pipeline.sampling.image_models import CodeDiffusion
 from pipeline.sampling.masks import hidden_pixels
 from pipeline.session import Session
 from pipeline.training.train import begin, check, train_autoencoder, train_denoiser
@@ -47,19 +50,27 @@ def train(session: Session) -> bool:
 
 
 def sample(session: Session) -> None:
-    """Draw images and write them."""
-    model = with_temperature(session, session.load_model())
-    draw(session, model, session.options.sampling.num_samples or GRID_IMAGES)
+    """Draw images and write them; of classes that are asked for, in turn."""
+    model, count = with_temperature(session, session.load_model()), session.options.sampling.num_samples
+    classes = len(model.labels) if isinstance(model, CodeDiffusion) else 0
+    if count is not None and count < classes:
+        raise UserError(f"--num_samples {count} are too few for {classes} classes: say {classes} at least")
+    draw(session, model, count or CLASS_IMAGES * classes or GRID_IMAGES)
 
 
 def inpaint(session: Session) -> None:
-    """Inpaint the hidden part of test images, each COMPLETIONS times, and write one image that shows all of them."""
+    """Inpaint the hidden part of test images and write one image that shows all of them.
+
+    Each is completed COMPLETIONS times, as one class if one is asked for; or once as each of several.
+    """
     o = session.options
     if not session.has_codes:
         raise UserError(f"--stage inpaint: {o.autoencoder.model} has no codes to keep; snn-vq-vae and vq-vae have")
     model = with_temperature(session, session.load_model())
     images = session.data.test[: o.sampling.num_samples or INPAINTED_IMAGES]
     hidden = hidden_pixels(o.sampling.mask, *images.shape[2:])
-    completed = model.inpaint(images.repeat(COMPLETIONS, 1, 1, 1), hidden)
-    rows = torch.cat((images, torch.where(hidden, GREY, images).byte(), completed))
-    save_png(session.run.samples / "inpainted.png", grid(rows, len(images)))
+    rows = len(model.labels) if len(model.labels) > 1 else COMPLETIONS
+    in_rows = tuple(label for label in model.labels for _ in images)
+    completed = replace(model, labels=in_rows).inpaint(images.repeat(rows, 1, 1, 1), hidden)
+    shown = torch.cat((images, torch.where(hidden, GREY, images).byte(), completed))
+    save_png(session.run.samples / "inpainted.png", grid(shown, len(images)))

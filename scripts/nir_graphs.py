@@ -48,30 +48,37 @@ class ResidualGraph(nn.Module):
     is a square: nir computes the sizes of others wrongly.
     """
 
-    what = "planes of tokens, prototype and positions to logits; outside: mean over the steps, pixel shuffle"
+    what = "planes of tokens, prototype, label and positions to logits; outside: mean over the steps, pixel shuffle"
 
     def __init__(self, denoiser: ResidualSDID):
         super().__init__()
-        position, patch, prototypes = denoiser.position, denoiser.patch, denoiser.prototypes
-        self.codebook_size, self.grid = denoiser.codebook_size, position.shape[1:]
-        self.prototypes = prototypes.grids if prototypes else None
+        position, patch, conditions = denoiser.position, denoiser.patch, denoiser.conditions
+        self.codebook_size, self.grid, self.conditions = denoiser.codebook_size, position.shape[1:], conditions
         self.corner = F.pad(torch.ones(1, 1), (0, patch - 1, 0, patch - 1))
-        corners = position.flatten(1)[..., None, None] * self.corner
-        weights = [denoiser.embed.weight, *([prototypes.embed.weight] if prototypes else []), corners]
+        weights = [denoiser.embed.weight]
+        if conditions.prototypes:
+            weights.append(conditions.prototypes.embed.weight)
+        placed = [*(conditions.labels.embed.weight if conditions.labels else ()), position]  # each [C,h,w]
+        weights += [each.flatten(1)[..., None, None] * self.corner for each in placed]
         self.enter = convolution(torch.cat(weights, 1), stride=denoiser.embed.stride)
         self.blocks = nn.Sequential(*(MixingGraph(block, self.grid) for block in denoiser.blocks))
         self.leave = nn.Sequential(*fired(identity(len(position)), denoiser.fire), layer(denoiser.head))
 
     def planes(self, tokens: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The graph's input: a plane for each token, for each code of the prototype if any, and for each position.
+        """The graph's input: a plane for each token, for each code of a prototype, and for each position.
 
-        A position's has a single 1, in the corner of its square, the response to which is the position's embedding.
+        A position's has a single 1, in the corner of its square, the response to which is the position's embedding. Of
+        each label there is a plane for each position, too, which are 0 unless the label is given.
         """
         planes = [F.one_hot(tokens, self.codebook_size + 1).permute(0, 3, 1, 2)]
-        if condition is not None:
-            planes.append(F.one_hot(self.prototypes[condition].long(), self.codebook_size).permute(0, 3, 1, 2))
-        positions = torch.eye(self.grid.numel()).view(-1, *self.grid)
-        planes.append(torch.kron(positions, self.corner).expand(len(tokens), -1, -1, -1))
+        positions = torch.kron(torch.eye(self.grid.numel()).view(-1, *self.grid), self.corner)
+        if self.conditions.prototypes:
+            codes = self.conditions.prototypes.grids[condition[:, 0]].long()
+            planes.append(F.one_hot(codes, self.codebook_size).permute(0, 3, 1, 2))
+        if self.conditions.labels:
+            labels = F.one_hot(condition[:, -1], self.conditions.labels.embed.in_channels)
+            planes.append((labels[..., None, None, None] * positions).flatten(1, 2))
+        planes.append(positions.expand(len(tokens), -1, -1, -1))
         return torch.cat(planes, 1).double()
 
     def logits(self, outputs: Tensor) -> Tensor:

@@ -207,14 +207,14 @@ def test_a_whole_sample_is_so_many_passes(denoiser, tokens):
 
 
 def residual_denoiser():
-    """With prototypes that make a difference."""
+    """With prototypes and labels that make a difference."""
     torch.manual_seed(0)
-    denoiser = ResidualSDID(
-        codebook_size=10, spike_steps=2, denoiser_channels=16, denoiser_blocks=1, prototypes=4, grid=(3, 3)
-    )
+    shape = {"denoiser_channels": 16, "denoiser_blocks": 1, "prototypes": 4, "classes": 2, "grid": (3, 3)}
+    denoiser = ResidualSDID(codebook_size=10, spike_steps=2, **shape)
     denoiser.prototypes.grids.copy_(torch.randint(0, 10, (4, 3, 3)))
-    denoiser.prototypes.counts.copy_(torch.tensor([1, 5, 2, 3]))
-    torch.nn.init.normal_(denoiser.prototypes.embed.weight)
+    denoiser.labels.counts.copy_(torch.tensor([[1, 0], [5, 1], [0, 2], [1, 3]]))
+    for condition in (denoiser.prototypes, denoiser.labels):
+        torch.nn.init.normal_(condition.embed.weight)
     return denoiser.eval()
 
 
@@ -238,7 +238,7 @@ def test_a_sample_is_counted_along_its_trajectory(kind, settings, timesteps, aut
     autoencoder, network, cost = generator.autoencoder, generator.denoiser, generator.cost(images)
     diffusion, steps = AbsorbingDiffusion(10, 9), network.spike_steps
     noise = diffusion.noise(7, range(3), (3, 3), settings.get("sample_steps"), settings.get("reveal_order", "random"))
-    condition = network.prototypes.draw(7, range(3)) if network.prototypes else None
+    condition = network.conditions.draw(7, range(3))
     temperatures = {"final_temperature": settings.get("final_temperature"), "condition": condition}
     codes = diffusion.sample(network.logits_at, noise, settings.get("temperature", 1.0), **temperatures)
     expected, passes = Operations(0, 0, 0), 0
@@ -256,6 +256,21 @@ def test_a_sample_is_counted_along_its_trajectory(kind, settings, timesteps, aut
     mean = (1 / len(timesteps)) * expected
     assert cost.operations["denoiser_pass"].energy == pytest.approx(mean.energy, rel=1e-9)
     assert cost.operations["denoiser_pass"].dense_energy == pytest.approx(mean.dense_energy, rel=1e-9)
+
+
+@use_backend("fast")
+def test_guidance_takes_a_second_pass_without_the_label(autoencoder, images):
+    guided = generator_of(autoencoder, residual_denoiser(), sample_steps=4, guidance=1.0)
+    told = guided.condition_of(range(3))
+    passes = guided._passes(torch.zeros(3, 3, 3), guided.diffusion.noise(7, range(3), (3, 3), 4), range(3))
+    assert len(passes) == 8 and all(torch.equal(condition, told) for _, _, condition in passes[::2])
+    assert all(condition.tolist() == [[number, -1] for number in told[:, 0]] for _, _, condition in passes[1::2])
+    for (tokens, t, _), (again, same, _) in zip(passes[::2], passes[1::2], strict=True):
+        assert torch.equal(tokens, again) and torch.equal(t, same)
+    cost = guided.cost(images)
+    expected = 8 * cost.operations["denoiser_pass"].energy + cost.operations["decode"].energy
+    assert cost.operations["sample"].energy == pytest.approx(expected)
+    assert "8 denoiser passes" in cost.protocols["sample"] and "two at each timestep" in cost.protocols["sample"]
 
 
 @use_backend("fast")

@@ -43,6 +43,16 @@ def autoencoder(**options):
     )
 
 
+def conditioned(denoiser):
+    """With conditions, where it has some, that make a difference."""
+    if denoiser.prototypes:
+        denoiser.prototypes.grids.random_(8)
+    for condition in filter(None, (denoiser.prototypes, denoiser.labels)):
+        condition.counts.fill_(1)
+        nn.init.normal_(condition.embed.weight)
+    return denoiser
+
+
 def read_back(exported, path):
     """The network's file, imported."""
     export_nir.nir_exchange.export_to_nir(exported.graph, exported.inputs[0], path)
@@ -100,11 +110,8 @@ def test_snntorch_gives_every_spike(preset, tmp_path):
     else:
         model, denoiser = (
             autoencoder(downsampling=2),
-            ResidualSDID(8, 2, 32, denoiser_blocks=2, grid=(8, 8), prototypes=2),
+            conditioned(ResidualSDID(8, 2, 32, denoiser_blocks=2, grid=(8, 8), prototypes=2, classes=3)),
         )
-        denoiser.prototypes.grids.random_(8)
-        denoiser.prototypes.counts.fill_(1)
-        nn.init.normal_(denoiser.prototypes.embed.weight)
     images = torch.rand(3, 1, 16, 16, dtype=torch.float64)
     exports = *export_nir.of_autoencoder(model, images), export_nir.of_denoiser(trained(denoiser), model.encode(images))
     assert [each.name for each in exports] == [*AUTOENCODER, "denoiser"]
@@ -173,22 +180,29 @@ def change_options(run, **options):
     (run / "config.json").write_text(json.dumps(config | options))
 
 
-@pytest.mark.parametrize("options", [{"grid": (4, 4)}, {"grid": (3, 3)}, {"grid": (4, 4), "prototypes": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"grid": (4, 4)},
+        {"grid": (3, 3)},
+        {"grid": (4, 4), "prototypes": 2},
+        {"grid": (4, 4), "classes": 3},
+        {"grid": (3, 3), "prototypes": 2, "classes": 3},
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_residual_denoiser(options, tmp_path):
-    model = trained(ResidualSDID(8, 2, denoiser_channels=32, denoiser_blocks=2, **options))
+    model = conditioned(trained(ResidualSDID(8, 2, denoiser_channels=32, denoiser_blocks=2, **options)))
     assert model.patch == (1 if options["grid"] == (3, 3) else 2)
-    if model.prototypes:
-        model.prototypes.grids.random_(8)
-        model.prototypes.counts.fill_(1)
-        nn.init.normal_(model.prototypes.embed.weight)
     exported = export_nir.of_denoiser(model, torch.randint(8, (5, *options["grid"])))
     graph = read_back(exported, tmp_path / "network.nir")
     compared = export_nir.compare(exported, graph)
     assert compared.spikes > 50 and compared.differing == 0 and compared.error < 1e-12
-    if model.prototypes:
-        model.prototypes.embed.weight.mul_(2)
+    for condition in filter(None, (model.prototypes, model.labels)):
+        condition.embed.weight.mul_(2)
         assert export_nir.compare(exported, graph).differing > 0  # what is told has influence
+        condition.embed.weight.div_(2)
 
 
 def test_run_with_a_residual_denoiser(run, capsys):

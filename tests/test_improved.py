@@ -98,7 +98,7 @@ def test_what_is_no_run_is_not_packed(tmp_path, capsys):
         (("--preset", "improved", "--images_per_prototype", 121), "there are 120 training images"),
         (("--preset", "improved", "--image_size", 12), "have 36 timesteps: say --sample_steps 36 instead of 40"),
         (("--images_per_prototype", 5), "sdid has no --images_per_prototype"),
-        (("--preset", "improved", "--denoiser", "sdid"), "is for residual: sdid has no --images_per_prototype"),
+        (("--preset", "improved", "--denoiser", "sdid"), "is for residual: sdid has no --condition"),
     ],
 )
 def test_mistakes(options, expected, cli, grey, tmp_path):
@@ -258,7 +258,7 @@ def trained_layer(folder, see=lambda model: None, **schedule):
 
     with RunFolder(folder) as run:
         trainer = Trainer(
-            *((1, "test"), model, torch.randn(200, 1, 3) * 3 + 1, losses, lambda network, epoch: {}),
+            *((1, "test"), model, (torch.randn(200, 1, 3) * 3 + 1,), losses, lambda network, epoch: {}),
             run=run,
             checkpoint=folder / "kept.pth",
             schedule=Schedule(batch_size=10, lr=0.1, seed=0, **schedule),
@@ -273,7 +273,7 @@ def test_kept_statistics_are_those_of_the_averaged_weights(tmp_path):
     trainer = trained_layer(tmp_path, epochs=1, ema_decay=0.9)
     model, kept = trainer.model, trainer.kept
     assert not torch.equal(kept[1].weight, model[1].weight)
-    out = kept.eval()[1](trainer.examples.flatten(1))
+    out = kept.eval()[1](trainer.examples[:][0].flatten(1))
     torch.testing.assert_close(kept[2].running_mean, out.mean(0))
     torch.testing.assert_close(kept[2].running_var, out.var(0), rtol=0.1, atol=0)
     assert kept[2].momentum == 0.1 and not torch.allclose(model[2].running_mean, kept[2].running_mean, rtol=1e-3)
@@ -318,7 +318,7 @@ def test_fixed_statistics(tmp_path, ema_decay):
     assert [training for training, *_ in seen] == [True] * 30 + [False] * 30
     assert all(torch.equal(mean, seen[30][2]) for *_, mean in seen[30:])
     _, layer, mean = seen[30]
-    torch.testing.assert_close(mean, layer(trainer.examples.flatten(1)).mean(0))
+    torch.testing.assert_close(mean, layer(trainer.examples[:][0].flatten(1)).mean(0))
     assert not torch.equal(layer.weight, seen[-1][1].weight), "the weights are trained on"
     assert torch.equal(trainer.kept[2].running_mean, seen[30][2])
 

@@ -105,7 +105,14 @@ OPTIONS = {
         **{"hidden_channels": 4, "embedding_dim": 6},
     },
     SDID: {"codebook_size": 20, "denoiser_channels": 4},
-    ResidualSDID: {"codebook_size": 20, "denoiser_channels": 16, "denoiser_blocks": 2, "prototypes": 3, "grid": (4, 6)},
+    ResidualSDID: {
+        "codebook_size": 20,
+        "denoiser_channels": 16,
+        "denoiser_blocks": 2,
+        "prototypes": 3,
+        "classes": 5,
+        "grid": (4, 6),
+    },
 }
 
 
@@ -400,14 +407,14 @@ def test_a_backend_is_chosen_for_a_context():
 
 
 @pytest.mark.parametrize("kind", [SDID, ResidualSDID])
-def test_a_denoiser_without_prototypes_takes_no_condition(kind):
+def test_a_denoiser_without_conditions_takes_none(kind):
     model, tokens = (
         kind(codebook_size=10, spike_steps=2, denoiser_channels=16).eval(),
         torch.randint(0, 11, (2, 14, 14)),
     )
-    t, condition, where = torch.ones(2).long(), torch.tensor([0, 1]), torch.ones(tokens.shape, dtype=torch.bool)
-    assert isinstance(model, Denoiser) and model.prototypes is None
+    t, condition, where = torch.ones(2).long(), torch.tensor([[0], [1]]), torch.ones(tokens.shape, dtype=torch.bool)
+    assert isinstance(model, Denoiser) and not model.conditions
     for call in (lambda: model(tokens, t, condition), lambda: model.logits_at(tokens, t, where, condition)):
-        with pytest.raises(ValueError, match="no prototypes"):
+        with pytest.raises(ValueError, match="no condition"):
             call()
     assert model.logits_at(tokens, t, where, None).shape == (2 * 14 * 14, 10)

@@ -1,4 +1,4 @@
-"""What the residual denoiser is told of a whole picture."""
+"""The prototype of an image as the condition of the residual denoiser."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,8 @@ import torch
 
 from diffusion.absorbing import AbsorbingDiffusion
 from models import ResidualSDID
-from models.prototypes import NO_PROTOTYPE, Prototypes
+from models.conditions import NOT_GIVEN, Conditions
+from models.prototypes import Prototypes
 from models.quantizer import Codebook
 from models.spiking import use_backend
 from pipeline.checkpoints import load_weights, write_json
@@ -75,10 +76,12 @@ def test_more_prototypes_than_kinds_of_image(codebook, recwarn):
 def test_drawn_as_often_as_they_occur(codebook):
     prototypes = Prototypes(4, K, 8, 2, GRID)
     prototypes.counts.copy_(torch.tensor([30, 0, 10, 0]))
-    drawn = prototypes.draw(0, range(4000))
-    assert set(drawn.tolist()) == {0, 2} and (drawn == 0).double().mean() == pytest.approx(0.75, abs=0.03)
-    assert torch.equal(prototypes.draw(0, [7, 3]), drawn[[7, 3]]), "whatever it is drawn together with"
-    assert not torch.equal(prototypes.draw(1, range(4000)), drawn)
+    conditions = Conditions(prototypes, labels=None)
+    drawn = conditions.draw(0, range(4000))
+    assert drawn.shape == (4000, 1) and set(drawn.flatten().tolist()) == {0, 2}
+    assert (drawn == 0).double().mean() == pytest.approx(0.75, abs=0.03)
+    assert torch.equal(conditions.draw(0, [7, 3]), drawn[[7, 3]]), "whatever it is drawn together with"
+    assert not torch.equal(conditions.draw(1, range(4000)), drawn)
 
 
 def test_they_enter_as_spikes(groups, codebook):
@@ -86,7 +89,7 @@ def test_they_enter_as_spikes(groups, codebook):
     prototypes = fitted(groups, codebook)
     assert not prototypes(torch.tensor([0, 1])).any(), "no influence at first"
     torch.nn.init.normal_(prototypes.embed.weight)
-    currents = prototypes(torch.tensor([1, NO_PROTOTYPE]))
+    currents = prototypes(torch.tensor([1, NOT_GIVEN]))
     assert currents.shape == (2, 8, 2, 2) and not currents[1].any()
     weight, square = prototypes.embed.weight, prototypes.grids[1, :2, 2:]
     expected = sum(weight[:, int(square[y, x]), y, x] for y in (0, 1) for x in (0, 1))
@@ -104,7 +107,7 @@ def test_a_network_without_them_is_taken_over():
     torch.nn.init.normal_(before.head.weight)
     after.load_pretrained(before.state_dict())
     tokens, t = torch.randint(0, K + 1, (5, *GRID)), torch.ones(5)
-    torch.testing.assert_close(after(tokens, t, torch.tensor([0, 1, 2, 0, NO_PROTOTYPE])), before(tokens, t))
+    torch.testing.assert_close(after(tokens, t, torch.tensor([[0], [1], [2], [0], [NOT_GIVEN]])), before(tokens, t))
     assert ResidualSDID.options_of(after.state_dict())["prototypes"] == 3
     assert ResidualSDID.options_of(before.state_dict())["prototypes"] == 0
     again = small(prototypes=2)
@@ -123,7 +126,7 @@ def test_step_by_step_is_the_same(groups, codebook):
     denoiser = small(prototypes=2).double()
     denoiser.prototypes.fit(groups, codebook, seed=0)
     torch.nn.init.normal_(denoiser.prototypes.embed.weight)
-    tokens, t, told = groups[:4].long(), torch.ones(4), torch.tensor([0, 1, NO_PROTOTYPE, 1])
+    tokens, t, told = groups[:4].long(), torch.ones(4), torch.tensor([[0], [1], [NOT_GIVEN], [1]])
     tokens[:, :2] = K
     fast, untold = denoiser(tokens, t, told), denoiser(tokens, t)
     with use_backend("reference"):
@@ -163,17 +166,17 @@ def told(cli, grey, tmp_path):
 
 
 def test_added_to_a_run_that_had_none(cli, grey, tmp_path):
-    outcome = cli(*grey, *SMALL, "--images_per_prototype", 0, "--result_path", tmp_path / "before")
+    outcome = cli(*grey, *SMALL, "--condition", "none", "--result_path", tmp_path / "before")
     assert (outcome.status, outcome.err) == (0, "")
     before, after = (tmp_path / name / "ImageFolder" / "snn-vq-vae" for name in ("before", "after"))
     config = RunFolder(before).read_config()
-    del config["images_per_prototype"]  # as in a run made before there were prototypes
+    del config["condition"], config["images_per_prototype"]  # as in a run made before there were prototypes
     write_json(RunFolder(before).config, config)
     plain = ("--stage", "sdid", "--diffusion_epochs", 1, "--result_path", tmp_path / "plain")
     assert cli(*grey, "--start_from", before, *plain).status == 0
     kept = load_weights(RunFolder(tmp_path / "plain" / "ImageFolder" / "snn-vq-vae").denoiser)
     assert not any(name.startswith("prototypes") for name in kept), "they are not added by the preset"
-    more = ("--stage", "sdid", "--images_per_prototype", 10, "--diffusion_epochs", 1)
+    more = ("--stage", "sdid", "--condition", "prototype", "--images_per_prototype", 10, "--diffusion_epochs", 1)
     outcome = cli(*grey, "--start_from", before, *more, "--result_path", tmp_path / "after")
     assert (outcome.status, outcome.err) == (0, "")
     weights = load_weights(RunFolder(after).denoiser)
@@ -214,13 +217,13 @@ def test_training_images_are_told_their_own_mostly(groups, codebook, tmp_path, m
 
     with RunFolder(tmp_path) as run:
         schedule = Schedule(epochs=1, batch_size=10, lr=0.1, seed=0)
-        trainer = sdid_trainer(denoiser, generator, groups, "elbo", run=run, schedule=schedule, machine=machine)
+        trainer = sdid_trainer(denoiser, generator, groups, None, "elbo", run=run, schedule=schedule, machine=machine)
         for number, count in ((0, 1), (1, 2)):  # one process, and the second of two
             monkeypatch.setattr(processes, "rank", lambda number=number: number)
             monkeypatch.setattr(processes, "size", lambda count=count: count)
-            trainer._share_of_losses(network, batch, torch.Generator().manual_seed(0))
-    whole, half = seen
+            trainer._share_of_losses(network, (batch,), torch.Generator().manual_seed(0))
+    whole, half = (condition[:, 0] for condition in seen)
     assert torch.equal(whole[500:], half)
-    dropped = whole == NO_PROTOTYPE
+    dropped = whole == NOT_GIVEN
     assert dropped.double().mean() == pytest.approx(0.1, abs=0.04)
     assert torch.equal(whole[~dropped], denoiser.prototypes.nearest(batch, codebook)[~dropped])

@@ -3,7 +3,8 @@
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
+from models import Denoiser
 from pipeline.checkpoints import write_whole
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine
-from pipeline.sampling.grids import encode_png, grid, save_png, to_float, to_uint8
+from pipeline.sampling.grids import class_grid, encode_png, grid, save_png, to_float, to_uint8
 
 GRID_IMAGES = 64
+CLASS_IMAGES = 10  # of each class that is asked for
 
 
 def in_batches(tensor: Tensor, batch_size: int, title: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
@@ -61,44 +64,49 @@ def decode_codes(model: nn.Module, codes: Tensor, machine: Machine, batch_size: 
 
 
 def draw_codes(
-    denoiser: nn.Module,
+    denoiser: Denoiser,
     diffusion: AbsorbingDiffusion,
     noise: SamplingNoise,
     machine: Machine,
     batch_size: int = 64,
     given: Tensor | None = None,
     condition: Tensor | None = None,
+    guidance: float = 0.0,
     **temperatures: float | None,
 ) -> Tensor:
     """Codes int64 `[N,h,w]` on the CPU, one grid for each of the N samples of `noise`.
 
     Tokens of `given [N,h,w]` that are not masked are kept. For `condition` and temperatures see
-    `AbsorbingDiffusion.sample`.
+    `AbsorbingDiffusion.sample`, for `guidance`, which is of no effect without a condition, `Denoiser.guided_logits_at`.
     """
     denoiser.eval()
+    is_guided = guidance and condition is not None
+    logits_at = partial(denoiser.guided_logits_at, guidance) if is_guided else denoiser.logits_at
 
     def draw(part: Tensor) -> Tensor:
         here = SamplingNoise(*(values[part].to(machine.device) for values in noise))
         kept = None if given is None else given[part].to(machine.device)
         conditions = None if condition is None else condition[part].to(machine.device)
-        return diffusion.sample(denoiser.logits_at, here, given=kept, condition=conditions, **temperatures)
+        return diffusion.sample(logits_at, here, given=kept, condition=conditions, **temperatures)
 
     with machine.autocast():
         return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", draw)
 
 
 @processes.on_rank_0
-def write_samples(folder: Path, images: Tensor, settings: dict[str, Any]) -> None:
+def write_samples(folder: Path, images: Tensor, settings: dict[str, Any], classes: Sequence[str] = ()) -> None:
     """Write `images`, uint8 `[N,C,H,W]`, as `grid.png` and `images.npz`; the PNG files of earlier ones are removed.
 
     The archive has the keys "images", uint8 `[N,H,W,C]`, and "settings", the JSON text of what they were drawn with.
+    Where they were drawn of `classes` in turn, with these names, each class has a row of the grid.
     """
     buffer = io.BytesIO()
     pixels = images.permute(0, 2, 3, 1).numpy()  # [N,C,H,W] -> [N,H,W,C]
     np.savez_compressed(buffer, images=pixels, settings=np.array(json.dumps(settings, sort_keys=True)))
     write_whole(folder / "images.npz", buffer.getvalue())
     shutil.rmtree(folder / "png", ignore_errors=True)
-    save_png(folder / "grid.png", grid(images[:GRID_IMAGES], 8))
+    shown = class_grid(images, classes, CLASS_IMAGES) if classes else grid(images[:GRID_IMAGES], 8)
+    save_png(folder / "grid.png", shown)
 
 
 def read_samples(folder: Path, settings: dict[str, Any], count: int) -> Tensor | None:

@@ -14,7 +14,8 @@ from pipeline.session import Session
 def draw(session: Session, model: ImageModel, count: int, reuse: bool = False) -> Tensor:
     """Draw `count` images, uint8 `[N,C,H,W]`, and write them; with a denoiser, also how the first came about.
 
-    With `reuse`, the images of an earlier call are returned if they were drawn with the same settings.
+    Where classes are asked for, the samples are of these in turn. With `reuse`, the images of an earlier call are
+    returned if they were drawn with the same settings.
     """
     folder = session.run.samples
     settings = model.settings | {"drawn": model.drawn, "weights": session.networks.digest()}
@@ -22,10 +23,12 @@ def draw(session: Session, model: ImageModel, count: int, reuse: bool = False) -
     if images is not None:
         print(f"the {count} images are those in {folder / 'images.npz'}, which were drawn with the same settings")
     else:
+        classes: list[str] = []
         if isinstance(model, CodeDiffusion):
             save_png(folder / "trajectory.png", model.trajectory())
+            classes = [model.name_of(label) for label in model.labels]
         images = model.draw(range(count))
-        write_samples(folder, images, settings)
+        write_samples(folder, images, settings, classes)
     if session.options.sampling.png:
         write_single_files(folder / "png", images)
     return images

@@ -2,11 +2,14 @@
 
 import colorsys
 import io
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -15,6 +18,7 @@ from pipeline.checkpoints import write_whole
 
 GREY = 128
 ZOOM = 3  # screen pixels per image pixel
+FONT_SIZE = 20
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -31,6 +35,24 @@ def grid(images: Tensor, columns: int) -> Tensor:
     """Images uint8 `[N,C,H,W]` side by side, row by row: uint8 `[3,H',W']`, enlarged for the screen."""
     enlarged = images.repeat_interleave(ZOOM, 2).repeat_interleave(ZOOM, 3)
     return make_grid(enlarged, columns, padding=ZOOM, pad_value=GREY)
+
+
+def class_grid(images: Tensor, names: Sequence[str], most: int) -> Tensor:
+    """A row of images for each of L classes, behind its name: uint8 `[3,H',W']`.
+
+    Of `images`, uint8 `[N,C,H,W]`, number i is of class i modulo L. A row has at most `most`, all have the same number.
+    """
+    columns = min(len(images) // len(names), most)
+    by_class = images[: columns * len(names)].unflatten(0, (columns, -1)).transpose(0, 1).flatten(0, 1)
+    rows = Image.fromarray(grid(by_class, columns).permute(1, 2, 0).numpy())  # [3,H',W'] -> [H',W',3]
+    font = ImageFont.load_default(FONT_SIZE)
+    margin = math.ceil(max(map(font.getlength, names))) + 2 * ZOOM
+    page = Image.new("RGB", (margin + rows.width, rows.height), (GREY, GREY, GREY))
+    page.paste(rows, (margin, 0))
+    for row, name in enumerate(names):
+        middle = (row + 0.5) * rows.height / len(names)
+        ImageDraw.Draw(page).text((margin - ZOOM, middle), name, "black", font, anchor="rm")
+    return torch.from_numpy(np.array(page)).permute(2, 0, 1)
 
 
 def encode_png(image: Tensor) -> bytes:

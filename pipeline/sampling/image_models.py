@@ -1,8 +1,8 @@
 """What a trained model is to the evaluation: something that reconstructs images, draws new ones, and costs energy."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
+from errors import UserError
 from metrics.energy import Operations, count, firing_rates
 from models import FSVAE, Denoiser
+from models.conditions import NOT_GIVEN
 from models.spiking import use_backend
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import is_rank_0
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images, in_batches
 from pipeline.sampling.grids import to_float, to_uint8, trajectory_image
+from pipeline.sampling.labels import find_labels
 
 TRAJECTORY_MOMENTS = 12
 TEST_IMAGES = "test images"
@@ -71,6 +74,9 @@ class CodeDiffusion:
     reveal_order: str = "random"
     batch_size: int = 64
     chosen: bool = False  # whether the temperature was chosen on held-out images
+    guidance: float = 0.0
+    labels: tuple[int, ...] = ()  # what is asked for: sample i is of labels[i % len(labels)]; empty: of any
+    class_names: tuple[str, ...] | None = None  # of all labels, in their order
 
     @property
     def diffusion(self) -> AbsorbingDiffusion:
@@ -86,15 +92,30 @@ class CodeDiffusion:
             "grid": list(self.grid),
             "sample_steps": self.sample_steps,
             "reveal_order": self.reveal_order,
+            "guidance": self.guidance,
+            "labels": list(self.labels),
             "spike_steps": spike_steps,
             "spike_generator": getattr(self.autoencoder.vq_layer, "spike_generator", None),
             "precision": self.machine.precision,
         }
 
-    def condition(self, codes: Tensor) -> Tensor | None:
-        """The condition `[N]` of images with these `codes [N,h,w]`, indices of prototypes; None without prototypes."""
-        prototypes = self.denoiser.prototypes
-        return prototypes.nearest(codes, self.autoencoder.vq_layer) if prototypes else None
+    def asked(self, labels: Sequence[int | str] | None, guidance: float | None = None) -> "CodeDiffusion":
+        """The same model, asked for samples of these classes (see `find_labels`), or of any for None.
+
+        Without a guidance it keeps its own. Raises UserError if it lacks the conditions, or has no such class.
+        """
+        conditions = self.denoiser.conditions
+        guidance = self.guidance if guidance is None else guidance
+        if guidance and not conditions:
+            raise UserError("guidance needs a denoiser with a condition, and this one has none: leave it out")
+        if labels is not None and not conditions.labels:
+            raise UserError("this denoiser knows no labels: leave them out, or train with --condition label")
+        chosen = () if labels is None else find_labels(labels, conditions.labels.present, self.class_names)
+        return replace(self, guidance=guidance, labels=chosen)
+
+    def name_of(self, label: int) -> str:
+        """Of a class."""
+        return self.class_names[label] if self.class_names else str(label)
 
     def encode(self, images: Tensor) -> Tensor:
         """Codes `[N,h,w]`."""
@@ -114,7 +135,10 @@ class CodeDiffusion:
         final = f" changing to {self.final_temperature:g}" if self.final_temperature else ""
         chosen = " chosen on held-out training images" if self.chosen else ""
         order = ", spread order" if self.reveal_order == "spread" else ""
-        return f"temperature {self.temperature:g}{chosen}{final}, {self.sample_steps or 'all'} timesteps{order}"
+        guided = f", guidance {self.guidance:g}" if self.guidance else ""
+        asked = f", classes {', '.join(map(self.name_of, self.labels))}" if self.labels else ""
+        steps = f"{self.sample_steps or 'all'} timesteps{order}"
+        return f"temperature {self.temperature:g}{chosen}{final}, {steps}{guided}{asked}"
 
     def trajectory(self) -> Tensor:
         """How sample 0 came about, an image uint8 `[3,H,W]`."""
@@ -136,20 +160,29 @@ class CodeDiffusion:
 
     def _draw_codes(self, samples: range, given: Tensor | None = None) -> tuple[Tensor, SamplingNoise]:
         noise = self.diffusion.noise(self.seed, samples, self.grid, self.sample_steps, self.reveal_order)
-        condition = self._condition_of(samples) if given is None else None  # given codes belong to another prototype
+        condition = self.condition_of(samples) if given is None else self._condition_of_given(samples)
         how = {"temperature": self.temperature, "final_temperature": self.final_temperature}
-        how |= {"given": given, "condition": condition}
+        how |= {"given": given, "condition": condition, "guidance": self.guidance}
         return draw_codes(self.denoiser, self.diffusion, noise, self.machine, self.batch_size, **how), noise
 
-    def _condition_of(self, samples: range) -> Tensor | None:
-        """The condition `[N]` of the samples with these indices; None without prototypes."""
-        prototypes = self.denoiser.prototypes
-        return prototypes.draw(self.seed, samples) if prototypes else None
+    def condition_of(self, samples: range) -> Tensor | None:
+        """The conditions `[N,J]` of the samples with these indices; None without any. See `Conditions`."""
+        labels = [self.labels[i % len(self.labels)] for i in samples] if self.labels else None
+        return self.denoiser.conditions.draw(self.seed, samples, labels)
+
+    def _condition_of_given(self, samples: range) -> Tensor | None:
+        """The same where some codes are given: those belong to another prototype, but may have the label."""
+        if not self.labels:
+            return None
+        condition = self.condition_of(samples)
+        condition[:, :-1] = NOT_GIVEN
+        return condition
 
     def cost(self, images: Tensor) -> Cost:
         """See ImageModel; a sample is a pass of the denoiser at each timestep of the schedule, and a decoding.
 
-        The denoiser sees at each what the sampler has there. A pass is the mean of them.
+        With guidance it is two passes at each, one of them without the last condition. The denoiser sees what the
+        sampler has there. A pass is the mean of them.
         """
         model, device, samples = self.autoencoder, self.machine.device, range(len(images))
         pixels, (codes, noise) = to_float(images.to(device)), self._draw_codes(samples)
@@ -164,6 +197,7 @@ class CodeDiffusion:
         operations["denoiser_pass"] = 1 / len(passes) * operations["denoiser_pass"]
         operations["sample"] = len(passes) * operations["denoiser_pass"] + operations["decode"]
         at_each = "each on what the sampler has at its timestep"
+        at_each += ", two at each timestep for guidance" if self.guidance else ""
         protocols = {
             "encode": TEST_IMAGES,
             "decode": "codes of samples",
@@ -173,13 +207,16 @@ class CodeDiffusion:
         return Cost(operations, rates, protocols)
 
     def _passes(self, codes: Tensor, noise: SamplingNoise, samples: range) -> list[tuple[Tensor | None, ...]]:
-        """The denoiser's inputs at each timestep of the schedule that led to `codes [N,h,w]`: tokens, t, condition."""
-        diffusion, device, condition = self.diffusion, self.machine.device, self._condition_of(samples)
-        condition = None if condition is None else condition.to(device)
+        """The denoiser's inputs in each pass that led to `codes [N,h,w]`: tokens, t, condition."""
+        diffusion, device, condition = self.diffusion, self.machine.device, self.condition_of(samples)
+        conditions = [None if condition is None else condition.to(device)]
+        if self.guidance:
+            conditions.append(self.denoiser.conditions.without_last(conditions[0]))
         timesteps = torch.tensor(diffusion.timesteps(self.sample_steps, self.reveal_order), device=device)
         return [
-            (diffusion.trajectory(codes, noise, int(t) + 1).to(device), t.expand(len(codes)), condition)
+            (diffusion.trajectory(codes, noise, int(t) + 1).to(device), t.expand(len(codes)), each)
             for t in timesteps
+            for each in conditions
         ]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from errors import UserError
@@ -31,7 +32,8 @@ CALIBRATION_IMAGES = 10_000  # of batch-norm recalibration
 
 Losses = dict[str, Tensor]
 LossFunction = Callable[..., Losses]
-DrawFunction = Callable[[Tensor, torch.Generator], tuple[Tensor, ...]]
+Batch = tuple[Tensor, ...]
+DrawFunction = Callable[[Batch, torch.Generator], Batch]
 Values = dict[str, float]
 
 
@@ -61,21 +63,21 @@ class Progress:
 
 
 class Trainer:
-    """Trains one network on a tensor of examples; the order of examples and all noise follow from the seed.
+    """Trains one network on examples in memory; the order of examples and all noise follow from the seed.
 
     Several processes take a share of every batch each, and the same step together.
 
     Args:
         stage: its number (1 or 2) and name, for seeds, log and progress bar.
         model: trained in place.
-        examples: `[N,...]`; kept on the machine's device as a whole.
+        examples: tensors `[N,...]` of what belongs to each example; kept on the machine's device as a whole.
         losses: the network, a generator of this process's own, and this process's share of a batch, as `draw` returns
             it, to mean losses by name; the one called "loss" is minimised, all are logged.
         preview: called after each epoch, with the network that is kept and the epoch's number; returns values for
             the log.
         checkpoint: where the weights of the network that is kept go whenever they are saved.
-        draw: a whole batch and a generator to tensors `[N,...]` of examples and their noise, which are the same for any
-            number of processes; by default, the batch alone.
+        draw: a whole batch, in such tensors, and a generator to tensors of examples and their noise, which are the same
+            for any number of processes; by default, the batch alone.
 
     Attributes:
         kept: what training is for: `model` itself, or with `ema_decay` the average of its weights over the steps, with
@@ -89,7 +91,7 @@ class Trainer:
         self,
         stage: tuple[int, str],
         model: nn.Module,
-        examples: Tensor,
+        examples: Batch,
         losses: LossFunction,
         preview: Callable[[nn.Module, int], Values],
         *,
@@ -97,13 +99,13 @@ class Trainer:
         checkpoint: Path,
         schedule: Schedule,
         machine: Machine,
-        draw: DrawFunction = lambda batch, _: (batch,),
+        draw: DrawFunction = lambda batch, _: batch,
     ):
         self.number, self.name = stage
         self.model, self.draw, self.losses, self.preview = model, draw, losses, preview
         self.network = processes.share_training(model, machine.device)
-        self.examples = examples.to(machine.device)
-        self.steps = math.ceil(len(examples) / schedule.batch_size)  # of an epoch
+        self.examples = TensorDataset(*(each.to(machine.device) for each in examples))
+        self.steps = math.ceil(len(self.examples) / schedule.batch_size)  # of an epoch
         self.run, self.checkpoint, self.schedule, self.machine = run, checkpoint, schedule, machine
         self.optimizer = torch.optim.AdamW(model.parameters(), schedule.lr, betas=(0.9, 0.999), weight_decay=1e-3)
         self.average = _moving_average(model, schedule.ema_decay) if schedule.ema_decay else None
@@ -230,9 +232,9 @@ class Trainer:
                 raise UserError(f"{where}; {good}: begin a new run with a lower --lr, or try --precision float32")
 
     def _shuffled(self, purpose: str, index: int = 0) -> Tensor:
-        """The numbers of all examples in a random order, `[N]` on the device of the examples."""
+        """The numbers of all examples in a random order, `[N]` on the machine's device."""
         generator = self._seed(torch.Generator(), purpose, index)
-        return torch.randperm(len(self.examples), generator=generator).to(self.examples.device)
+        return torch.randperm(len(self.examples), generator=generator).to(self.machine.device)
 
     def _seed(self, generator: torch.Generator, purpose: str, index: int) -> torch.Generator:
         """Seed a generator for this purpose in this stage."""
@@ -287,7 +289,7 @@ class Trainer:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval().momentum = momentum
 
-    def _step(self, batch: Tensor, generator: torch.Generator) -> Losses:
+    def _step(self, batch: Batch, generator: torch.Generator) -> Losses:
         """One step on a batch; returns its losses in float64."""
         losses, weight = self._share_of_losses(self.network, batch, generator)
         self.optimizer.zero_grad()
@@ -297,9 +299,9 @@ class Trainer:
             self.average.update_parameters(self.model)
         return processes.total({name: value.detach().double() * weight for name, value in losses.items()})
 
-    def _share_of_losses(self, network: nn.Module, batch: Tensor, generator: torch.Generator) -> tuple[Losses, float]:
+    def _share_of_losses(self, network: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Losses, float]:
         """The losses of this process's share of a batch, and the weight of that share in the mean of the batch."""
-        part, weight = processes.share_of_batch(len(batch))
+        part, weight = processes.share_of_batch(len(batch[0]))
         with self.machine.autocast():
             share = [values[part] for values in self.draw(batch, generator)]
             return self.losses(network, processes.own_noise(generator), *share), weight

@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from diffusion.absorbing import TrainingNoise
 from metrics.codebook import usage
 from models import FSVAE, Denoiser
-from models.prototypes import NO_PROTOTYPE
+from models.conditions import NOT_GIVEN
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.run_folder import RunFolder
 from pipeline.runtime import processes
 from pipeline.sampling.batches import decode_codes, encode_images
 from pipeline.sampling.grids import grid, save_png, to_float
 from pipeline.sampling.image_models import CodeDiffusion, PriorSampling
-from pipeline.training.loop import Losses, Trainer, Values
+from pipeline.training.loop import Batch, Losses, Trainer, Values
 
 PREVIEW_IMAGES = 16
 USAGE_IMAGES = 1000  # of the test split, whose codes tell the codebook's usage after each epoch
 FEWEST_CODES = 0.02  # of the codebook; a usage below this, or of one code, is warned about
-CONDITION_DROPOUT = 0.1  # fraction of the training images whose condition is dropped
+CONDITION_DROPOUT = 0.1  # fraction of the training images of which a condition is dropped, each by itself
 SCHEDULED_SAMPLING = (0.1, 0.3)  # probability in the first epoch, and after the last, of FSVAE
 
 
@@ -45,7 +45,7 @@ def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: 
             print(f"{cause}; if this lasts, begin a new run with a smaller --codebook_size or --lr", file=sys.stderr)
         return {"codebook_usage": share}
 
-    return Trainer((1, "vqsvae"), model, train, losses, preview, checkpoint=run.model, **options)
+    return Trainer((1, "vqsvae"), model, (train,), losses, preview, checkpoint=run.model, **options)
 
 
 def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> Trainer:
@@ -66,21 +66,25 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> 
         show(run, "vae", "samples", grid(prior.draw(range(PREVIEW_IMAGES)), PREVIEW_IMAGES // 2), epoch)
         return {}
 
-    trainer = Trainer((1, "vae"), model, train, losses, preview, checkpoint=run.model, **options)
+    trainer = Trainer((1, "vae"), model, (train,), losses, preview, checkpoint=run.model, **options)
     return trainer
 
 
-def sdid_trainer(denoiser: Denoiser, model: CodeDiffusion, codes: Tensor, loss: str, **options: Any) -> Trainer:
+def sdid_trainer(
+    denoiser: Denoiser, model: CodeDiffusion, codes: Tensor, labels: Tensor | None, loss: str, **options: Any
+) -> Trainer:
     """Stage 2: the denoiser on `codes [N,h,w]`; previews are what `model` draws with it.
 
-    A denoiser with prototypes is conditioned on them for most images, but not for all: inpainting has no condition.
+    A denoiser with conditions, which may need the `labels [N]`, is told them for most images, but not for all:
+    inpainting is not told, and guidance compares both.
     """
     run, diffusion = options["run"], model.diffusion
 
-    def draw(batch: Tensor, random: torch.Generator) -> tuple[Tensor, ...]:
-        condition = model.condition(batch)
-        conditions = () if condition is None else (_dropped_out(condition, random),)
-        return batch.long(), *diffusion.training_noise(len(batch), model.grid, random, loss), *conditions
+    def draw(batch: Batch, random: torch.Generator) -> Batch:
+        codes = batch[0]
+        told = denoiser.conditions.of(*batch, codebook=model.autoencoder.vq_layer)
+        conditions = () if told is None else (_dropped_out(told, random),)
+        return codes.long(), *diffusion.training_noise(len(codes), model.grid, random, loss), *conditions
 
     def losses(
         network: Denoiser, _: torch.Generator, codes: Tensor, t: Tensor, mask: Tensor, condition: Tensor | None = None
@@ -93,13 +97,14 @@ def sdid_trainer(denoiser: Denoiser, model: CodeDiffusion, codes: Tensor, loss: 
         show(run, "sdid", "samples", grid(images, PREVIEW_IMAGES // 2), epoch)
         return {}
 
-    return Trainer((2, "sdid"), denoiser, codes, losses, preview, checkpoint=run.denoiser, draw=draw, **options)
+    examples = (codes, labels) if denoiser.labels else (codes,)
+    return Trainer((2, "sdid"), denoiser, examples, losses, preview, checkpoint=run.denoiser, draw=draw, **options)
 
 
-def _dropped_out(condition: Tensor, random: torch.Generator) -> Tensor:
-    """Indices of prototypes `[N]`, some of them replaced by NO_PROTOTYPE."""
-    dropped = torch.rand(len(condition), generator=random, device=condition.device) < CONDITION_DROPOUT
-    return torch.where(dropped, NO_PROTOTYPE, condition)
+def _dropped_out(conditions: Tensor, random: torch.Generator) -> Tensor:
+    """Conditions `[N,J]`, some of them replaced by NOT_GIVEN."""
+    dropped = torch.rand(conditions.shape, generator=random, device=conditions.device) < CONDITION_DROPOUT
+    return torch.where(dropped, NOT_GIVEN, conditions)
 
 
 def show(run: RunFolder, stage: str, name: str, image: Tensor, epoch: int) -> None:

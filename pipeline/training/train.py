@@ -36,7 +36,8 @@ def begin(session: Session) -> None:
     """Record options and data in the run folder; stage 2 on another run's autoencoder gets a copy of it."""
     o, run, networks = session.options, session.run, session.networks
     options = {key: as_written(value) for key, value in o.values().items() if key not in ("resume", "checkpoint")}
-    session.recorded = {"image_shape": session.data.shape, "data": session.data.fingerprint}
+    data = session.data
+    session.recorded = {"image_shape": data.shape, "data": data.fingerprint, "class_names": data.class_names}
     run.write_config(options | session.recorded)
     if not o.run.resume:
         run.remove_last()
@@ -47,7 +48,7 @@ def begin(session: Session) -> None:
 
 def _check_denoiser(session: Session) -> None:
     """Raise UserError if stage 2 could not begin as asked; print a line if it is trained from scratch after all."""
-    denoiser = session.networks.new_denoiser(session.code_grid, len(session.data.train))
+    denoiser = session.networks.new_denoiser(session.code_grid, session.data)
     if session.last.get("stage") != "sdid" and not session.networks.begin_denoiser(denoiser):
         print(f"{session.options.run.start_from} has no denoiser: the new one is trained from scratch")
 
@@ -79,16 +80,17 @@ def train_denoiser(session: Session) -> bool:
     """Stage 2, on the codes of the training images; False if it ran out of time before its last epoch."""
     o, machine, networks = session.options.training, session.machine, session.networks
     autoencoder = session.load_autoencoder()
-    codes = encode_images(autoencoder, session.data.train, machine, session.options.sampling.eval_batch_size)
+    data = session.data
+    codes = encode_images(autoencoder, data.train, machine, session.options.sampling.eval_batch_size)
     torch.manual_seed(derive_seed(session.options.run.seed, "weights", 2))
-    denoiser = machine.to_device(networks.new_denoiser(session.code_grid, len(codes)))
-    if session.last.get("stage") != "sdid":  # a resumed training has weights and prototypes
+    denoiser = machine.to_device(networks.new_denoiser(session.code_grid, data))
+    if session.last.get("stage") != "sdid":  # a resumed training has weights, and conditions that are fitted
         networks.begin_denoiser(denoiser)
-        networks.fit_prototypes(denoiser, codes, autoencoder)
+        networks.fit_conditions(denoiser, codes, data.train_labels, autoencoder)
     schedule = _schedule(session, o.diffusion_epochs, o.diffusion_lr or o.lr, o.fixed_norm)
     settings = {"run": session.run, "schedule": schedule, "machine": machine}
     model = session.code_diffusion(autoencoder, denoiser)
-    return _train(session, sdid_trainer(denoiser, model, codes, o.loss, **settings))
+    return _train(session, sdid_trainer(denoiser, model, codes, data.train_labels, o.loss, **settings))
 
 
 def _schedule(session: Session, epochs: int, lr: float, fixed_norm: float = 0.0) -> Schedule:

@@ -1,0 +1,79 @@
+"""What a denoiser may be told of an image besides its tokens: a prototype, a label, both, or nothing."""
+
+from collections.abc import Iterable
+from functools import reduce
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.labels import Labels
+from models.prototypes import Prototypes
+from models.quantizer import Codebook
+
+NOT_GIVEN = -1
+"""In place of an index: the image is not conditioned on this."""
+
+
+class Conditions:
+    """The conditions of a denoiser, of which there are J: 0, 1 or 2. The prototype comes before the label.
+
+    The conditions of N images are int64 `[N,J]`: the index of a prototype, or a label, or NOT_GIVEN.
+    """
+
+    def __init__(self, prototypes: Prototypes | None, labels: Labels | None):
+        self.prototypes, self.labels = prototypes, labels
+        self._modules = [each for each in (prototypes, labels) if each is not None]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def currents(self, conditions: Tensor) -> Tensor:
+        """Conditions `[N,J]` to the sum of their currents, `[N,C,h/patch,w/patch]`."""
+        parts = (module(indices) for module, indices in zip(self._modules, conditions.unbind(1), strict=True))
+        return reduce(torch.add, parts)
+
+    def of(self, codes: Tensor, labels: Tensor | None = None, *, codebook: Codebook) -> Tensor | None:
+        """The conditions `[N,J]` of images with these `codes [N,h,w]` and `labels [N]`; None if there are none.
+
+        `labels` are needed only where they are a condition.
+        """
+        columns = []
+        if self.prototypes:
+            columns.append(self.prototypes.nearest(codes, codebook))
+        if self.labels:
+            columns.append(labels.to(self.labels.counts.device))
+        return torch.stack(columns, 1) if columns else None
+
+    def fit(self, codes: Tensor, labels: Tensor | None, codebook: Codebook, seed: int) -> None:
+        """Find the prototypes, and count what occurs, among the training images; arguments as of `of`."""
+        if self.prototypes:
+            self.prototypes.fit(codes, codebook, seed)
+        if self.labels:
+            self.labels.fit(self.of(codes, labels, codebook=codebook))
+
+    def draw(self, seed: int, samples: Iterable[int], labels: Iterable[int] | None = None) -> Tensor | None:
+        """Conditions `[N,J]` for the samples with these indices; those of sample i follow from `seed` and i.
+
+        They are the conditions of a training image, drawn uniformly from all, or with `labels` from those of the
+        sample's label. None if there are none. Raises ValueError for a label that no training image has.
+        """
+        if not self:
+            return None
+        counts, samples = self._modules[-1].counts.cpu().numpy(), list(samples)
+        wanted = [None] * len(samples) if labels is None else list(labels)
+        ends = {label: _of_label(counts, label).cumsum() for label in set(wanted)}
+        drawn = []
+        for sample, label in zip(samples, wanted, strict=True):
+            image = np.random.default_rng((seed, sample, 1)).integers(ends[label][-1])
+            drawn.append(ends[label].searchsorted(image, "right"))
+        return torch.from_numpy(np.stack(np.unravel_index(drawn, counts.shape), 1))
+
+    def without_last(self, conditions: Tensor) -> Tensor:
+        """Conditions `[N,J]` of which the last, the label if there is one, is not given."""
+        return torch.cat((conditions[:, :-1], torch.full_like(conditions[:, -1:], NOT_GIVEN)), 1)
+
+
+def _of_label(counts: np.ndarray, label: int | None) -> np.ndarray:
+    """Counts `[L]` or `[G,L]`, those of other labels set to 0 if a label is given."""
+    return counts if label is None else np.where(np.arange(counts.shape[-1]) == label, counts, 0)

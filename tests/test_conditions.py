@@ -1,0 +1,325 @@
+"""Labels as a condition of the residual denoiser, alone and with prototypes: what is told, drawn, and asked for."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_pictures
+
+from diffusion.absorbing import AbsorbingDiffusion
+from errors import UserError
+from models import ResidualSDID
+from models.conditions import NOT_GIVEN
+from models.labels import Labels
+from models.quantizer import Codebook
+from models.spiking import use_backend
+from pipeline.checkpoints import load_weights
+from pipeline.run_folder import RunFolder
+from pipeline.runtime import processes
+from pipeline.runtime.device import Machine
+from pipeline.sampling.batches import draw_codes
+from pipeline.sampling.image_models import CodeDiffusion
+from pipeline.sampling.labels import find_labels
+from pipeline.training.loop import Schedule
+from pipeline.training.objectives import sdid_trainer
+from scripts import pack
+from spiking_diffusion import SpikingDiffusion
+
+K, GRID, CLASSES = 6, (4, 4), 3
+SHAPES = {"label": {"classes": CLASSES}, "both": {"prototypes": 4, "classes": CLASSES}}
+COUNTS = torch.tensor([[3, 0, 0], [2, 5, 0], [0, 0, 0], [0, 9, 0]])  # no image has label 2
+
+
+def denoiser_of(shape):
+    """A small denoiser whose conditions make a difference, counted as in COUNTS."""
+    torch.manual_seed(0)
+    denoiser = ResidualSDID(K, denoiser_channels=16, denoiser_blocks=1, grid=GRID, **SHAPES[shape]).eval()
+    denoiser.labels.counts.copy_(COUNTS if denoiser.prototypes else COUNTS.sum(0))
+    if denoiser.prototypes:
+        denoiser.prototypes.grids.random_(K)
+        torch.nn.init.normal_(denoiser.prototypes.embed.weight)
+    torch.nn.init.normal_(denoiser.labels.embed.weight)
+    return denoiser
+
+
+# ---- what enters ----
+
+
+def test_a_label_enters_as_a_spike_through_weights_for_every_position():
+    labels = Labels(CLASSES, 8, (2, 3))
+    assert not labels(torch.arange(CLASSES)).any(), "no influence at first"
+    torch.nn.init.normal_(labels.embed.weight)
+    currents = labels(torch.tensor([2, NOT_GIVEN, 0]))
+    assert torch.equal(currents[[0, 2]], labels.embed.weight[[2, 0]]) and not currents[1].any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_step_by_step_is_the_same(shape):
+    denoiser = denoiser_of(shape).double()
+    tokens, t = torch.randint(0, K + 1, (4, *GRID)), torch.ones(4)
+    told = torch.tensor([[0, 1], [NOT_GIVEN, NOT_GIVEN], [1, NOT_GIVEN], [NOT_GIVEN, 2]])[
+        :, -len(denoiser.conditions) :
+    ]
+    fast, untold = denoiser(tokens, t, told), denoiser(tokens, t)
+    with use_backend("reference"):
+        torch.testing.assert_close(denoiser(tokens, t, told), fast)
+    same = [torch.equal(one, other) for one, other in zip(fast, untold, strict=True)]
+    assert same == (told == NOT_GIVEN).all(1).tolist()
+
+
+@torch.no_grad()
+def test_conditions_are_taken_over_where_they_are_the_same():
+    before, after = denoiser_of("label"), denoiser_of("both")
+    embedded = after.prototypes.embed.weight.clone()
+    after.load_pretrained(before.state_dict())
+    assert torch.equal(after.labels.embed.weight, before.labels.embed.weight)
+    assert torch.equal(after.prototypes.embed.weight, embedded) and torch.equal(after.labels.counts, COUNTS)
+    assert ResidualSDID.options_of(after.state_dict()).items() >= SHAPES["both"].items()
+    fewer = ResidualSDID(K, denoiser_channels=16, denoiser_blocks=1, grid=GRID, classes=CLASSES - 1)
+    with pytest.raises(RuntimeError):
+        fewer.load_pretrained(before.state_dict())
+
+
+# ---- what is drawn ----
+
+
+def test_a_sample_has_the_conditions_of_a_training_image():
+    conditions = denoiser_of("both").conditions
+    drawn = conditions.draw(0, range(4000))
+    frequency = torch.zeros(COUNTS.shape).index_put_(tuple(drawn.T), torch.ones(4000), accumulate=True) / 4000
+    torch.testing.assert_close(frequency, COUNTS / COUNTS.sum(), atol=0.04, rtol=0)
+    assert torch.equal(conditions.draw(0, [7, 3]), drawn[[7, 3]]), "whatever it is drawn together with"
+    asked = conditions.draw(0, range(4000), [i % 2 for i in range(4000)])
+    assert torch.equal(asked[:, 1], torch.arange(4000) % 2)
+    shares = torch.stack([asked[label::2, 0].bincount(minlength=4) for label in (0, 1)], 1) / 2000
+    torch.testing.assert_close(shares, COUNTS[:, :2] / COUNTS.sum(0)[:2], atol=0.06, rtol=0)
+    assert torch.equal(conditions.draw(0, [8, 3], [0, 1]), asked[[8, 3]])
+
+
+def test_labels_alone():
+    conditions = denoiser_of("label").conditions
+    assert torch.equal(conditions.draw(0, range(5), [1, 0, 1, 1, 0]), torch.tensor([[1], [0], [1], [1], [0]]))
+    drawn = conditions.draw(0, range(4000))
+    assert drawn.double().mean() == pytest.approx(14 / 19, abs=0.04)
+
+
+def test_what_occurs_together_is_counted():
+    codebook = Codebook(K, 2)
+    codebook.embeddings.weight.data = torch.tensor([[float(k), 0.0] for k in range(K)])
+    codes = torch.tensor([0] * 30 + [5] * 20).view(-1, 1, 1).expand(-1, *GRID)
+    labels = torch.tensor([0] * 10 + [1] * 20 + [1] * 5 + [2] * 15)
+    denoiser = ResidualSDID(K, denoiser_channels=16, denoiser_blocks=1, grid=GRID, prototypes=2, classes=3)
+    denoiser.conditions.fit(codes, labels, codebook, seed=0)
+    low, high = denoiser.prototypes.nearest(codes[[0, -1]], codebook).tolist()
+    assert denoiser.labels.counts[[low, high]].tolist() == [[10, 20, 0], [0, 5, 15]]
+    assert denoiser.labels.present == [0, 1, 2] and denoiser_of("both").labels.present == [0, 1]
+
+
+# ---- guidance ----
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_guidance_strengthens_the_last_condition(shape):
+    denoiser = denoiser_of(shape).double()
+    told = denoiser.conditions.draw(0, range(4))
+    tokens, t, where = torch.full((4, *GRID), K), torch.ones(4), torch.rand(4, *GRID) < 0.5
+    without = denoiser.conditions.without_last(told)
+    assert (without[:, -1] == NOT_GIVEN).all() and torch.equal(without[:, :-1], told[:, :-1])
+    given, dropped = (denoiser.logits_at(tokens, t, where, each) for each in (told, without))
+    guided = denoiser.guided_logits_at(1.5, tokens, t, where, told)
+    torch.testing.assert_close(guided, 2.5 * given - 1.5 * dropped)
+
+
+@pytest.mark.parametrize(("guidance", "passes"), [(0.0, 1), (2.0, 2)])
+def test_guidance_takes_two_passes_and_none_takes_one(guidance, passes, monkeypatch):
+    denoiser, calls = denoiser_of("both"), []
+    forward = denoiser.logits_at
+    monkeypatch.setattr(denoiser, "logits_at", lambda *told: calls.append(told) or forward(*told))
+    diffusion, machine = AbsorbingDiffusion(K, 16), Machine(torch.device("cpu"), bf16=False)
+    noise, condition = diffusion.noise(0, range(2), GRID, 1), denoiser.conditions.draw(0, range(2))
+    draw_codes(denoiser, diffusion, noise, machine, condition=condition, guidance=guidance)
+    assert len(calls) == passes
+
+
+# ---- names ----
+
+NAMES = ("T-shirt/top", "7", "Bag")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [((0, 2), (0, 2)), (("2",), (2,)), (("bag", "T-SHIRT/TOP"), (2, 0)), (("7",), (1,)), (("all",), (0, 1, 2))],
+)
+def test_classes_by_name_or_number(wanted, found):
+    assert find_labels(wanted, [0, 1, 2], NAMES) == found
+
+
+@pytest.mark.parametrize("wanted", ["8", "shoe", 3, -1])
+def test_a_class_that_is_not_there(wanted):
+    with pytest.raises(UserError, match=r"choose from 0 \(T-shirt/top\), 2 \(Bag\), or all") as error:
+        find_labels([wanted], [0, 2], NAMES)
+    assert "\n" not in str(error.value) and find_labels(["all"], [0, 2], None) == (0, 2)
+
+
+# ---- training ----
+
+
+def test_each_condition_is_dropped_by_itself(tmp_path, monkeypatch):
+    """For a tenth of the images, in whatever part of the batch a process computes."""
+    denoiser, codebook, seen = denoiser_of("both"), Codebook(K, 2), []
+    machine = Machine(torch.device("cpu"), bf16=False)
+    model = CodeDiffusion(SimpleNamespace(vq_layer=codebook, codebook_size=K), denoiser, GRID, machine, seed=0)
+    codes, labels = torch.randint(K, (1000, *GRID)).to(torch.int16), torch.arange(1000) % CLASSES
+
+    def network(tokens, t, condition):
+        seen.append(condition)
+        return torch.zeros(len(tokens), K, *GRID, requires_grad=True)
+
+    with RunFolder(tmp_path) as run:
+        schedule = Schedule(epochs=1, batch_size=10, lr=0.1, seed=0)
+        trainer = sdid_trainer(denoiser, model, codes, labels, "elbo", run=run, schedule=schedule, machine=machine)
+        for number, count in ((0, 1), (1, 2)):  # one process, and the second of two
+            monkeypatch.setattr(processes, "rank", lambda number=number: number)
+            monkeypatch.setattr(processes, "size", lambda count=count: count)
+            trainer._share_of_losses(network, trainer.examples[:], torch.Generator().manual_seed(0))
+    whole, half = seen
+    assert torch.equal(whole[500:], half)
+    dropped = whole == NOT_GIVEN
+    torch.testing.assert_close(dropped.double().mean(0), torch.full((2,), 0.1).double(), atol=0.05, rtol=0)
+    assert dropped.all(1).double().mean() == pytest.approx(0.01, abs=0.016)
+    told = torch.stack((denoiser.prototypes.nearest(codes, codebook), labels), 1)
+    assert torch.equal(whole[~dropped], told[~dropped])
+
+
+# ---- in a run ----
+
+SMALL = (
+    *("--preset", "improved", "--hidden_channels", 8, "--denoiser_channels", 16, "--denoiser_blocks", 1),
+    *("--codebook_size", 8, "--batch_size", 8, "--epochs", 1, "--diffusion_epochs", 1, "--num_samples", 5),
+    *("--device", "cpu", "--precision", "float32", "--metrics", "energy"),
+)
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """Options that name a data set of two classes, 40 + 4 pictures of 16x16 each."""
+    folder = tmp_path_factory.mktemp("classes")
+    for number, name in enumerate(("dark blue", "sea")):
+        for split, count in (("train", 40), ("test", 4)):
+            write_pictures(folder / split / name, count, 16, colour=False, seed=10 * number + count)
+    return ("--dataset_name", "ImageFolder", "--data_path", folder, "--image_size", 16)
+
+
+CONDITIONS = [("--condition", "label"), ("--condition", "both", "--images_per_prototype", 20)]
+
+
+@pytest.fixture(scope="module", params=CONDITIONS, ids=lambda options: options[1])
+def trained(request, cli, classes, tmp_path_factory):
+    """A run whose denoiser was trained with labels."""
+    result = tmp_path_factory.mktemp("conditioned")
+    outcome = cli(*classes, *SMALL, *request.param, "--result_path", result)
+    assert (outcome.status, outcome.err) == (0, "")
+    return result / "ImageFolder" / "snn-vq-vae"
+
+
+def samples_of(folder):
+    with np.load(folder / "samples" / "images.npz") as archive:
+        return archive["images"], json.loads(str(archive["settings"]))
+
+
+def test_rows_of_classes(trained, cli, tmp_path, float64):
+    """Sample i is the same whatever it is drawn together with, and what was asked for is saved with it."""
+    images = []
+    for count in (5, 20):
+        call = ("--checkpoint", trained, "--stage", "sample", "--num_samples", count, "--guidance", 1)
+        outcome = cli(*call, "--labels", "sea,0", "--result_path", tmp_path)
+        assert (outcome.status, outcome.err) == (0, "")
+        drawn, settings = samples_of(tmp_path)
+        assert settings["labels"] == [1, 0] and settings["guidance"] == 1
+        assert "guidance 1, classes sea, dark blue" in settings["drawn"]
+        images.append(drawn)
+    assert (images[0] == images[1][:5]).all()
+    model = SpikingDiffusion.load(trained, device="cpu", precision="float32")
+    assert model.class_names == ("dark blue", "sea")
+    theirs = model.sample(5, labels=[1, "dark blue"], guidance=1.0)
+    assert (theirs.transpose(0, 2, 3, 1) == images[0]).all()
+    assert (model.sample(5, labels="sea", guidance=1)[[0, 2]] == theirs[[0, 2]]).all()
+
+
+def test_inpainting_as_a_class(trained, cli, tmp_path, monkeypatch):
+    told, draw = [], ResidualSDID.logits_at
+    monkeypatch.setattr(ResidualSDID, "logits_at", lambda self, *inputs: told.append(inputs) or draw(self, *inputs))
+    call = ("--checkpoint", trained, "--stage", "inpaint", "--result_path", tmp_path)
+    for labels, expected in ((("--labels", "all"), {0, 1}), (("--labels", "sea"), {1}), ((), None)):
+        told.clear()
+        assert cli(*call, *labels).status == 0 and (tmp_path / "samples" / "inpainted.png").exists()
+        if expected is None:
+            assert all(len(inputs) == 3 for inputs in told)
+        else:
+            conditions = torch.cat([inputs[3] for inputs in told])
+            assert set(conditions[:, -1].tolist()) == expected and (conditions[:, :-1] == NOT_GIVEN).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--stage", "sample", "--labels", "boot"), "no class 'boot': choose from 0 (dark blue), 1 (sea), or all"),
+        (("--stage", "sample", "--labels", "all", "--num_samples", 1), "say 2 at least"),
+        (("--stage", "evaluate", "--labels", "all"), "--labels is for --stage sample and --stage inpaint"),
+        (("--stage", "sample", "--guidance", -1), "not from 0 to 100"),
+    ],
+)
+def test_what_cannot_be_asked_for(options, words, trained, cli):
+    outcome = cli("--checkpoint", trained, *options)
+    assert outcome.status == 2 and words in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_runs_without_labels_say_so(cli, grey, finished, tmp_path):
+    outcome = cli(*grey, *SMALL, "--condition", "label", "--result_path", tmp_path)
+    assert outcome.status == 2 and "ImageFolder has no labels" in outcome.err and outcome.err.count("\n") == 1
+    assert not (tmp_path / "ImageFolder").exists(), "found before anything is trained"
+    outcome = cli(*grey, *SMALL, "--condition", "none", "--guidance", 1, "--result_path", tmp_path)
+    assert outcome.status == 2 and "--guidance needs a denoiser with a condition" in outcome.err
+    outcome = cli("--checkpoint", finished.path, "--stage", "sample", "--labels", "1")
+    assert outcome.status == 2 and "sdid has no --labels" in outcome.err
+    model = SpikingDiffusion.load(finished.path, device="cpu", precision="float32")
+    with pytest.raises(UserError, match="knows no labels"):
+        model.sample(2, labels=1)
+    with pytest.raises(UserError, match="guidance needs a denoiser with a condition"):
+        model.sample(2, guidance=1)
+
+
+def test_stopped_and_resumed_is_the_same(trained, cli, classes, tmp_path):
+    condition = RunFolder(trained).read_config()["condition"]
+    options = next(options for options in CONDITIONS if condition in options)
+    stopped = cli(*classes, *SMALL, *options, "--result_path", tmp_path, "--max_minutes", 1e-4)
+    run = tmp_path / "ImageFolder" / "snn-vq-vae"
+    while "saved" in stopped.out:
+        stopped = cli("--resume", run, "--max_minutes", 0.005)
+    assert stopped.status == 0
+    ours, theirs = load_weights(RunFolder(run).denoiser), load_weights(RunFolder(trained).denoiser)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours["labels.counts"].sum() == 80 and ours["labels.embed.weight"].any()
+
+
+def test_packed(trained, cli, tmp_path):
+    """Which has no data set beside it, but the names of its classes."""
+    pack.pack(RunFolder(trained), RunFolder(tmp_path))
+    outcome = cli("--checkpoint", tmp_path, "--stage", "sample", "--labels", "Sea", "--num_samples", 3)
+    assert (outcome.status, outcome.err) == (0, "") and samples_of(tmp_path)[1]["labels"] == [1]
+
+
+def test_added_to_a_run_that_had_none(trained, cli, classes, tmp_path):
+    cli(
+        *classes, *SMALL, "--condition", "prototype", "--images_per_prototype", 20, "--result_path", tmp_path / "before"
+    )
+    before = tmp_path / "before" / "ImageFolder" / "snn-vq-vae"
+    more = ("--stage", "sdid", "--condition", "both", "--diffusion_epochs", 1, "--result_path", tmp_path / "after")
+    outcome = cli(*classes, "--start_from", before, *more)
+    assert (outcome.status, outcome.err) == (0, "")
+    weights = load_weights(RunFolder(tmp_path / "after" / "ImageFolder" / "snn-vq-vae").denoiser)
+    assert weights["labels.counts"].shape == (4, 2) and weights["labels.embed.weight"].any(), "learned"
