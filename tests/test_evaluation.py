@@ -1,5 +1,6 @@
 """Which figures are computed of which images, what is said where one cannot be, and the choice of a temperature."""
 
+import itertools
 import json
 from dataclasses import dataclass, replace
 
@@ -298,3 +299,28 @@ def test_reconstructions_are_scored_as_samples_are(data, monkeypatch):
     assert figure["num_generated"] == 7 and "reconstructions" in figure["drawn"]
     monkeypatch.setattr(model_metrics, "FAD_IMAGES", 8)
     assert reconstruction_records(generator, ready, ["fad"]) == []
+
+
+def test_images_drawn_with_labels_are_judged_class_by_class(data, monkeypatch):
+    """The share that is classified as the label, and distances within a class where it has enough images."""
+    network = Pooling()
+    network.head = torch.nn.Linear(4, 2)  # an image is a boot if it is brighter than grey
+    network.head.weight.data, network.head.bias.data = torch.tensor([[-1.0], [1]]).repeat(1, 4), torch.tensor([1e3, 0])
+    monkeypatch.setitem(evaluation.LOADERS, "free", lambda *_: FeatureNetwork(network, pooled, "so"))
+
+    monkeypatch.setattr(evaluation, "classifier_distance", lambda *_: 1.0)  # of more images
+    monkeypatch.setattr(evaluation, "_prdc", lambda _: {})
+    table = {"classifier": Metric("free", 6, 3, evaluation._classifier_metrics)}
+    monkeypatch.setattr(evaluation, "GENERATED_METRICS", table)
+    named = replace(data, test_labels=torch.tensor([0, 0, 0, 0, 0, 1, 1]), class_names=("bag", "boot"))
+    labels, bright = torch.tensor([0, 1, 0, 0, 1, 0, 0]), torch.tensor([0, 1, 0, 0, 0, 0, 1], dtype=torch.uint8)
+    images = noise(7) // 4 + 180 * bright.view(-1, 1, 1, 1)
+    records = {record["name"]: record for record in prepared(named).compute(images, "so", labels=labels)}
+    assert records["label_accuracy"]["value"] == pytest.approx(5 / 7)
+    assert records["label_accuracy"]["per_class"] == {"bag": 0.8, "boot": 0.5}
+    statistics = (feature_statistics(pooled(part, Pooling())) for part in (images[labels == 0], named.test[:5]))
+    distance = frechet_distance(*itertools.chain(*statistics))
+    assert records["classifier_frechet"]["per_class"] == {"bag": pytest.approx(distance)}, "boots are too few"
+    for model, its_labels in ((named, None), (data, labels)):  # drawn without labels; a data set without names
+        records = {each["name"]: each for each in prepared(model).compute(images, "so", labels=its_labels)}
+        assert "label_accuracy" not in records and "per_class" not in records["classifier_frechet"]

@@ -31,7 +31,8 @@ def evaluate(session: Session) -> None:
     records = []
     if of_samples:
         count = o.sampling.num_samples or evaluation.images_needed or GRID_IMAGES
-        records += evaluation.compute(draw(session, model, count, reuse=True), model.drawn)
+        images, labels = draw(session, model, count, reuse=True), model.labels_of(range(count))
+        records += evaluation.compute(images, model.drawn, labels=labels)
     records += reconstruction_records(model, evaluation, wanted)
     if "energy" in wanted:
         records += energy_records(model, session.data.test, o.run.seed)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from datasets import ImageData
@@ -30,6 +31,7 @@ from metrics.fid import (
     kid,
     paper_fid,
 )
+from metrics.frechet import feature_statistics, frechet_distance
 from metrics.inception import (
     inception_features,
     inception_logits,
@@ -70,15 +72,26 @@ class FeatureNetwork(NamedTuple):
 class Features:
     """Features of generated and of real images, each extracted when first used; `seed` is for KID's subsets.
 
-    Of the generated images, as many as the protocol says, or with `whole` all.
+    Of the generated images, as many as the protocol says, or with `whole` all. `labels [N]` are those that they were
+    drawn with; None where they were drawn without, or the data set has no classes.
     """
 
-    def __init__(self, source: FeatureNetwork, images: Tensor, data: ImageData, split: str, seed: int, whole: bool):
+    def __init__(
+        self,
+        source: FeatureNetwork,
+        images: Tensor,
+        data: ImageData,
+        split: str,
+        seed: int,
+        whole: bool = False,
+        labels: Tensor | None = None,
+    ):
         self.source, self.data, self.seed = source, data, seed
         self.network = source.network
         self.split = "test" if source.fixed else split
         first, self.real_first = source.fixed or (None, None)
         self.images = images if whole else images[:first]
+        self.labels = None if labels is None or data.class_names is None else labels[: len(self.images)]
 
     @cached_property
     def generated(self) -> np.ndarray:
@@ -89,6 +102,15 @@ class Features:
     def real(self) -> np.ndarray:
         """Of the real images of the reference split: `[M,D]`."""
         return self.of(self.split)
+
+    @property
+    def real_labels(self) -> Tensor | None:
+        """Of the real images of the reference split: `[M]`."""
+        return getattr(self.data, f"{self.split}_labels")
+
+    def of_class(self, label: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the generated and of the real images with this label."""
+        return self.generated[(self.labels == label).numpy()], self.real[(self.real_labels == label).numpy()]
 
     def real_images(self, split: str) -> Tensor:
         """The images of a split, as many as the protocol says."""
@@ -163,7 +185,8 @@ def _classifier_metrics(features: Features) -> Values:
     logits, real = (classifier_logits(each, features.network) for each in (features.generated, features.real))
     return {
         "classifier_frechet": classifier_distance(features.generated, features.real),
-        "classifier_accuracy": accuracy(real, getattr(features.data, f"{features.split}_labels")),
+        "classifier_accuracy": accuracy(real, features.real_labels),
+        **({} if features.labels is None else {"label_accuracy": accuracy(logits, features.labels)}),
         "class_balance": class_balance(logits),
         "confidence": mean_confidence(logits),
         "confidence_real": mean_confidence(real),
@@ -176,6 +199,24 @@ def _memorisation(features: Features) -> Values:
     result = memorisation(features.generated, features.of("train"), unseen)
     return {"memorisation": result.nearer, "memorisation_nearest": result.nearest_is_training}
 
+
+def _distance_of_class(features: Features, label: int) -> float | None:
+    """Fréchet distance within a class; None where it has no more images than there are features."""
+    generated, real = features.of_class(label)
+    if min(len(generated), len(real)) <= generated.shape[1]:
+        return None
+    return frechet_distance(*feature_statistics(generated), *feature_statistics(real))
+
+
+def _accuracy_of_class(features: Features, label: int) -> float | None:
+    """Share of the images drawn with this label that are classified so; None where there is none."""
+    generated, _ = features.of_class(label)
+    logits = classifier_logits(generated, features.network)
+    return accuracy(logits, torch.full((len(logits),), label)) if len(logits) else None
+
+
+PER_CLASS = {"fad": _distance_of_class, "classifier_frechet": _distance_of_class, "label_accuracy": _accuracy_of_class}
+"""What is computed of each class, too, for images that were drawn with labels."""
 
 GENERATED_METRICS = {
     "fid": Metric("inception", FID_IMAGES, FEWEST_IMAGES, lambda both: {"fid": fid(both.generated, both.real)}),
@@ -261,18 +302,23 @@ class Evaluation:
         return network
 
     def compute(
-        self, images: Tensor, drawn: str, metrics: Collection[str] | None = None, whole: bool = False
+        self,
+        images: Tensor,
+        drawn: str,
+        metrics: Collection[str] | None = None,
+        whole: bool = False,
+        labels: Tensor | None = None,
     ) -> list[dict]:
         """Records of generated `images`, uint8 `[N,C,H,W]`; `drawn` says how or from where they were drawn.
 
-        Of all available metrics, or of those in `metrics`; empty in processes other than rank 0. `whole` as in
-        `Features`.
+        Of all available metrics, or of those in `metrics`; empty in processes other than rank 0. `whole` and `labels`
+        as in `Features`.
         """
         computed = self.metrics if is_rank_0() else {}
         chosen = [metric for name, metric in computed.items() if metrics is None or name in metrics]
         networks = {metric.network for metric in chosen}
         features = {
-            name: Features(self._load(name), images, self.data, self.options.reference, self.seed, whole)
+            name: Features(self._load(name), images, self.data, self.options.reference, self.seed, whole, labels)
             for name in networks
         }
         return [
@@ -285,4 +331,12 @@ class Evaluation:
         split = metric.split or features.split
         protocol = ", ".join(filter(None, (features.source.protocol, metric.protocol)))
         counts = {"real": len(features.real_images(split)), "generated": len(features.images)}
-        return make_record(name, value, protocol, split=split, **counts, seed=self.seed)
+        more = (
+            {"per_class": self._per_class(name, features)} if name in PER_CLASS and features.labels is not None else {}
+        )
+        return make_record(name, value, protocol, split=split, **counts, seed=self.seed, **more)
+
+    def _per_class(self, name: str, features: Features) -> Values:
+        """A metric of each class, by the class's name, where there are enough images of it."""
+        values = {label: PER_CLASS[name](features, label) for label in range(len(self.data.class_names))}
+        return {self.data.class_names[label]: value for label, value in values.items() if value is not None}

@@ -51,6 +51,9 @@ class ImageModel(Protocol):
     def draw(self, samples: range) -> Tensor:
         """The samples with these numbers."""
 
+    def labels_of(self, samples: range) -> Tensor | None:
+        """The labels `[N]` that these samples are drawn with; None if it draws without."""
+
     @property
     def drawn(self) -> str:
         """How it draws, in words."""
@@ -128,6 +131,10 @@ class CodeDiffusion:
     def draw(self, samples: range) -> Tensor:
         """See ImageModel."""
         return decode_codes(self.autoencoder, self._draw_codes(samples)[0], self.machine, self.batch_size)
+
+    def labels_of(self, samples: range) -> Tensor | None:
+        """See ImageModel."""
+        return self.condition_of(samples)[:, -1] if self.denoiser.labels else None
 
     @property
     def drawn(self) -> str:
@@ -248,6 +255,9 @@ class PriorSampling:
         """See ImageModel."""
         model = self.autoencoder
         return self._by_sample(samples, lambda _, picks: model.decode(model.sample(picks)), "sampling")
+
+    def labels_of(self, samples: range) -> None:
+        """See ImageModel."""
 
     @torch.no_grad()
     def _by_sample(self, samples: range, images_of: Callable[[Tensor, Tensor], Tensor], title: str) -> Tensor:
