@@ -12,10 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
+
+import pipeline.runtime.threads  # noqa: F401  before torch
+
+# isort: split
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 import spiking_diffusion
 from datasets import DATASETS, ImageData, load_dataset

@@ -16,6 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
+
+import pipeline.runtime.threads  # noqa: F401  before torch
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import neuron
@@ -25,8 +30,6 @@ try:
     from spikingjelly.activation_based import nir_exchange
 except ImportError:  # of nir or nirtorch
     nir_exchange = None
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 from errors import UserError
 from image_files import expand

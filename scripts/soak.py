@@ -14,9 +14,12 @@ import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import pipeline.runtime.threads  # noqa: F401  before torch
+
+# isort: split
+import torch
 
 import main as program
 from pipeline.runtime.terminal import print_anywhere

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import PRECISION
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
@@ -61,14 +62,17 @@ def test_idle_threads_sleep_unless_the_user_says_otherwise():
         assert done.stdout.strip() == expected
 
 
-def test_the_program_sets_it_before_torch_is_there():
+@pytest.mark.parametrize(
+    "module", ("main", "scripts.benchmark", "scripts.evaluate", "scripts.export_nir", "scripts.soak")
+)
+def test_it_is_set_before_torch_is_there(module):
     show = (
         "import sys, importlib.abc\n"
         "class Watch(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'torch': print('pipeline.runtime.threads' in sys.modules)\n"
         "sys.meta_path.insert(0, Watch())\n"
-        "import main"
+        f"import {module}"
     )
     done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, cwd=SCRIPT.parents[1])
     assert done.stdout.split() == ["True"], done.stderr
