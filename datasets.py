@@ -135,6 +135,15 @@ def load_dataset(
     return ImageData(name, kept.images, test.images, held.images, *labels, class_names)
 
 
+def needs_download(name: str, data_path: str | Path) -> bool:
+    """Whether `load_dataset` would have to download the data set of this name, since it is not in `data_path`."""
+    load = DATASETS[name]
+    if not isinstance(load, partial):
+        return False
+    _, folder, files, *_ = load.args  # of _load_torchvision
+    return bool(_missing(expand(data_path) / folder, files))
+
+
 def _up_to(count: int | None, total: int) -> slice:
     """The first `count` of `total` training images, all of them for None."""
     if count is not None and not 1 <= count <= total:
@@ -169,7 +178,7 @@ def _load_torchvision(
         present, labels = torch.cat(targets).unique(return_inverse=True)
         class_names = tuple(splits[0].classes[label] for label in present)
     except Exception as error:  # a bad file or connection raises anything from AssertionError to zlib.error
-        missing = [file for file in files if not os.path.isfile(root / folder / file)]
+        missing = _missing(root / folder, files)
         if missing:
             cause = f"{root / folder} lacks {', '.join(missing)} and the download failed ({reason(error)})"
             raise UserError(f"{cause}: put the files there, they come from {url}") from error
@@ -177,6 +186,10 @@ def _load_torchvision(
         raise UserError(f"{cause}: delete {', '.join(files)} there to download them again") from error
     train, test = map(Split, images, labels.split([len(some) for some in images]))
     return Source(train.take(_up_to(train_images, len(train.images))), test, class_names)
+
+
+def _missing(folder: Path, files: Sequence[str]) -> list[str]:
+    return [file for file in files if not os.path.isfile(folder / file)]
 
 
 def _mnist_like(source: type[MNIST]) -> Callable:

@@ -19,7 +19,7 @@ the network runs.
 Energy: 4.6 pJ per MAC, 0.9 pJ per AC; 32-bit floats, 45 nm (Horowitz, "Computing's energy problem", ISSCC 2014).
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -66,26 +66,30 @@ class Operations:
 
 
 def count(model: nn.Module, call: Callable[[], Any], images: int, spike_steps: int = 1) -> Operations:
-    """Operations per image of `call()`, which runs `model` on `images` images with `spike_steps` (1: no spikes).
+    """Operations per image of `call()`: the sum of `count_layers`."""
+    return sum(count_layers(model, call, images, spike_steps).values(), Operations(0, 0, 0))
 
-    The model must be in evaluation mode, and each layer must be called as a module at every spike step, as on the
-    reference backend of our networks. Raises ValueError in training mode, if no layer ran, or if a layer did not run a
-    multiple of `spike_steps` times per image.
+
+def count_layers(model: nn.Module, call: Callable[[], Any], images: int, spike_steps: int = 1) -> dict[str, Operations]:
+    """Operations per image of each layer that `call()` runs, by its name in `model`, in the order in which they run.
+
+    `call()` runs `model` on `images` images with `spike_steps` (1: no spikes). The model must be in evaluation mode,
+    and each layer must be called as a module at every spike step, as on the reference backend of our networks. Raises
+    ValueError in training mode, if no layer ran, or if a layer did not run a multiple of `spike_steps` times per image.
     """
     if model.training:
         raise ValueError("operations are counted in evaluation mode")
-    runs, totals = Counter(), Counter()
+    runs: Counter[nn.Module] = Counter()
+    totals: dict[nn.Module, Operations] = defaultdict(lambda: Operations(0, 0, 0))
 
     def record(layer: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
         (x,) = inputs
         axes = next(axes for kind, axes in AXES.items() if isinstance(layer, kind))
         runs[layer] += x.shape[:-axes].numel()
         full = len(x) * _synaptic_operations(layer, torch.ones_like(x[:1]))
-        totals["full"] += full
-        if is_binary_tensor(x):
-            totals["acs"] += _synaptic_operations(layer, x)
-        else:
-            totals["macs"] += full
+        spiking = is_binary_tensor(x)
+        acs, macs = (_synaptic_operations(layer, x), 0) if spiking else (0, full)
+        totals[layer] += Operations(macs, acs, full)
 
     with torch.no_grad(), ExitStack() as hooks:
         for layer in model.modules():
@@ -96,7 +100,11 @@ def count(model: nn.Module, call: Callable[[], Any], images: int, spike_steps: i
         raise ValueError(
             f"layers did not run {spike_steps} times for each of {images} images: is the reference backend chosen?"
         )
-    return Operations(totals["macs"] / images, totals["acs"] / images, totals["full"] / images / spike_steps)
+    names = {layer: name for name, layer in model.named_modules()}
+    return {
+        names[layer]: Operations(total.macs / images, total.acs / images, total.dense_macs / images / spike_steps)
+        for layer, total in totals.items()
+    }
 
 
 def _synaptic_operations(layer: nn.Module, spikes: Tensor) -> int:

@@ -139,13 +139,13 @@ def _check_fixed(options: Options, run: RunFolder, saved: Mapping[str, Any]) -> 
 def _check_owners(options: Options) -> None:
     """Refuse options that the chosen networks do not have, instead of ignoring them."""
     model, denoiser = options.autoencoder.model, options.denoiser.denoiser
-    networks = {model, denoiser} if model in DECLARATIONS["denoiser"].of else {model}
     preset = f"--preset {options.run.preset}"
     for key, value in options.values().items():
         owners = DECLARATIONS[key].of
-        if not owners or networks & set(owners) or value == DEFAULTS[key]:
+        if options.concern(key) or value == DEFAULTS[key]:
             continue
-        lacking = denoiser if denoiser in networks and set(owners) <= set(DECLARATIONS["denoiser"].choices) else model
+        of_denoisers = denoiser in options.networks and set(owners) <= set(DECLARATIONS["denoiser"].choices)
+        lacking = denoiser if of_denoisers else model
         if options.origins[key] == TYPED:
             raise UserError(f"{lacking} has no --{key}: leave it out")
         if options.origins[key] == preset:

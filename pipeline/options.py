@@ -141,6 +141,7 @@ class RunOptions:
     save_every: float = option(
         10.0, "save every M minutes, besides after each epoch", Role.RESUMED, low=1e-9, metavar="M"
     )
+    report: bool = option(True, "write report.html, a page that shows the run, at its end", Role.CALL, shown="on")
     seed: int = option(42, "random seed", Role.TRAINING, low=0, high=2**32 - 1, metavar="N")
     device: str = option("auto", "cpu, cuda or cuda:N; auto: CUDA if there is one", Role.CALL)
     compile: bool = option(False, "train through torch.compile", Role.CALL)
@@ -411,6 +412,17 @@ class Options:
         }
         return cls(**sections, origins=origins or {})
 
+    @property
+    def networks(self) -> set[str]:
+        """The chosen autoencoder and, if it has codes, the chosen denoiser."""
+        model, denoiser = self.autoencoder.model, self.denoiser.denoiser
+        return {model, denoiser} if model in CODES else {model}
+
+    def concern(self, name: str) -> bool:
+        """Whether the chosen networks have the option of this name."""
+        owners = DECLARATIONS[name].of
+        return not owners or bool(self.networks & set(owners))
+
     def values(self) -> dict[str, Any]:
         """All values by option name."""
         return {key: getattr(getattr(self, name), key) for name, section in SECTIONS.items() for key in names(section)}
@@ -511,7 +523,7 @@ def build_parser(description: str) -> Parser:
         for key in names(section):
             declared, default = DECLARATIONS[key], DEFAULTS[key]
             if _KINDS[key] is bool:
-                how: dict[str, Any] = {"action": BooleanOptionalAction if declared.of else "store_true"}
+                how: dict[str, Any] = {"action": BooleanOptionalAction if declared.of or default else "store_true"}
             else:
                 how = {"type": reader(key), "metavar": declared.metavar, "choices": declared.choices or None}
             shown = declared.shown or declared.absent or {False: "off"}.get(default, default)

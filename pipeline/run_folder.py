@@ -7,6 +7,7 @@ last.pth                       what --resume needs: stage, epoch, step, weights,
 log.jsonl, tensorboard/        training curves
 samples/                       image grids and images.npz
 metrics.json                   metrics, each with its protocol
+report.html                    a page that shows all this
 .lock                          held by the process that works here
 
 Of several processes at one run, one writes; in the others all that writes does nothing.
@@ -86,6 +87,7 @@ class RunFolder:
         self.last = path / "last.pth"
         self.samples = path / "samples"
         self.metrics = path / "metrics.json"
+        self.report = path / "report.html"
         self.log_file = path / "log.jsonl"
         self._curves: dict[str, SummaryWriter] = {}
         self._lock: FileLock | None = None
@@ -198,7 +200,14 @@ class RunFolder:
 
     def contents(self) -> list[Path]:
         """The files and folders for people to look at, as far as they are there."""
-        names = ("log.jsonl", "metrics.json", "samples/grid.png", "samples/trajectory.png", "samples/images.npz")
+        names = (
+            "report.html",
+            "log.jsonl",
+            "metrics.json",
+            "samples/grid.png",
+            "samples/trajectory.png",
+            "samples/images.npz",
+        )
         images = ("samples/inpainted.png", "samples/png")
         paths = (self.model, self.denoiser, *(self.path / name for name in (*names, *images)))
         return [path for path in paths if path.exists()]

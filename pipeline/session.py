@@ -58,6 +58,11 @@ class Session:
             raise UserError(f"{change}; a training cannot continue on other data: correct --data_path, or start anew")
         return data
 
+    @property
+    def has_data(self) -> bool:
+        """Whether the data set is in memory already."""
+        return self._given is not None or "data" in vars(self)
+
     def data_change(self, data: ImageData) -> str | None:
         """How the data differ from those the run was trained on, in words; None if they do not, or it is unknown."""
         before, now = self.recorded["data"] or {}, data.fingerprint
@@ -93,8 +98,13 @@ class Session:
 
         Raises UserError if its files are not there or do not fit each other.
         """
-        autoencoder = self.load_autoencoder()
+        model = self.read_model(draws)
         self.run.check_writable()
+        return model
+
+    def read_model(self, draws: bool = True) -> ImageModel:
+        """The same in a folder where nothing will be written."""
+        autoencoder = self.load_autoencoder()
         if self.has_codes:
             return self.code_diffusion(autoencoder, self.networks.load_denoiser(autoencoder) if draws else None)
         return PriorSampling(autoencoder, self.machine, self.options.run.seed, self.options.sampling.eval_batch_size)

@@ -7,6 +7,7 @@ import torch
 from errors import UserError
 from pipeline.evaluation.evaluate import check_evaluation, evaluate
 from pipeline.evaluation.temperature import with_temperature
+from pipeline.report.report import write_report
 from pipeline.sampling.batches import CLASS_IMAGES, GRID_IMAGES
 from pipeline.sampling.draw import draw
 from pipeline.sampling.grids import GREY, grid, save_png
@@ -32,6 +33,8 @@ def execute(session: Session) -> None:
         inpaint(session)
     if o.stage in ("all", "evaluate"):
         evaluate(session)
+    if o.report and o.stage not in ("sample", "inpaint"):
+        write_report([session], session.run.report)
     print(f"\nthe run is in {session.run.path}:")
     for path in session.run.contents():
         print(f"  {path}")

@@ -49,7 +49,9 @@ class Outcome(NamedTuple):
     err: str
 
 
-def call_main(*arguments):
+def call_main(*arguments, report=False):
+    """The command line in this process; a report is left out unless it is asked for, since it takes half a second."""
+    arguments = arguments if report else (*arguments, "--no-report")
     out, err, status = io.StringIO(), io.StringIO(), 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on networks this small, threads only wait for each other
@@ -137,7 +139,7 @@ class Finished(NamedTuple):
 def finished(small, tmp_path_factory):
     """A run of `small` from beginning to end: its folder, which no test may change, and what was printed."""
     result = tmp_path_factory.mktemp("finished")
-    outcome = call_main(*small, "--result_path", result)
+    outcome = call_main(*small, "--result_path", result, report=True)
     assert outcome.status == 0, outcome.err
     return Finished(result / "ImageFolder" / "snn-vq-vae", outcome)
 

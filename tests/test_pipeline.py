@@ -103,6 +103,7 @@ def test_a_run_ends_with_a_table_and_the_paths(finished):
     names = (
         *WEIGHTS,
         "metrics.json",
+        "report.html",
         "log.jsonl",
         *(f"samples/{s}" for s in ("grid.png", "trajectory.png", "images.npz")),
     )

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pipeline.evaluation.metrics import GENERATED_METRICS
-from scripts import plot_curves, reproduce, results_table
+from scripts import reproduce, results_table
 
 FIGURE = {"drawn": "temperature 1", "split": "test", "num_generated": 5000, "num_real": 10000, "seed": 42}
 
@@ -146,18 +146,3 @@ def test_no_runs(tmp_path, capsys):
 
 def test_letters():
     assert [results_table._letter(i) for i in (0, 25, 26, 27, 52)] == ["a", "z", "aa", "ab", "ba"]
-
-
-def test_curves(run, tmp_path):
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    first, second = (plot_curves.curve(log, stage) for stage in (1, 2))
-    assert first == ([120, 240], [line["mse"] for line in log[:2]])
-    assert second == ([120, 240], [line["loss"] for line in log[2:]])
-    plot_curves.main([str(run), "--output", str(tmp_path / "curves.png")])
-    assert Image.open(tmp_path / "curves.png").size[0] > 300
-
-
-def test_no_curves(tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        plot_curves.main([str(tmp_path), "--output", str(tmp_path / "curves.png")])
-    assert exit_.value.code == 2 and "is it the folder of a run?" in capsys.readouterr().err

@@ -54,6 +54,8 @@ def energy_records(model: ImageModel, test: Tensor, seed: int) -> list[dict]:
     for part, counted in cost.operations.items():
         about, on = real if part == "encode" else drawn, cost.protocols[part]
         counts = {"macs": counted.macs, "acs": counted.acs}
+        if part in cost.layers:
+            counts["layers"] = {name: own.energy / 1e6 for name, own in cost.layers[part].items()}
         protocol = f"µJ an image, {PICOJOULES_PER_MAC} pJ a MAC, {PICOJOULES_PER_AC} pJ an AC; {on}"
         records.append(make_record(f"energy_{part}", counted.energy / 1e6, protocol, **about, **counts))
         protocol = f"µJ an image, each layer once, without spikes, {PICOJOULES_PER_MAC} pJ a MAC; {on}"

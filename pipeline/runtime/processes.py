@@ -28,11 +28,12 @@ TIMEOUT = timedelta(minutes=30)  # of a process that says nothing: some wait whi
 
 Arguments, Value = ParamSpec("Arguments"), TypeVar("Value")
 _store: dist.Store | None = None  # shared by the processes
+_alone = False
 
 
 def size() -> int:
-    """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """Number of processes; 1 in the context `alone`."""
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def rank() -> int:
@@ -89,6 +90,17 @@ def in_contact(resume_hint: Callable[[], str]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's: there must be time to say it
         lost = "another process of the run has died or does not answer"
         raise UserError(f"{lost}: {resume_hint()}") from error
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Context in which one process computes without the others, which neither wait for it nor take a share."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def on_rank_0(function: Callable[Arguments, None]) -> Callable[Arguments, None]:

@@ -109,19 +109,25 @@ def write_samples(folder: Path, images: Tensor, settings: dict[str, Any], classe
     save_png(folder / "grid.png", shown)
 
 
-def read_samples(folder: Path, settings: dict[str, Any], count: int) -> Tensor | None:
-    """The first `count` images, uint8 `[N,C,H,W]`, that `write_samples` left; None unless drawn with these settings."""
+def load_samples(folder: Path) -> tuple[Tensor, dict[str, Any]] | None:
+    """The images, uint8 `[N,C,H,W]`, and settings that `write_samples` left; None if there are none to be read."""
     path = folder / "images.npz"
     if not path.exists():
         return None
     try:
         with np.load(path) as archive:
-            if "settings" not in archive or str(archive["settings"]) != json.dumps(settings, sort_keys=True):
-                return None
-            images = torch.from_numpy(archive["images"][:count])
+            images, settings = torch.from_numpy(archive["images"]), dict(**json.loads(str(archive["settings"])))
     except Exception:  # whatever a damaged archive raises: the images are drawn again
         return None
-    return images.permute(0, 3, 1, 2).contiguous() if len(images) == count else None
+    return images.permute(0, 3, 1, 2).contiguous(), settings  # [N,H,W,C] -> [N,C,H,W]
+
+
+def read_samples(folder: Path, settings: dict[str, Any], count: int) -> Tensor | None:
+    """The first `count` images, uint8 `[N,C,H,W]`, that `write_samples` left; None unless drawn with these settings."""
+    found = load_samples(folder)
+    if found is None or found[1] != settings or len(found[0]) < count:
+        return None
+    return found[0][:count]
 
 
 @processes.on_rank_0

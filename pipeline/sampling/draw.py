@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pipeline.runtime.processes import from_rank_0
 from pipeline.sampling.batches import read_samples, write_samples, write_single_files
-from pipeline.sampling.grids import save_png
+from pipeline.sampling.grids import grid, save_png
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel
 from pipeline.session import Session
 
@@ -25,7 +25,8 @@ def draw(session: Session, model: ImageModel, count: int, reuse: bool = False) -
     else:
         classes: list[str] = []
         if isinstance(model, CodeDiffusion):
-            save_png(folder / "trajectory.png", model.trajectory())
+            moments = model.trajectory()
+            save_png(folder / "trajectory.png", grid(moments.flatten(0, 1), moments.shape[1]))
             classes = [model.name_of(label) for label in model.labels]
         images = model.draw(range(count))
         write_samples(folder, images, settings, classes)

@@ -31,10 +31,17 @@ def to_float(images: Tensor) -> Tensor:
     return images.to(torch.get_default_dtype()) / 255
 
 
-def grid(images: Tensor, columns: int) -> Tensor:
+def grid(images: Tensor, columns: int, zoom: int = ZOOM) -> Tensor:
     """Images uint8 `[N,C,H,W]` side by side, row by row: uint8 `[3,H',W']`, enlarged for the screen."""
-    enlarged = images.repeat_interleave(ZOOM, 2).repeat_interleave(ZOOM, 3)
-    return make_grid(enlarged, columns, padding=ZOOM, pad_value=GREY)
+    enlarged = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    return make_grid(enlarged, columns, padding=zoom, pad_value=GREY)
+
+
+def ungrid(picture: Tensor, height: int, width: int) -> Tensor:
+    """The images of these sizes that `grid` has put together at its own zoom: uint8 `[rows, columns, 3, H, W]`."""
+    small = picture[:, ZOOM::ZOOM, ZOOM::ZOOM]  # each image with a margin of a pixel below and on the right
+    tiles = small.unflatten(2, (-1, width + 1)).unflatten(1, (-1, height + 1))  # -> [3,rows,H+1,columns,W+1]
+    return tiles[:, :, :height, :, :width].permute(1, 3, 0, 2, 4).contiguous()
 
 
 def class_grid(images: Tensor, names: Sequence[str], most: int) -> Tensor:
@@ -85,8 +92,8 @@ def code_colours(codebook_size: int) -> Tensor:
     return to_uint8(torch.tensor([*colours, (0.0, 0.0, 0.0)]))
 
 
-def trajectory_image(tokens: Tensor, image: Tensor, codebook_size: int) -> Tensor:
-    """Two rows over L moments: the grid of tokens (mask black), and what it means in the finished image.
+def trajectory_images(tokens: Tensor, image: Tensor, codebook_size: int) -> Tensor:
+    """Two rows over L moments, uint8 `[2,L,3,H,W]`: the tokens (mask black), and what they mean in the finished image.
 
     Args:
         tokens: `[L,h,w]`, from all masked to finished; the mask token is `codebook_size`.
@@ -98,4 +105,4 @@ def trajectory_image(tokens: Tensor, image: Tensor, codebook_size: int) -> Tenso
     colours = code_colours(codebook_size)[pixels].permute(0, 3, 1, 2)  # [L,H,W,3] -> [L,3,H,W]
     masked = (pixels == codebook_size)[:, None]
     revealed = torch.where(masked, GREY, image.expand(len(tokens), 3, *image.shape[1:]))
-    return grid(torch.cat((colours, revealed.byte())), len(tokens))
+    return torch.stack((colours, revealed.byte()))

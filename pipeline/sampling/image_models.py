@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from errors import UserError
-from metrics.energy import Operations, count, firing_rates
+from metrics.energy import Operations, count_layers, firing_rates
 from models import FSVAE, Denoiser
 from models.conditions import NOT_GIVEN
 from models.spiking import use_backend
@@ -19,7 +19,7 @@ from models.vq_autoencoder import VQAutoencoder
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import is_rank_0
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images, in_batches
-from pipeline.sampling.grids import to_float, to_uint8, trajectory_image
+from pipeline.sampling.grids import to_float, to_uint8, trajectory_images
 from pipeline.sampling.labels import find_labels
 
 TRAJECTORY_MOMENTS = 12
@@ -30,10 +30,11 @@ TEST_IMAGES = "test images"
 class Cost:
     """Synaptic operations of each part of a model and of a whole sample, per image, and firing rates of its layers.
 
-    `protocols` says of each part what it was counted on.
+    `layers` has the operations of each part by layer. `protocols` says of each part what it was counted on.
     """
 
     operations: dict[str, Operations]
+    layers: dict[str, dict[str, Operations]]
     firing_rates: dict[str, float]
     protocols: dict[str, str]
 
@@ -148,11 +149,11 @@ class CodeDiffusion:
         return f"temperature {self.temperature:g}{chosen}{final}, {steps}{guided}{asked}"
 
     def trajectory(self) -> Tensor:
-        """How sample 0 came about, an image uint8 `[3,H,W]`."""
+        """How sample 0 came about, uint8 `[2,L,3,H,W]`: its codes, and the image decided so far, at L moments."""
         diffusion, (codes, noise) = self.diffusion, self._draw_codes(range(1))
         moments = torch.linspace(diffusion.num_timesteps + 1, 1, TRAJECTORY_MOMENTS).round().int().tolist()
         tokens = torch.cat([diffusion.trajectory(codes, noise, t) for t in moments])
-        return trajectory_image(tokens, decode_codes(self.autoencoder, codes, self.machine)[0], diffusion.mask_token)
+        return trajectory_images(tokens, decode_codes(self.autoencoder, codes, self.machine)[0], diffusion.mask_token)
 
     def inpaint(self, images: Tensor, hidden: Tensor) -> Tensor:
         """Images with the pixels `hidden`, bool `[H,W]`, filled in; image i by the noise of sample i.
@@ -200,8 +201,9 @@ class CodeDiffusion:
             "decode": (model, lambda: model.decode(codes)),
             "denoiser_pass": (self.denoiser, lambda: [self.denoiser(*inputs) for inputs in shown]),
         }
-        operations, rates = _count(parts, len(images))
-        operations["denoiser_pass"] = 1 / len(passes) * operations["denoiser_pass"]
+        layers, rates = _count(parts, len(images))
+        layers["denoiser_pass"] = {name: 1 / len(passes) * each for name, each in layers["denoiser_pass"].items()}
+        operations = _sums(layers)
         operations["sample"] = len(passes) * operations["denoiser_pass"] + operations["decode"]
         at_each = "each on what the sampler has at its timestep"
         at_each += ", two at each timestep for guidance" if self.guidance else ""
@@ -211,7 +213,7 @@ class CodeDiffusion:
             "denoiser_pass": f"mean of the {len(passes)} passes of a sample, {at_each}",
             "sample": f"{len(passes)} denoiser passes, {at_each}, and a decoding",
         }
-        return Cost(operations, rates, protocols)
+        return Cost(operations, layers, rates, protocols)
 
     def _passes(self, codes: Tensor, noise: SamplingNoise, samples: range) -> list[tuple[Tensor | None, ...]]:
         """The denoiser's inputs in each pass that led to `codes [N,h,w]`: tokens, t, condition."""
@@ -282,23 +284,29 @@ class PriorSampling:
             "sample": (model, lambda: model.decode(model.sample(picks))),
         }
         protocols = {"encode": TEST_IMAGES, "decode": "latents of samples", "sample": "prior and decoding"}
-        return Cost(*_count(parts, len(images)), protocols)
+        layers, rates = _count(parts, len(images))
+        return Cost(_sums(layers), layers, rates, protocols)
 
 
 def _count(
     parts: dict[str, tuple[nn.Module, Callable[[], Any]]], images: int
-) -> tuple[dict[str, Operations], dict[str, float]]:
-    """Operations of each call per image, and firing rates; in float32, on the reference backend."""
+) -> tuple[dict[str, dict[str, Operations]], dict[str, float]]:
+    """Operations of each call per image and layer, and firing rates; in float32, on the reference backend."""
     measured = {name: _measure(*part, images) for name, part in parts.items()}
-    operations = {name: counted for name, (counted, _) in measured.items()}
+    layers = {name: counted for name, (counted, _) in measured.items()}
     rates = {f"{name}: {layer}": rate for name, (_, own) in measured.items() for layer, rate in own.items()}
-    return operations, rates
+    return layers, rates
 
 
-def _measure(model: nn.Module, call: Callable[[], Any], images: int) -> tuple[Operations, dict[str, float]]:
+def _sums(layers: dict[str, dict[str, Operations]]) -> dict[str, Operations]:
+    """Operations of each part."""
+    return {name: sum(own.values(), Operations(0, 0, 0)) for name, own in layers.items()}
+
+
+def _measure(model: nn.Module, call: Callable[[], Any], images: int) -> tuple[dict[str, Operations], dict[str, float]]:
     """Both in one run: neurons take no part in the count."""
-    counted = []
+    counted: list[dict[str, Operations]] = []
     model.eval()
     with use_backend("reference"):
-        rates = firing_rates(model, lambda: counted.append(count(model, call, images, model.spike_steps)))
+        rates = firing_rates(model, lambda: counted.append(count_layers(model, call, images, model.spike_steps)))
     return counted[0], rates

@@ -1,0 +1,161 @@
+"""The page as a whole: tables and plots over all runs, and the template filled in."""
+
+import re
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from markupsafe import Markup
+
+from pipeline.checkpoints import write_whole
+from pipeline.options import DECLARATIONS, DEFAULTS, Role, with_role
+from pipeline.report.plots import Curve, Plot, line_plot
+from pipeline.report.run_view import Missing, RunView, Shown, attempt
+from pipeline.runtime import processes
+from pipeline.session import Session
+
+TEMPLATE = Path(__file__).with_name("template.html")
+NONE = "–"  # in a table
+MAIN_SETTINGS = ("preset", "dataset_name", "model", "denoiser", "epochs", "diffusion_epochs")
+"""Shown of a single run even where they are the defaults."""
+
+TITLES = {
+    "mse": "mean squared error",
+    "quantizer_loss": "quantiser loss",
+    "codebook_usage": "share of the codes in use",
+    "mmd": "maximum mean discrepancy",
+    "fad": "Fréchet autoencoder distance",
+}
+"""Headings of what is logged, where its name does not do."""
+
+SECTIONS: dict[str, tuple[str, Callable[[RunView], Shown]]] = {
+    "samples": ("Samples", RunView.samples),
+    "trajectory": ("How a sample takes shape", RunView.trajectory),
+    "reconstructions": ("Reconstructions", RunView.reconstructions),
+    "nearest": ("Nearest training images", RunView.nearest),
+    "spikes": ("Spikes of each layer", RunView.firing_rates),
+    "energy": ("Energy of each layer", RunView.energy),
+}
+"""What shows the runs side by side: anchor to heading and contents."""
+
+Value = TypeVar("Value")
+
+
+class Row(NamedTuple):
+    """A row of a table: one value, in words, for each run."""
+
+    name: str
+    about: str
+    values: list[str]
+
+
+class Summary(NamedTuple):
+    """Rows of a table, or plots, over all runs; and what is missing of some, in sentences."""
+
+    contents: list[Any]
+    gaps: list[str]
+
+
+def write_report(sessions: Sequence[Session], path: Path) -> None:
+    """Write the page that shows these runs. Of several processes, the first does it without the others.
+
+    What is missing or fails is left out with a word. Raises UserError if the file cannot be written.
+    """
+    if processes.is_rank_0():
+        with processes.alone():
+            write_whole(path, render(sessions).encode("utf-8", "backslashreplace"))
+
+
+def render(sessions: Sequence[Session]) -> str:
+    """The page."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here because importing it takes time
+
+    runs = [RunView(session, number) for number, session in enumerate(sessions)]
+    how = {"trim_blocks": True, "lstrip_blocks": True}
+    loader = FileSystemLoader(TEMPLATE.parent)
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **how)
+    pages.filters["breakable"] = breakable
+    return pages.get_template(TEMPLATE.name).render(
+        runs=runs,
+        settings=settings(runs),
+        durations=of_each("the time of", runs, RunView.durations),
+        metrics=metrics(runs),
+        circumstances=of_each("the metrics of", runs, RunView.circumstances),
+        curves=curves(runs),
+        sections={key: (title, of_each(f"{key} of", runs, show)) for key, (title, show) in SECTIONS.items()},
+        now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def breakable(text: str) -> Markup:
+    """A name that may be broken where its parts end."""
+    return Markup("<wbr>").join(re.split(r"(?<=[_/])", text))
+
+
+def of_each(what: str, runs: Sequence[RunView], show: Callable[[RunView], Value]) -> list[Value | Missing]:
+    """What `show` makes of each run, or why it could not."""
+    return [attempt(f"{what} {run.name}", partial(show, run)) for run in runs]
+
+
+def settings(runs: Sequence[RunView]) -> list[Row]:
+    """The settings in which the runs differ; of a single run, those that are not the defaults, and the main ones."""
+    rows = []
+    for name in with_role(Role.SETTING):
+        row = Row(name, DECLARATIONS[name].help, [setting(run, name) for run in runs])
+        telling = row.values[0] not in (NONE, option_in_words(name, DEFAULTS[name])) or name in MAIN_SETTINGS
+        if len(set(row.values)) > 1 or (len(runs) == 1 and telling):
+            rows.append(row)
+    return rows
+
+
+def setting(run: RunView, name: str) -> str:
+    """An option of a run in words."""
+    has_option = run.is_known and run.options.concern(name)
+    return option_in_words(name, run.options.values()[name]) if has_option else NONE
+
+
+def option_in_words(name: str, value: Any) -> str:
+    """A value of an option as it is typed."""
+    if value is None:
+        return DECLARATIONS[name].absent or DECLARATIONS[name].shown or NONE
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def metrics(runs: Sequence[RunView]) -> Summary:
+    """A row for each metric and protocol: only what is in one row compares."""
+    tables, gaps = _found(runs, of_each("the metrics of", runs, RunView.metrics))
+    keys = dict.fromkeys(key for table in tables.values() for key in table)
+    names = list(dict.fromkeys(name for name, _ in keys))
+    rows = [
+        Row(name, protocol, [tables.get(run.name, {}).get((name, protocol), NONE) for run in runs])
+        for name, protocol in sorted(keys, key=lambda key: names.index(key[0]))
+    ]
+    return Summary(rows, gaps)
+
+
+def curves(runs: Sequence[RunView]) -> Summary:
+    """A plot of each value that was logged, with a line for each run."""
+    logs, gaps = _found(runs, of_each("the curves of", runs, RunView.curves))
+    keys = sorted(dict.fromkeys(key for log in logs.values() for key in log), key=lambda key: key[0])
+    plots = [attempt(f"the curve of {key[1]}", partial(curve_plot, key, list(logs.values()))) for key in keys]
+    if not any(name == "fad" for _, name in keys):
+        gaps.append("FAD along training was not logged.")
+    return Summary(plots, gaps)
+
+
+def curve_plot(key: tuple[int, str], logs: Sequence[dict[tuple[int, str], Curve]]) -> Plot:
+    """The plot of one value, from the curves of each run."""
+    (stage, name), lines = key, [log[key] for log in logs if key in log]
+    logarithmic = name != "codebook_usage" and all(value > 0 for line in lines for value in line.y)
+    return line_plot(f"stage {stage}: {TITLES.get(name, name)}", "images seen", lines, logarithmic)
+
+
+def _found(runs: Sequence[RunView], each: Sequence[Value | Missing]) -> tuple[dict[str, Value], list[str]]:
+    """What was found, by run, and what is missing."""
+    found = {run.name: value for run, value in zip(runs, each, strict=True) if not isinstance(value, Missing)}
+    gaps = [f"{run.name}: {gap.reason}" for run, gap in zip(runs, each, strict=True) if isinstance(gap, Missing)]
+    return found, gaps

@@ -1,0 +1,266 @@
+"""What the page shows of one run: read from its folder where it is there, else computed with its networks and data."""
+
+import sys
+from collections.abc import Callable
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from datasets import ImageData, needs_download
+from errors import UserError
+from pipeline.evaluation.records import describe
+from pipeline.report.pictures import Picture, animation, picture
+from pipeline.report.plots import Curve, Plot, bar_plot, in_digits, line_of
+from pipeline.run_folder import LOG_KEYS
+from pipeline.sampling.batches import GRID_IMAGES, load_samples
+from pipeline.sampling.grids import to_float, ungrid
+from pipeline.sampling.image_models import CodeDiffusion, ImageModel
+from pipeline.session import Session
+
+COLUMNS = 8  # of the grids
+CHUNK = 4096  # training images that are compared at once
+PARTS = ("encode", "decode", "denoiser_pass", "sample")
+ENERGY = "energy, µJ an image"
+
+Value = TypeVar("Value")
+
+
+class Shown(NamedTuple):
+    """Pictures or plots, and what they show."""
+
+    figures: list[Picture | Plot]
+    caption: str
+
+
+class Missing(NamedTuple):
+    """Why something is left out."""
+
+    reason: str
+
+
+class Drawn(NamedTuple):
+    """Samples, uint8 `[N,C,H,W]`; how they were drawn; and how the first took shape, `[2,L,3,H,W]`, where it did."""
+
+    images: Tensor
+    how: str
+    trajectory: Tensor | None
+
+
+class Duration(NamedTuple):
+    """How long a stage was trained; the time is that of its steps, in words."""
+
+    stage: str
+    epochs: int
+    images: int
+    images_per_second: float
+    time: str
+
+
+def attempt(what: str, compute: Callable[[], Value]) -> Value | Missing:
+    """What `compute` returns, or why it could not: a page with a gap is worth more than an error after a training.
+
+    A UserError says that something is not there; any other exception is a fault, which stderr tells, too.
+    """
+    try:
+        return compute()
+    except UserError as error:
+        return Missing(str(error))
+    except Exception as error:  # whatever a library raises; nothing that was trained or measured may depend on it
+        reason = f"{type(error).__name__}: {error}"
+        print(f"warning: the report lacks {what} ({reason})", file=sys.stderr)
+        return Missing(f"This could not be drawn ({reason}).")
+
+
+class RunView:
+    """One run; `number` counts the runs of the page from 0."""
+
+    def __init__(self, session: Session, number: int):
+        self.session, self.options = session, session.options
+        self.trained = session.networks.trained
+        self.name, self.line = str(session.run.path), line_of(number)
+
+    @cached_property
+    def is_known(self) -> bool:
+        """Whether the options are those of the run, which a folder of weights without config.json does not tell."""
+        return self.session.has_data or bool(self.trained.read_config())
+
+    def model(self, draws: bool = True) -> ImageModel:
+        """The trained model. Raises UserError where there is none."""
+        if not self.is_known:
+            raise UserError(f"{self.trained.config} does not exist: it would tell which data the weights are for.")
+        return self.session.read_model(draws)
+
+    @cached_property
+    def records(self) -> list[dict[str, Any]]:
+        """The metrics. Raises UserError if there are none."""
+        records = self.session.run.read_records()
+        if not records:
+            raise UserError("There is no metrics.json: the run has not been evaluated.")
+        return records
+
+    @cached_property
+    def log(self) -> list[dict[str, Any]]:
+        """The epochs. Raises UserError if there are none."""
+        log = self.trained.read_log()
+        if not log:
+            raise UserError("There is no log.jsonl with an epoch in it.")
+        return log
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The data set. Raises UserError where it is not there; nothing is downloaded for a page."""
+        o = self.options.data
+        if not self.is_known:
+            raise UserError(f"{self.trained.config} does not exist: it would tell which data the run is of.")
+        if not self.session.has_data and needs_download(o.dataset_name, o.data_path):
+            raise UserError(f"{o.dataset_name} is not in {o.data_path}: --data_path of scripts/report.py says where.")
+        return self.session.data
+
+    @property
+    def other_data(self) -> str:
+        """A sentence that says if the data are not those of the training."""
+        change = self.session.data_change(self.data)
+        return f" {change}." if change else ""
+
+    @cached_property
+    def drawn(self) -> Drawn:
+        """The samples in the run folder if they are of these weights, else others. Raises UserError as `model` does."""
+        folder, found = self.session.run.samples, load_samples(self.session.run.samples)
+        if found and found[1].get("weights") == self.session.networks.digest():
+            images, settings = found
+            strip = folder / "trajectory.png"
+            trajectory = ungrid(pil_to_tensor(Image.open(strip)), *images.shape[2:]) if strip.exists() else None
+            return Drawn(images[:GRID_IMAGES], settings["drawn"], trajectory)
+        model = self.model()
+        trajectory = model.trajectory() if isinstance(model, CodeDiffusion) else None
+        return Drawn(model.draw(range(GRID_IMAGES)), model.drawn, trajectory)
+
+    def curves(self) -> dict[tuple[int, str], Curve]:
+        """Each value that was logged, over the images seen, by number of the stage and name."""
+        curves = {}
+        for stage in (1, 2):
+            epochs = [line for line in self.log if stage_of(line) == stage]
+            seen = list(accumulate(line["images"] for line in epochs))
+            for key in dict.fromkeys(key for line in epochs for key in line if key not in {*LOG_KEYS, "time"}):
+                points = [(images, line[key]) for images, line in zip(seen, epochs, strict=True) if key in line]
+                curves[stage, key] = Curve(self.name, self.line, *zip(*points, strict=True))
+        return curves
+
+    def metrics(self) -> dict[tuple[str, str], str]:
+        """The values, in words, by name and protocol."""
+        return {(record["name"], describe(record)): in_digits(record["value"]) for record in self.records}
+
+    def circumstances(self) -> list[str]:
+        """What else is known of the metrics: how the images were drawn, and whether the data are those of the run."""
+        return list(dict.fromkeys(record[key] for record in self.records for key in ("drawn", "data") if key in record))
+
+    def durations(self) -> list[Duration]:
+        """How long each stage took."""
+        return [self._duration(stage) for stage in dict.fromkeys(line["stage"] for line in self.log)]
+
+    def _duration(self, stage: str) -> Duration:
+        epochs = [line for line in self.log if line["stage"] == stage]
+        images = sum(line["images"] for line in epochs)
+        seconds = sum(line["images"] / line["images_per_second"] for line in epochs)
+        return Duration(f"{stage_of(epochs[0])} ({stage})", len(epochs), images, images / seconds, in_words(seconds))
+
+    def samples(self) -> Shown:
+        """A grid of samples."""
+        images = self.drawn.images
+        alt = f"Grid of {len(images)} samples, {COLUMNS} a row"
+        return Shown([picture(images, COLUMNS, alt)], f"{len(images)} samples: {self.drawn.how}.")
+
+    def trajectory(self) -> Shown:
+        """How the first sample took shape, as an animation and as a strip."""
+        moments = self.drawn.trajectory
+        if moments is None:
+            raise UserError("The model draws from a prior: no sample takes shape step by step.")
+        what = "grid of codes from all masked to finished, and the part of the image decided so far"
+        alt = f"The first sample takes shape: {what}"
+        figures = [
+            animation(moments.transpose(0, 1), f"Animation. {alt}"),  # [2,L,...] -> [L,2,...]
+            picture(
+                moments.flatten(0, 1), moments.shape[1], f"{alt}; at {moments.shape[1]} moments from left to right"
+            ),
+        ]
+        return Shown(figures, f"The first sample takes shape: {what}.")
+
+    def reconstructions(self) -> Shown:
+        """Test images over their reconstructions."""
+        originals = self.data.test[:COLUMNS]
+        pairs = torch.cat((originals, self.model(draws=False).reconstruct(originals)))
+        caption = "Test images; below each, its reconstruction."
+        return Shown([picture(pairs, len(originals), caption)], caption + self.other_data)
+
+    def nearest(self) -> Shown:
+        """Samples over the training images that are nearest to them."""
+        train, images = self.data.train, self.drawn.images
+        places, distances = nearest(images, train)
+        _, usual = nearest(self.data.test[: len(images)], train)
+        pairs = torch.cat((images[:COLUMNS], train[places[:COLUMNS]]))
+        alt = "Samples; below each, the training image nearest in pixels."
+        caption = (
+            f"{alt} RMS distance of {len(distances)} samples to theirs: median {distances.median():.3f}, smallest "
+            f"{distances.min():.3f}; of {len(usual)} test images: {usual.median():.3f}, {usual.min():.3f} (black to "
+            f"white: 1; a copy: 0).{self.other_data}"
+        )
+        return Shown([picture(pairs, min(COLUMNS, len(images)), alt)], caption)
+
+    def firing_rates(self) -> Shown:
+        """Spikes of each layer."""
+        layers = next((record["layers"] for record in self.records if record["name"] == "firing_rate"), {})
+        if not layers:
+            raise UserError("metrics.json has no firing rates: --metrics energy counts them.")
+        groups: dict[str, dict[str, float]] = {}
+        for name, rate in layers.items():
+            part, _, layer = name.partition(": ")
+            groups.setdefault(part, {})[layer] = rate
+        title = "spikes per neuron and spike step"
+        return Shown([bar_plot(title, groups)], "Share of the neurons of each layer that fire at a spike step.")
+
+    def energy(self) -> Shown:
+        """Energy of each layer, or of each part in records of before layers were counted."""
+        parts = [record for name in PARTS for record in self.records if record["name"] == f"energy_{name}"]
+        if not parts:
+            raise UserError("metrics.json has no energy: --metrics energy counts it.")
+        groups = {part["name"].removeprefix("energy_"): part["layers"] for part in parts if "layers" in part}
+        if not groups:
+            values = {part["name"].removeprefix("energy_"): part["value"] for part in parts}
+            if "denoiser_pass" in values:  # a sample is many passes, and would hide the rest
+                values.pop("sample", None)
+            caption = "Energy of each part. metrics.json has none of single layers: --metrics energy counts them."
+            return Shown([bar_plot(ENERGY, {"parts": values})], caption)
+        return Shown([bar_plot(ENERGY, groups)], "Energy of each layer with synapses; protocols are below.")
+
+
+def stage_of(line: dict[str, Any]) -> int:
+    """The number of the stage of a line of log.jsonl."""
+    return 2 if line["stage"] == "sdid" else 1
+
+
+def in_words(seconds: float) -> str:
+    """A duration, such as 1 h 20 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def nearest(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the images `train [M,C,H,W]` is nearest to each of `images [N,C,H,W]`, `[N]`; and how near, `[N]`.
+
+    The distance is the root mean square over the pixels on the scale [0,1]. All are uint8.
+    """
+    flat, least = to_float(images.flatten(1)), torch.full((len(images),), float("inf"))
+    places = torch.zeros(len(images), dtype=torch.int64)
+    for start in range(0, len(train), CHUNK):
+        distances, here = torch.cdist(flat, to_float(train[start : start + CHUNK].flatten(1))).min(1)
+        places = torch.where(distances < least, here + start, places)
+        least = torch.minimum(least, distances)
+    exact = (flat - to_float(train[places].flatten(1))).square().mean(1).sqrt()  # cdist rounds away small ones
+    return places, exact

@@ -1,0 +1,58 @@
+"""Write one HTML page that shows a run, or several side by side, without anything that is loaded from elsewhere.
+
+python scripts/report.py result/MNIST/snn-vq-vae
+python scripts/report.py pretrained/fmnist pretrained/mnist --data_path data --output report.html
+
+What the folder of a run does not have is computed with its weights. Reconstructions and nearest training images need
+the data set; nothing is downloaded.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
+
+from errors import UserError
+from image_files import expand
+from pipeline.report.report import write_report
+from pipeline.run_folder import RunFolder
+from pipeline.runtime.terminal import print_anywhere
+from pipeline.session import Session
+from spiking_diffusion import open_session
+
+
+def open_run(folder: Path, data_path: Path | None) -> Session:
+    """The session of a run folder, or of one with what `--checkpoint` wrote. Raises UserError if it is neither."""
+    run = RunFolder(folder)
+    trained = run.trained
+    if not any(path.exists() for path in (trained.config, trained.model, run.metrics)):
+        raise UserError(f"{folder} is not the folder of a run: it has no config.json, model.pth or metrics.json")
+    options: dict[str, Any] = dict.fromkeys(("fid_weights", "paper_fid_weights", "fad_weights"))  # may have moved away
+    options |= {"result_path": folder} if trained is not run else {}
+    options |= {"data_path": data_path} if data_path else {}
+    return open_session(checkpoint=trained.model, **options)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the page; a mistake of the user is one line on stderr and exit status 2."""
+    print_anywhere()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=expand, metavar="RUN", help="run folder")
+    parser.add_argument("--output", type=expand, metavar="FILE", help="the page [report.html in the folder of the run]")
+    parser.add_argument("--data_path", type=expand, metavar="DIR", help="where data sets are [as recorded by the run]")
+    args = parser.parse_args(arguments)
+    try:
+        if len(args.runs) > 1 and not args.output:
+            raise UserError("several runs: say with --output where the page goes")
+        output = args.output or RunFolder(args.runs[0]).report
+        write_report([open_run(run, args.data_path) for run in args.runs], output)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(output)
+
+
+if __name__ == "__main__":
+    main()
