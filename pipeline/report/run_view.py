@@ -44,11 +44,15 @@ class Missing(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Samples, uint8 `[N,C,H,W]`; how they were drawn; and how the first took shape, `[2,L,3,H,W]`, where it did."""
+    """Samples, uint8 `[N,C,H,W]`; how they were drawn; and how the first took shape, `[2,L,3,H,W]`, where it did.
+
+    `classes` is the number of those that were drawn in turn, or 0.
+    """
 
     images: Tensor
     how: str
     trajectory: Tensor | None
+    classes: int = 0
 
 
 class Duration(NamedTuple):
@@ -135,7 +139,7 @@ class RunView:
             images, settings = found
             strip = folder / "trajectory.png"
             trajectory = ungrid(pil_to_tensor(Image.open(strip)), *images.shape[2:]) if strip.exists() else None
-            return Drawn(images[:GRID_IMAGES], settings["drawn"], trajectory)
+            return Drawn(images[:GRID_IMAGES], settings["drawn"], trajectory, len(settings.get("labels", ())))
         model = self.model()
         trajectory = model.trajectory() if isinstance(model, CodeDiffusion) else None
         return Drawn(model.draw(range(GRID_IMAGES)), model.drawn, trajectory)
@@ -170,10 +174,11 @@ class RunView:
         return Duration(f"{stage_of(epochs[0])} ({stage})", len(epochs), images, images / seconds, in_words(seconds))
 
     def samples(self) -> Shown:
-        """A grid of samples."""
-        images = self.drawn.images
-        alt = f"Grid of {len(images)} samples, {COLUMNS} a row"
-        return Shown([picture(images, COLUMNS, alt)], f"{len(images)} samples: {self.drawn.how}.")
+        """A grid of samples; where they were asked for, a column for each class."""
+        images, classes = self.drawn.images, self.drawn.classes
+        columns = classes if 1 < classes < len(images) else COLUMNS
+        alt = f"Grid of {len(images)} samples, {columns} a row"
+        return Shown([picture(images, columns, alt)], f"{len(images)} samples: {self.drawn.how}.")
 
     def trajectory(self) -> Shown:
         """How the first sample took shape, as an animation and as a strip."""
