@@ -10,7 +10,7 @@ from pipeline.evaluation.temperature import with_temperature
 from pipeline.report.report import write_report
 from pipeline.sampling.batches import CLASS_IMAGES, GRID_IMAGES
 from pipeline.sampling.draw import draw
-from pipeline.sampling.grids import GREY, grid, save_png
+from pipeline.sampling.grids import GREY, grid, named_rows, save_png
 from pipeline.sampling.image_models import CodeDiffusion
 from pipeline.sampling.masks import hidden_pixels
 from pipeline.session import Session
@@ -72,8 +72,10 @@ def inpaint(session: Session) -> None:
     model = with_temperature(session, session.load_model())
     images = session.data.test[: o.sampling.num_samples or INPAINTED_IMAGES]
     hidden = hidden_pixels(o.sampling.mask, *images.shape[2:])
-    rows = len(model.labels) if len(model.labels) > 1 else COMPLETIONS
-    in_rows = tuple(label for label in model.labels for _ in images)
-    completed = replace(model, labels=in_rows).inpaint(images.repeat(rows, 1, 1, 1), hidden)
-    shown = torch.cat((images, torch.where(hidden, GREY, images).byte(), completed))
-    save_png(session.run.samples / "inpainted.png", grid(shown, len(images)))
+    labels = model.labels if len(model.labels) > 1 else model.labels * COMPLETIONS
+    rows = len(labels) or COMPLETIONS
+    model = replace(model, labels=tuple(label for label in labels for _ in images))
+    completed = model.inpaint(images.repeat(rows, 1, 1, 1), hidden)
+    shown = grid(torch.cat((images, torch.where(hidden, GREY, images).byte(), completed)), len(images))
+    names = ["", "", *map(model.name_of, labels)]
+    save_png(session.run.samples / "inpainted.png", named_rows(shown, names) if labels else shown)

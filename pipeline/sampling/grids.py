@@ -51,7 +51,12 @@ def class_grid(images: Tensor, names: Sequence[str], most: int) -> Tensor:
     """
     columns = min(len(images) // len(names), most)
     by_class = images[: columns * len(names)].unflatten(0, (columns, -1)).transpose(0, 1).flatten(0, 1)
-    rows = Image.fromarray(grid(by_class, columns).permute(1, 2, 0).numpy())  # [3,H',W'] -> [H',W',3]
+    return named_rows(grid(by_class, columns), names)
+
+
+def named_rows(image: Tensor, names: Sequence[str]) -> Tensor:
+    """A grid of images, uint8 `[3,H,W]`, with a name before each of its rows: uint8 `[3,H,W']`."""
+    rows = Image.fromarray(image.permute(1, 2, 0).numpy())  # [3,H,W] -> [H,W,3]
     font = ImageFont.load_default(FONT_SIZE)
     margin = math.ceil(max(map(font.getlength, names))) + 2 * ZOOM
     page = Image.new("RGB", (margin + rows.width, rows.height), (GREY, GREY, GREY))
