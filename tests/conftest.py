@@ -125,6 +125,16 @@ def colour(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def classes(tmp_path_factory):
+    """Options that name a data set of two classes, 60 + 4 grey pictures of 16x16 each."""
+    folder = tmp_path_factory.mktemp("classes")
+    for number, name in enumerate(("dark blue", "sea")):
+        write_pictures(folder / "train" / name, 60, 16, colour=False, seed=number)
+        write_pictures(folder / "test" / name, 4, 16, colour=False, seed=10 + number)
+    return ("--dataset_name", "ImageFolder", "--data_path", folder, "--image_size", 16)
+
+
+@pytest.fixture(scope="session")
 def small(grey):
     """Options of a run of two epochs in each stage on grey pictures, all but the place where it is written."""
     return (*grey, *SMALL, *LIVELY, "--epochs", 2, "--diffusion_epochs", 2)

@@ -1,12 +1,12 @@
 """Labels as a condition of the residual denoiser, alone and with prototypes: what is told, drawn, and asked for."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_pictures
 
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
@@ -15,11 +15,13 @@ from models.conditions import NOT_GIVEN
 from models.labels import Labels
 from models.quantizer import Codebook
 from models.spiking import use_backend
-from pipeline.checkpoints import load_weights
+from pipeline.checkpoints import load_checkpoint, load_weights, save_weights, write_json
+from pipeline.configuration import resolve
 from pipeline.run_folder import RunFolder
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine
 from pipeline.sampling.batches import draw_codes
+from pipeline.sampling.grids import GREY, ZOOM, class_grid, grid
 from pipeline.sampling.image_models import CodeDiffusion
 from pipeline.sampling.labels import find_labels
 from pipeline.training.loop import Schedule
@@ -27,6 +29,7 @@ from pipeline.training.objectives import sdid_trainer
 from scripts import pack
 from spiking_diffusion import SpikingDiffusion
 
+PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
 K, GRID, CLASSES = 6, (4, 4), 3
 SHAPES = {"label": {"classes": CLASSES}, "both": {"prototypes": 4, "classes": CLASSES}}
 COUNTS = torch.tensor([[3, 0, 0], [2, 5, 0], [0, 0, 0], [0, 9, 0]])  # no image has label 2
@@ -165,6 +168,17 @@ def test_a_class_that_is_not_there(wanted):
     assert "\n" not in str(error.value) and find_labels(["all"], [0, 2], None) == (0, 2)
 
 
+def test_a_row_for_each_class():
+    """Of images that are of the classes in turn; the names are before them."""
+    images = torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 1, 5, 5) * 30
+    page = class_grid(images, ["bag", "a longer name"], 3)
+    pictures = page[:, :, -3 * (5 * ZOOM + ZOOM) :]
+    expected = grid(images[[0, 2, 4, 1, 3, 5]], 3)
+    assert torch.equal(pictures, expected[:, :, -pictures.shape[2] :])
+    names = page[:, :, : page.shape[2] - expected.shape[2]]
+    assert names.shape[2] > 100 and all((half != GREY).any() for half in names.chunk(2, 1))
+
+
 # ---- training ----
 
 
@@ -202,16 +216,6 @@ SMALL = (
     *("--codebook_size", 8, "--batch_size", 8, "--epochs", 1, "--diffusion_epochs", 1, "--num_samples", 5),
     *("--device", "cpu", "--precision", "float32", "--metrics", "energy"),
 )
-
-
-@pytest.fixture(scope="module")
-def classes(tmp_path_factory):
-    """Options that name a data set of two classes, 40 + 4 pictures of 16x16 each."""
-    folder = tmp_path_factory.mktemp("classes")
-    for number, name in enumerate(("dark blue", "sea")):
-        for split, count in (("train", 40), ("test", 4)):
-            write_pictures(folder / split / name, count, 16, colour=False, seed=10 * number + count)
-    return ("--dataset_name", "ImageFolder", "--data_path", folder, "--image_size", 16)
 
 
 CONDITIONS = [("--condition", "label"), ("--condition", "both", "--images_per_prototype", 20)]
@@ -303,7 +307,39 @@ def test_stopped_and_resumed_is_the_same(trained, cli, classes, tmp_path):
     assert stopped.status == 0
     ours, theirs = load_weights(RunFolder(run).denoiser), load_weights(RunFolder(trained).denoiser)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert ours["labels.counts"].sum() == 80 and ours["labels.embed.weight"].any()
+    assert ours["labels.counts"].sum() == 120 and ours["labels.embed.weight"].any()
+
+
+def test_runs_from_before_there_was_the_option(cli, classes, tmp_path):
+    """One with prototypes is resumed with them."""
+    prototypes = ("--condition", "prototype", "--images_per_prototype", 20, "--max_minutes")
+    for name, minutes in (("whole", 10), ("stopped", 1e-4)):
+        assert cli(*classes, *SMALL, *prototypes, minutes, "--result_path", tmp_path / name).status == 0
+    whole, run = (RunFolder(tmp_path / name / "ImageFolder" / "snn-vq-vae") for name in ("whole", "stopped"))
+    state = load_checkpoint(run.last)
+    del state["run"]["condition"]
+    save_weights(run.last, state)
+    config = {key: value for key, value in run.read_config().items() if key not in ("condition", "class_names")}
+    write_json(run.config, config)
+    assert cli("--resume", run.path).status == 0
+    ours, theirs = load_weights(run.denoiser), load_weights(whole.denoiser)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(("name", "condition"), [("fmnist", "prototype"), ("fmnist-faithful", "none")])
+def test_packed_runs_from_before_there_was_the_option(name, condition, tmp_path):
+    folder = PRETRAINED / name
+    assert resolve(["--checkpoint", str(folder)]).options.denoiser.condition == condition
+    start = ("--start_from", str(folder), "--stage", "sdid", "--denoiser", "residual", "--result_path", str(tmp_path))
+    options = resolve([*start, "--condition", "both"]).options.denoiser
+    assert (options.condition, options.images_per_prototype) == ("both", 50)
+    if condition == "prototype":
+        counts = load_weights(RunFolder(folder).denoiser)["prototypes.counts"]
+        denoiser = ResidualSDID(128, denoiser_channels=16, denoiser_blocks=1, prototypes=len(counts))
+        denoiser.prototypes.counts.copy_(counts)
+        images = [np.random.default_rng((42, sample, 1)).integers(int(counts.sum())) for sample in range(100)]
+        expected = torch.searchsorted(counts.cumsum(0), torch.tensor(images), right=True)
+        assert torch.equal(denoiser.conditions.draw(42, range(100))[:, 0], expected)
 
 
 def test_packed(trained, cli, tmp_path):
@@ -322,4 +358,4 @@ def test_added_to_a_run_that_had_none(trained, cli, classes, tmp_path):
     outcome = cli(*classes, "--start_from", before, *more)
     assert (outcome.status, outcome.err) == (0, "")
     weights = load_weights(RunFolder(tmp_path / "after" / "ImageFolder" / "snn-vq-vae").denoiser)
-    assert weights["labels.counts"].shape == (4, 2) and weights["labels.embed.weight"].any(), "learned"
+    assert weights["labels.counts"].shape == (6, 2) and weights["labels.embed.weight"].any(), "learned"

@@ -75,13 +75,14 @@ class Together(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def together(small, grey, finished, tmp_path_factory):
+def together(small, grey, classes, finished, tmp_path_factory):
     """All that two processes do in the tests, but for ends before their time: starting them costs most."""
     folder = tmp_path_factory.mktemp("together")
     shared = (*small, "--no-revive_codes", "--batch_size", 9)  # codes move to images of the first process
     stage = {name: (*shared, "--stage", name) for name in ("vqsvae", "sdid")}
     limited = (*stage["vqsvae"], "--max_minutes", 30)
-    improved = (*grey, *IMPROVED, "--no-revive_codes", "--batch_size", 9, "--epochs", 1, "--diffusion_epochs", 1)
+    brief = ("--no-revive_codes", "--batch_size", 9, "--epochs", 1, "--diffusion_epochs", 1)
+    improved = (*classes, *IMPROVED, "--condition", "both", *brief)
     alone_jobs = {
         "stage 1": ((*stage["vqsvae"], "--result_path", folder / "alone"), None),
         "stopped": ((*limited, "--result_path", folder / "stopped alone"), STOPPED),
