@@ -122,14 +122,19 @@ class ResidualSDID(Denoiser):
         )
 
     def load_pretrained(self, weights: dict[str, Tensor]) -> None:
-        """Initialise from the weights of another denoiser, which may lack conditions or have other prototypes.
+        """Initialise from the weights of another denoiser, whose conditions may be others.
 
-        What is fitted to the training images, prototypes and counts, is not loaded. A condition that is not among the
-        weights keeps its initial ones, zeros. Raises RuntimeError if anything else differs.
+        A condition that the weights lack keeps its initial ones, zeros; one that this denoiser lacks is left out. What
+        is fitted to the training images, prototypes and counts, is not loaded. Raises RuntimeError if anything else
+        differs.
         """
-        own = {name: value for name, value in self.state_dict().items() if name.startswith(("prototypes.", "labels."))}
-        fitted = ("prototypes.grids", "prototypes.counts", "labels.counts")
-        found = {name: weights[name] for name in weights if name not in fitted}
+        conditions, fitted = ("prototypes.", "labels."), (".grids", ".counts")
+        own = {name: value for name, value in self.state_dict().items() if name.startswith(conditions)}
+        found = {
+            name: value
+            for name, value in weights.items()
+            if not name.startswith(conditions) or (name in own and not name.endswith(fitted))
+        }
         self.load_state_dict(own | found)
 
     def forward(self, tokens: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:

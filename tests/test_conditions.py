@@ -81,6 +81,9 @@ def test_conditions_are_taken_over_where_they_are_the_same():
     assert torch.equal(after.labels.embed.weight, before.labels.embed.weight)
     assert torch.equal(after.prototypes.embed.weight, embedded) and torch.equal(after.labels.counts, COUNTS)
     assert ResidualSDID.options_of(after.state_dict()).items() >= SHAPES["both"].items()
+    plain = ResidualSDID(K, denoiser_channels=16, denoiser_blocks=1, grid=GRID)
+    plain.load_pretrained(after.state_dict())
+    assert not plain.conditions and torch.equal(plain.position, after.position), "those it lacks are left out"
     fewer = ResidualSDID(K, denoiser_channels=16, denoiser_blocks=1, grid=GRID, classes=CLASSES - 1)
     with pytest.raises(RuntimeError):
         fewer.load_pretrained(before.state_dict())
