@@ -7,12 +7,11 @@ import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import LIVELY, PRECISION, SMALL
+from helpers import LIVELY, PRECISION, ROOT, SMALL
 from PIL import Image
 
 import main
@@ -22,8 +21,6 @@ from pipeline.evaluation.metrics import GENERATED_METRICS
 from pipeline.options import CODES, DECLARATIONS, DEFAULTS, LR_SCHEDULES, MASKS, SAMPLE_METRICS, SECTIONS, TITLES
 from pipeline.sampling.masks import MASKS as HIDDEN
 from pipeline.training import loop as training
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def shell(*arguments, folder):

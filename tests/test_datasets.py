@@ -10,6 +10,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from helpers import write_idx
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
@@ -29,14 +30,6 @@ def no_network(monkeypatch):
 
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def write_idx(folder, prefix, images):
-    folder.mkdir(parents=True, exist_ok=True)
-    header = struct.pack(">4i", 2051, *images.shape)
-    (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-    labels = struct.pack(">2i", 2049, len(images)) + bytes(1 + i % 3 for i in range(len(images)))
-    (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
 
 
 def write_pictures(folder, pictures):

@@ -8,14 +8,13 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from packaging.requirements import Requirement
 
 from pipeline.run_folder import PACKAGES
 
-ROOT = Path(__file__).resolve().parents[1]
 ANY_PYTHON = "3.11, 3.12 or 3.13"
 
 

@@ -1,19 +1,18 @@
 """The library: arrays in and out, the same results as the command line, and the example of the README."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from helpers import ROOT, SMALL
 
 from datasets import load_dataset
 from errors import UserError
 from pipeline.checkpoints import load_weights
 from spiking_diffusion import SpikingDiffusion, evaluate, train_autoencoder, train_denoiser
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = ROOT / "README.md"
 
 
 @pytest.fixture(autouse=True)

@@ -1,17 +1,13 @@
 """The networks and losses agree with the published release's numbers (golden.npz, float64) to 1e-9."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from helpers import GOLDEN
 
 from diffusion.absorbing import AbsorbingDiffusion
 from models import SDID, VQSVAE
 from models.spiking import BACKENDS, membrane_weights, postsynaptic_potential, use_backend, weighted_sum
-
-GOLDEN = dict(np.load(Path(__file__).with_name("golden.npz")))
-PREFIX = "vqsvae.w."
 
 
 def golden(name):
@@ -39,7 +35,8 @@ def backend(request):
 
 @pytest.fixture
 def vqsvae(backend):
-    weights = {name.removeprefix(PREFIX): golden(name) for name in GOLDEN if name.startswith(PREFIX)}
+    prefix = "vqsvae.w."
+    weights = {name.removeprefix(prefix): golden(name) for name in GOLDEN if name.startswith(prefix)}
     model = VQSVAE(**VQSVAE.options_of(weights))
     model.load_state_dict(weights)
     return model.double()

@@ -4,12 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import PRECISION
+from helpers import PRECISION, ROOT
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+SCRIPT = ROOT / "scripts" / "benchmark.py"
 TASKS = {"stage1_train", "stage2_train", "encode", "sample"}
 
 
@@ -54,10 +53,10 @@ def test_a_run_that_is_not_there_is_one_line(tmp_path):
 
 def test_idle_threads_sleep_unless_the_user_says_otherwise():
     show = "import os, pipeline.runtime.threads; print(os.environ['OMP_WAIT_POLICY'])"
-    root, others = SCRIPT.parents[1], {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    others = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     for own, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
         done = subprocess.run(
-            [sys.executable, "-c", show], capture_output=True, text=True, cwd=root, env={**others, **own}, check=True
+            [sys.executable, "-c", show], capture_output=True, text=True, cwd=ROOT, env={**others, **own}, check=True
         )
         assert done.stdout.strip() == expected
 
@@ -74,5 +73,5 @@ def test_it_is_set_before_torch_is_there(module):
         "sys.meta_path.insert(0, Watch())\n"
         f"import {module}"
     )
-    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, cwd=SCRIPT.parents[1])
+    done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["True"], done.stderr

@@ -6,11 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 MODULES = ["main", *(f"scripts.{path.stem}" for path in sorted((ROOT / "scripts").glob("*.py")))]
 PROGRAMS = [name for name in MODULES if "__main__" in (ROOT / f"{name.replace('.', '/')}.py").read_text("utf-8")]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}

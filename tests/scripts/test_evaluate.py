@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 
 from datasets import load_dataset
@@ -17,8 +17,6 @@ from metrics.frechet import feature_statistics, frechet_distance
 from pipeline.evaluation import metrics as evaluation
 from pipeline.evaluation.metrics import FeatureNetwork, Metric
 from scripts import evaluate
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def random_pictures(count, channels=3, size=16, seed=0):

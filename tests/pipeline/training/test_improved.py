@@ -7,9 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import interrupt
+from helpers import IMPROVED, assert_same_run, interrupt, read_log, read_metrics, run_in
 from PIL import Image
-from test_pipeline import assert_same_run, read_log, read_metrics
 from torch import nn
 
 from models.spiking import LIF, fire
@@ -23,21 +22,14 @@ from pipeline.training.interruption import Interruption
 from pipeline.training.loop import LR_SCHEDULES, Schedule, Trainer, _moving_average
 from scripts import pack
 
-SMALL = (
-    *("--preset", "improved", "--hidden_channels", 8, "--denoiser_channels", 16, "--denoiser_blocks", 1),
-    *("--fixed_norm", 0.6, "--images_per_prototype", 20),
-    *("--codebook_size", 8, "--batch_size", 8, "--epochs", 2, "--diffusion_epochs", 2, "--num_samples", 5),
-    *("--device", "cpu", "--precision", "float32", "--metrics", "mse,codebook,energy"),
-)
-
 
 @pytest.fixture(scope="module")
 def improved(cli, grey, tmp_path_factory):
     """A run of a small network with the preset, from beginning to end."""
     result = tmp_path_factory.mktemp("improved")
-    outcome = cli(*grey, *SMALL, "--result_path", result)
+    outcome = cli(*grey, *IMPROVED, "--result_path", result)
     assert (outcome.status, outcome.err) == (0, "")
-    return result / "ImageFolder" / "snn-vq-vae"
+    return run_in(result)
 
 
 def test_a_run_has_the_options_of_its_preset(improved):
@@ -49,8 +41,8 @@ def test_a_run_has_the_options_of_its_preset(improved):
 
 
 def test_stopped_and_resumed_is_the_same(improved, cli, grey, tmp_path):
-    stopped = cli(*grey, *SMALL, "--result_path", tmp_path, "--max_minutes", 1e-4)
-    run = tmp_path / "ImageFolder" / "snn-vq-vae"
+    stopped = cli(*grey, *IMPROVED, "--result_path", tmp_path, "--max_minutes", 1e-4)
+    run = run_in(tmp_path)
     while "saved" in stopped.out:
         stopped = cli("--resume", run, "--max_minutes", 0.005)
     assert stopped.status == 0
@@ -61,7 +53,7 @@ def test_evaluated_from_its_folder(improved, cli):
     """The folder stands for its model.pth; weights in half precision are read as well."""
     figures = read_metrics(improved)
     (improved / "metrics.json").unlink()
-    assert cli("--checkpoint", improved, *SMALL[-2:]).status == 0 and read_metrics(improved) == figures
+    assert cli("--checkpoint", improved, *IMPROVED[-2:]).status == 0 and read_metrics(improved) == figures
 
 
 def test_a_packed_copy(improved, cli, tmp_path, capsys):
@@ -107,9 +99,9 @@ def test_mistakes(options, expected, cli, grey, tmp_path):
 
 
 def test_a_switch_of_the_preset_can_be_switched_off(cli, grey, tmp_path):
-    outcome = cli(*grey, *SMALL, "--no-revive_codes", "--stage", "vqsvae", "--result_path", tmp_path)
+    outcome = cli(*grey, *IMPROVED, "--no-revive_codes", "--stage", "vqsvae", "--result_path", tmp_path)
     assert outcome.status == 0
-    config = json.loads((tmp_path / "ImageFolder" / "snn-vq-vae" / "config.json").read_text())
+    config = json.loads((run_in(tmp_path) / "config.json").read_text())
     assert config["revive_codes"] is False and config["clipped_error"] is True
 
 
@@ -121,7 +113,7 @@ def test_denoiser_trained_on(improved, cli, grey, tmp_path):
     still = ("--diffusion_lr", 1e-9, "--ema_decay", 0, "--diffusion_epochs", 1, "--precision", "float32")
     outcome = cli(*grey, "--start_from", improved, "--stage", "sdid", *still, "--result_path", tmp_path)
     assert (outcome.status, outcome.err) == (0, "")
-    run = tmp_path / "ImageFolder" / "snn-vq-vae"
+    run = run_in(tmp_path)
     config, before = (json.loads((folder / "config.json").read_text()) for folder in (run, improved))
     networks = with_role(Role.NETWORKS)
     assert {key: config[key] for key in networks} == {key: before[key] for key in networks}
@@ -145,7 +137,7 @@ def test_denoiser_trained_on_is_resumed(saved, improved, cli, grey, tmp_path, mo
         with monkeypatch.context() as patch:
             patch.setattr(Interruption, "__enter__", interrupt)
             assert cli(*begin, "--result_path", result).status == 130
-    run = result / "ImageFolder" / "snn-vq-vae"
+    run = run_in(result)
     outcome = cli("--resume", run, *(() if saved else ("--stage", "all", "--num_samples", 2, "--metrics", "mse")))
     assert (outcome.status, outcome.err) == (0, "") and (run / "metrics.json").exists() == (not saved)
     if saved:
@@ -177,7 +169,7 @@ def test_start_that_is_gone(improved, cli, grey, tmp_path):
     start = shutil.copytree(improved, tmp_path / "start")
     assert cli(*grey, "--start_from", start, "--max_minutes", 1e-4, "--result_path", tmp_path).status == 0
     shutil.rmtree(start)
-    run = tmp_path / "ImageFolder" / "snn-vq-vae"
+    run = run_in(tmp_path)
     before = (run / "last.pth").read_bytes()
     outcome = cli("--resume", run)
     assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
@@ -190,7 +182,7 @@ def test_both_networks_trained_on(improved, cli, grey, tmp_path):
     still = (*still, "--no-revive_codes", "--num_samples", 2, "--metrics", "mse")
     assert cli(*grey, "--start_from", improved, *still, "--result_path", tmp_path).status == 0
     for name in ("model.pth", "diff_result/diff_model.pth"):
-        old, new = (load_weights(run / name) for run in (improved, tmp_path / "ImageFolder" / "snn-vq-vae"))
+        old, new = (load_weights(run / name) for run in (improved, run_in(tmp_path)))
         assert all(torch.allclose(old[key], new[key], atol=1e-6) for key in old if key.endswith("weight"))
 
 
@@ -299,8 +291,8 @@ def test_stopped_while_statistics_are_taken(improved, cli, grey, tmp_path, monke
     """That takes a while in a large network; what is needed to go on has been written before."""
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_calibrate_average", interrupt)
-        assert cli(*grey, *SMALL, "--result_path", tmp_path, "--save_every", 1e-9).status == 130
-    run = tmp_path / "ImageFolder" / "snn-vq-vae"
+        assert cli(*grey, *IMPROVED, "--result_path", tmp_path, "--save_every", 1e-9).status == 130
+    run = run_in(tmp_path)
     assert (run / "last.pth").exists() and not (run / "model.pth").exists()
     assert cli("--resume", run).status == 0
     assert_same_run(improved, run)

@@ -18,12 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import interrupt
+from helpers import ROOT, assert_same_run, interrupt, read_log, run_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_pipeline import assert_same_run, read_log
 
 import files
 import main
@@ -39,14 +38,9 @@ from pipeline.training import objectives as trainers
 from pipeline.training.interruption import SIGNALS, Interrupted, Interruption
 from scripts import soak
 
-TESTS = Path(__file__).parent
 STEPS = 30  # of an epoch of `small`
 SAVE_EACH_STEP = ("--save_every", 1e-9)
 SAVE_OFTEN = ("--save_every", 0.1 / 60)
-
-
-def place(folder):
-    return folder / "ImageFolder" / "snn-vq-vae"
 
 
 def flip(path, bit):
@@ -128,14 +122,14 @@ def start(tmp_path_factory):
         return process, output
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join((str(TESTS.parent), str(TESTS))))
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         begin(("--help",))[0].join()
         yield begin
 
 
 def go_on(small, result, *more):
     """The arguments that begin the run or go on with it."""
-    run = place(result)
+    run = run_in(result)
     return ("--resume", run, *more) if (run / "config.json").exists() else (*small, "--result_path", result, *more)
 
 
@@ -149,15 +143,15 @@ def test_killed_at_ten_random_moments(finished, small, tmp_path, start):
             os.kill(process.pid, signal.SIGKILL)
             process.join()
             kills += 1
-            assert_whole(place(result))
+            assert_whole(run_in(result))
         else:
             assert process.exitcode == 0, output.read_text()
-            assert_same_run(finished.path, place(result))
+            assert_same_run(finished.path, run_in(result))
             attempts += 1
     process, output = start(go_on(small, result))
     process.join()
     assert process.exitcode == 0, output.read_text()
-    assert_same_run(finished.path, place(result))
+    assert_same_run(finished.path, run_in(result))
 
 
 def test_killed_within_each_kind_of_write(finished, small, tmp_path, start):
@@ -168,14 +162,14 @@ def test_killed_within_each_kind_of_write(finished, small, tmp_path, start):
         exits.append(process.exitcode)
         if exits[-1] != -signal.SIGKILL:
             break
-        assert_whole(place(tmp_path))
+        assert_whole(run_in(tmp_path))
     assert exits[-1] == 0 and len(exits) > 5, (exits, output.read_text())
-    assert_same_run(finished.path, place(tmp_path))
+    assert_same_run(finished.path, run_in(tmp_path))
     assert not list(tmp_path.rglob("*.part"))
 
 
 def test_terminated_from_outside(finished, small, tmp_path, start):
-    run = place(tmp_path)
+    run = run_in(tmp_path)
     process, output = start((*small, "--result_path", tmp_path))
     while not run_folder.RunFolder(run).last.exists():
         time.sleep(0.01)
@@ -245,7 +239,7 @@ def test_the_lock_is_let_go_last(monkeypatch, tmp_path):
 
 def test_importing_needs_no_module_of_unix_alone():
     blocked = "import sys; sys.modules.update(dict.fromkeys(('fcntl', 'resource', 'pwd', 'grp', 'termios')))"
-    done = subprocess.run([sys.executable, "-c", f"{blocked}; import main"], cwd=TESTS.parent, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", f"{blocked}; import main"], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -265,7 +259,7 @@ def test_a_folder_that_cannot_be_synchronised(monkeypatch, tmp_path):
 
 def test_stage_2_begun_anew_and_stopped_early(cli, small, run, tmp_path, monkeypatch):
     """What an earlier training has saved is not gone on with, and its autoencoder stays."""
-    target = shutil.copytree(run, place(tmp_path / "result"))
+    target = shutil.copytree(run, run_in(tmp_path / "result"))
     shutil.rmtree(target / "diff_result")
     before = (target / "model.pth").read_bytes()
     with monkeypatch.context() as patch:
@@ -297,7 +291,7 @@ def test_a_signal_saves_at_once(number, step, cli, small, finished, tmp_path, mo
         os.kill(os.getpid(), number)
         return losses
 
-    run = place(tmp_path)
+    run = run_in(tmp_path)
     with monkeypatch.context() as patch:
         patch_step(patch, step, raise_signal)
         outcome = cli(*small, "--result_path", tmp_path)
@@ -320,7 +314,7 @@ def test_a_second_signal_acts_at_once(cli, small, tmp_path, monkeypatch):
     outcome = cli(*small, "--result_path", tmp_path)
     assert outcome.status == 130
     assert outcome.err == "interrupted: nothing was saved, run the same command again\n"
-    assert not (place(tmp_path) / "last.pth").exists()
+    assert not (run_in(tmp_path) / "last.pth").exists()
     assert cli(*small, "--result_path", tmp_path, "--stage", "vqsvae").status == 0
 
 
@@ -331,7 +325,7 @@ def test_ctrl_c_advises_what_works(cli, small, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.sampling.image_models.CodeDiffusion.draw", interrupt)
         for call in (("--checkpoint", run), (*small, "--stage", "evaluate", "--result_path", run.parents[1])):
-            shutil.copytree(run, place(run.parents[1]), dirs_exist_ok=True)
+            shutil.copytree(run, run_in(run.parents[1]), dirs_exist_ok=True)
             outcome = cli(*call)
             assert (outcome.status, outcome.err) == (130, again)
         (run / "last.pth").unlink()
@@ -339,9 +333,9 @@ def test_ctrl_c_advises_what_works(cli, small, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(stages, "evaluate", interrupt)
         outcome = cli(*small, "--result_path", tmp_path / "new")
-    command = f"resume with: python -u main.py --resume {place(tmp_path / 'new')}"
+    command = f"resume with: python -u main.py --resume {run_in(tmp_path / 'new')}"
     assert (outcome.status, outcome.err) == (130, f"interrupted: {command}\n")
-    assert cli("--resume", place(tmp_path / "new")).status == 0
+    assert cli("--resume", run_in(tmp_path / "new")).status == 0
 
 
 def test_signals_are_handled_as_before_outside_training(cli, finished):
@@ -426,11 +420,11 @@ def test_power_loss(cli, small, finished, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch_step(patch, step, interrupt)
             assert cli(*go_on(small, tmp_path, *SAVE_EACH_STEP)).status == 130
-        disk.lose_power(place(tmp_path))
-        assert_whole(place(tmp_path))
-    assert cli("--resume", place(tmp_path)).status == 0
-    disk.lose_power(place(tmp_path))
-    assert_same_run(finished.path, place(tmp_path))
+        disk.lose_power(run_in(tmp_path))
+        assert_whole(run_in(tmp_path))
+    assert cli("--resume", run_in(tmp_path)).status == 0
+    disk.lose_power(run_in(tmp_path))
+    assert_same_run(finished.path, run_in(tmp_path))
 
 
 # ---- files that are damaged, foreign or malicious ----
@@ -563,7 +557,7 @@ def test_what_resume_reads_is_no_checkpoint(cli, run):
 
 def test_curves_do_not_double(cli, small, finished, tmp_path, monkeypatch):
     """Killed twice after an epoch was shown and before it was saved, once in each stage: TensorBoard has it once."""
-    run, save = place(tmp_path), training.Trainer.save
+    run, save = run_in(tmp_path), training.Trainer.save
     for epochs_saved in (1, 2):  # of those of this call
 
         def fail(trainer, calls=iter(range(epochs_saved, -1, -1))):  # noqa: B008
@@ -591,9 +585,9 @@ def test_a_log_has_each_epoch_once(cli, small, finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(training.Trainer, "save", fail)  # killed between the log and the checkpoint
         assert cli(*small, "--result_path", tmp_path).status == 130
-    assert len(read_log(place(tmp_path))) == 1
-    assert cli("--resume", place(tmp_path)).status == 0
-    assert_same_run(finished.path, place(tmp_path))
+    assert len(read_log(run_in(tmp_path))) == 1
+    assert cli("--resume", run_in(tmp_path)).status == 0
+    assert_same_run(finished.path, run_in(tmp_path))
 
 
 def test_killed_between_the_last_checkpoint_of_a_stage_and_its_weights(cli, small, finished, tmp_path, monkeypatch):
@@ -607,9 +601,9 @@ def test_killed_between_the_last_checkpoint_of_a_stage_and_its_weights(cli, smal
     with monkeypatch.context() as patch:
         patch.setattr(training, "save_weights", fail)
         assert cli(*small, "--result_path", tmp_path).status == 130
-    assert load_checkpoint(place(tmp_path) / "last.pth")["epoch"] == 2
-    assert cli("--resume", place(tmp_path)).status == 0
-    assert_same_run(finished.path, place(tmp_path))
+    assert load_checkpoint(run_in(tmp_path) / "last.pth")["epoch"] == 2
+    assert cli("--resume", run_in(tmp_path)).status == 0
+    assert_same_run(finished.path, run_in(tmp_path))
 
 
 # ---- numbers that are none ----
@@ -636,7 +630,7 @@ def spoil_weight(trainer, losses):
 def test_numbers_that_are_none_stop_before_they_are_saved(
     step, fault, expected, cli, small, finished, tmp_path, monkeypatch
 ):
-    run = place(tmp_path)
+    run = run_in(tmp_path)
     with monkeypatch.context() as patch:
         patch_step(patch, step, fault)
         outcome = cli(*small, "--result_path", tmp_path)
@@ -667,7 +661,7 @@ def test_a_collapsing_codebook_is_warned_about(size, share, cli, small, tmp_path
     outcome = cli(*small, *options, "--result_path", tmp_path)
     assert outcome.status == 0 and outcome.err.count("\n") == 1
     assert f"warning: epoch 1: the codebook collapses, {share} of its codes" in outcome.err
-    assert read_log(place(tmp_path))[0]["codebook_usage"] == 1 / size
+    assert read_log(run_in(tmp_path))[0]["codebook_usage"] == 1 / size
 
 
 # ---- nonsense ----

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL
+from helpers import SMALL
 
 from datasets import needs_download
 from pipeline.report import run_view

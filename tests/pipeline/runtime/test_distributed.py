@@ -13,14 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from helpers import IMPROVED, ROOT, run_in
 from jobs import perform
-from test_improved import SMALL as IMPROVED
 
 from models import fused_lif
 from pipeline.checkpoints import load_checkpoint, load_weights
 from pipeline.run_folder import RunFolder
 
-ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 STOPPED = 20  # steps, of 14 an epoch
 
@@ -44,10 +43,6 @@ def start_two_machines(*arguments):
         endpoint = f"localhost:{free.getsockname()[1]}"
     machines = ("--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint)
     return [start(*machines, *arguments) for _ in range(2)]
-
-
-def place(folder, model="snn-vq-vae"):
-    return folder / "ImageFolder" / model
 
 
 def close(losses, expected, tolerance=1e-9):
@@ -99,7 +94,7 @@ def together(small, grey, classes, finished, tmp_path_factory):
     prior = (*grey, *tiny, "--model", "snn-vae", "--epochs", 1)
     jobs = {
         "stopped": ((*limited, "--result_path", folder / "stopped shared"), STOPPED),
-        "resumed": (("--resume", place(folder / "stopped alone"), "--stage", "vqsvae"), None),
+        "resumed": (("--resume", run_in(folder / "stopped alone"), "--stage", "vqsvae"), None),
         "stage 2": ((*stage_2, "--result_path", folder / "shared stage 2"), None),
         "improved": ((*improved, "--result_path", folder / "improved shared"), None),
         "revived": ((*improved, "--revive_codes", "--stage", "vqsvae", "--result_path", folder / "revived"), None),
@@ -107,7 +102,7 @@ def together(small, grey, classes, finished, tmp_path_factory):
         "drawn": (("--checkpoint", folder / "drawn shared" / "model.pth", "--num_samples", 5), None),
     }
     (folder / "jobs").write_text(json.dumps(list(jobs.values()), default=str))
-    machines = start_two_machines(ROOT / "tests" / "jobs.py", folder / "jobs", folder / "losses")
+    machines = start_two_machines(Path(__file__).with_name("jobs.py"), folder / "jobs", folder / "losses")
     ends = [machine.communicate(timeout=120) for machine in machines]
     assert not any(machine.returncode for machine in machines), "".join(e for end in ends for e in end)
     shared = dict(zip(jobs, json.loads((folder / "losses").read_text()), strict=True))
@@ -126,26 +121,26 @@ def test_averaged_weights_are_those_of_one_process(together):
     """Of the improved preset, whose batch norm is calibrated anew. Where dead codes move, both move them alike."""
     assert close(together.shared["improved"], together.alone["improved"])
     for name in ("model.pth", "diff_result/diff_model.pth"):
-        pair = (place(together.folder / f"improved {kind}") / name for kind in ("alone", "shared"))
+        pair = (run_in(together.folder / f"improved {kind}") / name for kind in ("alone", "shared"))
         assert weights_differ_by(*pair) < 1e-6
     assert len(together.shared["revived"]) == 14
-    usage = json.loads((place(together.folder / "revived") / "log.jsonl").read_text().splitlines()[0])
+    usage = json.loads((run_in(together.folder / "revived") / "log.jsonl").read_text().splitlines()[0])
     assert usage["codebook_usage"] > 0.5
 
 
 def test_time_that_is_over_in_one_process_stops_all_at_the_same_step(together):
-    last = load_checkpoint(place(together.folder / "stopped shared") / "last.pth")
+    last = load_checkpoint(run_in(together.folder / "stopped shared") / "last.pth")
     assert len(together.shared["stopped"]) == STOPPED == 14 + last["step"]
     assert together.out.count("--max_minutes 30 are over") == 1
 
 
 def test_resumed_with_another_number_of_processes(together):
     """One goes on where two stopped, and two where one did; batch norm's statistics are the same, too."""
-    (rest,) = perform([(("--resume", place(together.folder / "stopped shared"), "--stage", "vqsvae"), None)])
-    whole, model = together.alone["stage 1"], place(together.folder / "alone") / "model.pth"
+    (rest,) = perform([(("--resume", run_in(together.folder / "stopped shared"), "--stage", "vqsvae"), None)])
+    whole, model = together.alone["stage 1"], run_in(together.folder / "alone") / "model.pth"
     for losses, name in ((rest, "stopped shared"), (together.shared["resumed"], "stopped alone")):
         assert close(losses, whole[STOPPED:])
-        assert weights_differ_by(place(together.folder / name) / "model.pth", model) < 1e-6
+        assert weights_differ_by(run_in(together.folder / name) / "model.pth", model) < 1e-6
 
 
 def test_samples_and_figures_are_those_of_one_process(together):
@@ -160,7 +155,7 @@ def test_one_process_prints_and_the_prior_is_trained_as_well(together):
     warnings = lines_of(together.err, "warning: epoch 1: the codebook collapses")
     assert len(epochs) == 8 and len(warnings) == len(together.err.splitlines()) <= 1
     assert together.out.count("(vae)") == 1 and together.out.count("the run is in") == 6
-    assert len(np.load(place(together.folder / "prior", "snn-vae") / "samples" / "images.npz")["images"]) == 3
+    assert len(np.load(run_in(together.folder / "prior", "snn-vae") / "samples" / "images.npz")["images"]) == 3
 
 
 # ---- ends before their time ----
@@ -185,7 +180,7 @@ def workers_of(process):
 @pytest.mark.parametrize("fault", ["killed", "terminated"])
 def test_the_end_of_one_is_the_end_of_all(fault, small, cli, tmp_path):
     """A killed process ends the run with a message; SIGTERM saves the step at which all are. Both can be resumed."""
-    run = place(tmp_path)
+    run = run_in(tmp_path)
     forever = ("--epochs", 10**6, "--save_every", 1e-9 if fault == "killed" else 60)
     process = start("--nproc_per_node", 2, ROOT / "main.py", *small, *forever, "--result_path", tmp_path)
     began = time.monotonic()

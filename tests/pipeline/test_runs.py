@@ -9,11 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LIVELY, SMALL
+from helpers import GOLDEN, LIVELY, SMALL, assert_same_run, read_images, read_log, read_metrics, write_idx
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_datasets import write_idx
-from test_parity import GOLDEN, PREFIX
 
 from datasets import load_dataset
 from errors import UserError
@@ -26,32 +24,6 @@ from pipeline.training import objectives as trainers
 
 KINDS = ("", "_without_spikes")
 WEIGHTS = ("model.pth", "diff_result/diff_model.pth")
-
-
-def read_log(run):
-    """log.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if key not in ("time", "images_per_second")} for line in lines]
-
-
-def read_images(run):
-    with np.load(run / "samples" / "images.npz") as archive:
-        return archive["images"]
-
-
-def read_metrics(run):
-    return {figure["name"]: figure for figure in json.loads((run / "metrics.json").read_text())}
-
-
-def assert_same_run(first, second):
-    """Weights bit for bit, the log, the samples and the figures."""
-    for name in WEIGHTS:
-        one, other = load_weights(first / name), load_weights(second / name)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one), name
-    assert read_log(first) == read_log(second)
-    assert np.array_equal(read_images(first), read_images(second))
-    assert read_metrics(first) == read_metrics(second)
 
 
 # ---- a run from beginning to end ----
@@ -338,7 +310,11 @@ def test_checkpoint_of_the_release(elsewhere, cli, tmp_path, monkeypatch, float6
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "old" if elsewhere else tmp_path / "result" / "MNIST" / "snn-vq-vae"
     (folder / "diff_result").mkdir(parents=True)
-    weights = {name.removeprefix(PREFIX): torch.from_numpy(GOLDEN[name]) for name in GOLDEN if name.startswith(PREFIX)}
+    weights = {
+        name.removeprefix("vqsvae.w."): torch.from_numpy(GOLDEN[name])
+        for name in GOLDEN
+        if name.startswith("vqsvae.w.")
+    }
     assert not any("num_batches" in name for name in weights)
     torch.save(weights, folder / "model.pth")
     torch.manual_seed(0)

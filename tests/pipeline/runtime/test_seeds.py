@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from test_improved import SMALL
+from helpers import IMPROVED
 
 from pipeline import networks
 from pipeline.runtime import processes, seeds
@@ -81,7 +81,7 @@ def test_no_two_streams_of_a_run_are_alike(cli, grey, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "Generator", Recorded)
     USED.clear()
     with mock.patch.object(torch, "manual_seed", wraps=torch.manual_seed) as weights:
-        outcome = cli(*grey, *SMALL, "--result_path", tmp_path)
+        outcome = cli(*grey, *IMPROVED, "--result_path", tmp_path)
     assert (outcome.status, outcome.err) == (0, "")
     used = USED + [call.args[0] for call in weights.call_args_list]
     assert {purpose for _, purpose, *_ in derived} == set(PURPOSES)

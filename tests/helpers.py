@@ -1,0 +1,134 @@
+"""What tests of several rooms share: options of small runs, image files, and how to read and compare runs."""
+
+import io
+import json
+import os
+import struct
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+import main
+from pipeline.checkpoints import load_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+
+GOLDEN = dict(np.load(Path(__file__).with_name("golden.npz")))
+"""Inputs, weights and outputs of the release's own modules, in float64."""
+
+SMALL = (
+    *("--spike_steps", 4, "--hidden_channels", 8, "--denoiser_channels", 4, "--codebook_size", 8, "--embedding_dim", 8),
+    *("--batch_size", 4, "--lr", 0.03, "--num_samples", 5, "--device", "cpu", "--precision", "float32"),
+)
+"""Options of networks that learn something in a second."""
+
+LIVELY = ("--revive_codes", "--clipped_error")
+"""Options of snn-vq-vae with which even these use many codes, so that no two samples are alike."""
+
+IMPROVED = (
+    *("--preset", "improved", "--hidden_channels", 8, "--denoiser_channels", 16, "--denoiser_blocks", 1),
+    *("--fixed_norm", 0.6, "--images_per_prototype", 20),
+    *("--codebook_size", 8, "--batch_size", 8, "--epochs", 2, "--diffusion_epochs", 2, "--num_samples", 5),
+    *("--device", "cpu", "--precision", "float32", "--metrics", "mse,codebook,energy"),
+)
+"""Options of a small run with the improved preset."""
+
+PRECISION = ("--precision", os.environ["TEST_PRECISION"]) if "TEST_PRECISION" in os.environ else ()
+"""Options for programs that a test starts in processes of their own; in this one, the fixture `precision` does it."""
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def call_main(*arguments, report=False):
+    """The command line in this process; a report is left out unless it is asked for, since it takes half a second."""
+    arguments = arguments if report else (*arguments, "--no-report")
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # networks this small gain nothing from several threads
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            main.main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            status = exit_.code
+        finally:
+            torch.set_num_threads(threads)
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def interrupt(*_):
+    """Replaces some function: Ctrl-C while it runs."""
+    raise KeyboardInterrupt
+
+
+# ---- image files ----
+
+
+def write_bars(folder, count, size, colour, seed):
+    """Images of bright bars on black, a different one in each."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    for i in range(count):
+        pixels = np.zeros((size, size, 3) if colour else (size, size), np.uint8)
+        left = generator.integers(size - 4)
+        pixels[:, left : left + 4] = generator.integers(100, 256, 3 if colour else 1)
+        Image.fromarray(pixels).save(folder / f"{i:03}.png")
+
+
+def make_image_folder(path, size, colour):
+    """A data set for `--dataset_name ImageFolder`: 120 training and 4 test images."""
+    write_bars(path / "train", 120, size, colour, seed=1)
+    write_bars(path / "test", 4, size, colour, seed=2)
+    return path
+
+
+def write_idx(folder, prefix, images):
+    """A split of a data set as MNIST stores it, with labels 1, 2, 3, 1, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(">4i", 2051, *images.shape)
+    (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    labels = struct.pack(">2i", 2049, len(images)) + bytes(1 + i % 3 for i in range(len(images)))
+    (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
+
+
+# ---- run folders ----
+
+
+def run_in(result_path, model="snn-vq-vae"):
+    """The run folder below `--result_path`, for the data set ImageFolder."""
+    return result_path / "ImageFolder" / model
+
+
+def read_log(run):
+    """log.jsonl without the values that depend on the clock."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in line if key not in ("time", "images_per_second")} for line in lines]
+
+
+def read_images(run):
+    """The samples of a run, uint8[N,H,W,C]."""
+    with np.load(run / "samples" / "images.npz") as archive:
+        return archive["images"]
+
+
+def read_metrics(run):
+    """The records of metrics.json by name."""
+    return {record["name"]: record for record in json.loads((run / "metrics.json").read_text())}
+
+
+def assert_same_run(first, second):
+    """Weights bit for bit, the log, the samples and the metrics."""
+    for name in ("model.pth", "diff_result/diff_model.pth"):
+        one, other = load_weights(first / name), load_weights(second / name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    assert read_log(first) == read_log(second)
+    assert np.array_equal(read_images(first), read_images(second))
+    assert read_metrics(first) == read_metrics(second)
