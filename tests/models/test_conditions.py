@@ -1,12 +1,12 @@
 """Labels as a condition of the residual denoiser, alone and with prototypes: what is told, drawn, and asked for."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
@@ -29,7 +29,7 @@ from pipeline.training.objectives import sdid_trainer
 from scripts import pack
 from spiking_diffusion import SpikingDiffusion
 
-PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
+PRETRAINED = ROOT / "pretrained"
 K, GRID, CLASSES = 6, (4, 4), 3
 SHAPES = {"label": {"classes": CLASSES}, "both": {"prototypes": 4, "classes": CLASSES}}
 COUNTS = torch.tensor([[3, 0, 0], [2, 5, 0], [0, 0, 0], [0, 9, 0]])  # no image has label 2
