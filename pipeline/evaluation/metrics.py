@@ -331,12 +331,14 @@ class Evaluation:
         split = metric.split or features.split
         protocol = ", ".join(filter(None, (features.source.protocol, metric.protocol)))
         counts = {"real": len(features.real_images(split)), "generated": len(features.images)}
-        more = (
-            {"per_class": self._per_class(name, features)} if name in PER_CLASS and features.labels is not None else {}
-        )
-        return make_record(name, value, protocol, split=split, **counts, seed=self.seed, **more)
+        record = make_record(name, value, protocol, split=split, **counts, seed=self.seed)
+        if per_class := self._per_class(name, features):
+            record["per_class"] = per_class
+        return record
 
     def _per_class(self, name: str, features: Features) -> Values:
-        """A metric of each class, by the class's name, where there are enough images of it."""
+        """A metric of each class, by the class's name, where it has one and there are enough images of the class."""
+        if name not in PER_CLASS or features.labels is None:
+            return {}
         values = {label: PER_CLASS[name](features, label) for label in range(len(self.data.class_names))}
         return {self.data.class_names[label]: value for label, value in values.items() if value is not None}
