@@ -156,6 +156,8 @@ def test_one_process_prints_and_the_prior_is_trained_as_well(together):
     assert len(epochs) == 8 and len(warnings) == len(together.err.splitlines()) <= 1
     assert together.out.count("(vae)") == 1 and together.out.count("the run is in") == 6
     assert len(np.load(run_in(together.folder / "prior", "snn-vae") / "samples" / "images.npz")["images"]) == 3
+    reports = [path.read_text(encoding="utf-8") for path in together.folder.rglob("report.html")]
+    assert len(reports) == 10 and not any("could not be drawn" in report for report in reports)
 
 
 # ---- ends before their time ----
