@@ -14,6 +14,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
+import pipeline.runtime.threads  # noqa: F401  before torch
+
+# isort: split
 from errors import UserError
 from image_files import expand
 from pipeline.report.report import write_report

@@ -27,7 +27,8 @@ class Picture(NamedTuple):
 def picture(images: Tensor, columns: int, alt: str) -> Picture:
     """A grid of images, uint8 `[N,C,H,W]`."""
     pixels = grid(_thumbnails(images), columns, zoom=1)
-    return _picture(encode_png(pixels), alt, *pixels.shape[1:], GRID_WIDTH)
+    _, height, width = pixels.shape
+    return _picture(encode_png(pixels), alt, height, width, GRID_WIDTH)
 
 
 def animation(frames: Tensor, alt: str) -> Picture:

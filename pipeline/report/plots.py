@@ -6,7 +6,7 @@ matplotlib is imported when the first is drawn, which takes a second.
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -21,7 +21,7 @@ DASHES = ("", "6 3", "2 2")  # as in SVG's stroke-dasharray, in points
 WIDTH = 3.8  # inches
 MARGINS = {"left": 0.16, "right": 0.96, "bottom": 0.19, "top": 0.89}  # of a line plot; working them out takes as long
 LONGEST_NAME = 32
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.parse_math": False,  # a "$" in a name is a dollar
     "svg.fonttype": "none",

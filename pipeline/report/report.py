@@ -73,7 +73,7 @@ def render(sessions: Sequence[Session]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here because importing it takes time
 
     runs = [RunView(session, number) for number, session in enumerate(sessions)]
-    how = {"trim_blocks": True, "lstrip_blocks": True}
+    how: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
     loader = FileSystemLoader(TEMPLATE.parent)
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **how)
     pages.filters["breakable"] = breakable

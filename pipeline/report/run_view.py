@@ -1,7 +1,7 @@
 """What the page shows of one run: read from its folder where it is there, else computed with its networks and data."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeVar
@@ -33,7 +33,7 @@ Value = TypeVar("Value")
 class Shown(NamedTuple):
     """Pictures or plots, and what they show."""
 
-    figures: list[Picture | Plot]
+    figures: Sequence[Picture | Plot]
     caption: str
 
 
@@ -218,7 +218,8 @@ class RunView:
 
     def firing_rates(self) -> Shown:
         """Spikes of each layer."""
-        layers = next((record["layers"] for record in self.records if record["name"] == "firing_rate"), {})
+        rates = (record["layers"] for record in self.records if record["name"] == "firing_rate")
+        layers: dict[str, float] = next(rates, {})
         if not layers:
             raise UserError("metrics.json has no firing rates: --metrics energy counts them.")
         groups: dict[str, dict[str, float]] = {}
