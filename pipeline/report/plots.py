@@ -100,7 +100,7 @@ def _label(axis: "Axis", formatter: "Formatter | str") -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def bar_plot(title: str, groups: Mapping[str, Mapping[str, float]]) -> Plot:
+def bar_plot(title: str, groups: Mapping[str, Mapping[str, float]], colour: str) -> Plot:
     """Horizontal bars by group and name, with a common axis."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -111,7 +111,7 @@ def bar_plot(title: str, groups: Mapping[str, Mapping[str, float]]) -> Plot:
         heights = [len(group) + 0.5 for group in groups.values()]
         rows = figure.subplots(len(groups), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         for axes, (name, group) in zip(rows, groups.items(), strict=True):
-            drawn = axes.barh(range(len(group)), list(group.values()), color=COLOURS[0])
+            drawn = axes.barh(range(len(group)), list(group.values()), color=colour)
             axes.bar_label(drawn, fmt=in_digits, padding=2, fontsize=8)
             axes.set_yticks(range(len(group)), map(_shortened, group), fontsize=8)
             axes.set_ylim(len(group) - 0.4, -0.6)

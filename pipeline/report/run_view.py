@@ -176,7 +176,9 @@ class RunView:
     def samples(self) -> Shown:
         """A grid of samples; where they were asked for, a column for each class."""
         images, classes = self.drawn.images, self.drawn.classes
-        columns = classes if 1 < classes < len(images) else COLUMNS
+        columns = COLUMNS
+        if 1 < classes < len(images):
+            columns, images = classes, images[: len(images) // classes * classes]
         alt = f"Grid of {len(images)} samples, {columns} a row"
         return Shown([picture(images, columns, alt)], f"{len(images)} samples: {self.drawn.how}.")
 
@@ -227,7 +229,8 @@ class RunView:
             part, _, layer = name.partition(": ")
             groups.setdefault(part, {})[layer] = rate
         title = "spikes per neuron and spike step"
-        return Shown([bar_plot(title, groups)], "Share of the neurons of each layer that fire at a spike step.")
+        caption = "Share of the neurons of each layer that fire at a spike step."
+        return Shown([bar_plot(title, groups, self.line.colour)], caption)
 
     def energy(self) -> Shown:
         """Energy of each layer, or of each part in records of before layers were counted."""
@@ -235,13 +238,13 @@ class RunView:
         if not parts:
             raise UserError("metrics.json has no energy: --metrics energy counts it.")
         groups = {part["name"].removeprefix("energy_"): part["layers"] for part in parts if "layers" in part}
+        caption = "Energy of each layer with synapses; the protocols are among the metrics."
         if not groups:
-            values = {part["name"].removeprefix("energy_"): part["value"] for part in parts}
-            if "denoiser_pass" in values:  # a sample is many passes, and would hide the rest
-                values.pop("sample", None)
+            groups = {"parts": {part["name"].removeprefix("energy_"): part["value"] for part in parts}}
+            if "denoiser_pass" in groups["parts"]:  # a sample is many passes, and would hide the rest
+                groups["parts"].pop("sample", None)
             caption = "Energy of each part. metrics.json has none of single layers: --metrics energy counts them."
-            return Shown([bar_plot(ENERGY, {"parts": values})], caption)
-        return Shown([bar_plot(ENERGY, groups)], "Energy of each layer with synapses; protocols are below.")
+        return Shown([bar_plot(ENERGY, groups, self.line.colour)], caption)
 
 
 def stage_of(line: dict[str, Any]) -> int:

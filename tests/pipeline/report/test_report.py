@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers import SMALL
@@ -164,6 +165,14 @@ def test_samples_of_other_weights_are_not_shown(run, page, tmp_path):
     weights = torch.load(run / "model.pth", weights_only=True)
     torch.save({name: value * 1.01 if value.dim() > 1 else value for name, value in weights.items()}, run / "model.pth")
     assert "64 samples: temperature 0.65" in page(tmp_path / "after.html", run)[0]
+
+
+def test_samples_that_were_asked_for_by_class_have_a_column_for_each(run, page, tmp_path):
+    path, shape = run / "samples" / "images.npz", (11, 16, 16, 1)
+    with np.load(path) as archive:
+        settings = json.loads(str(archive["settings"])) | {"labels": [0, 3, 7]}
+    np.savez_compressed(path, images=np.zeros(shape, np.uint8), settings=np.array(json.dumps(settings)))
+    assert 'alt="Grid of 9 samples, 3 a row"' in page(tmp_path / "page.html", run)[0]
 
 
 @pytest.mark.parametrize("arguments", [["NOWHERE"], ["RUN", "RUN"]], ids=["no run", "no output"])
