@@ -3,16 +3,20 @@
 python scripts/results_table.py result/reproduce --output docs/table.md --plot docs/table.png
 
 Each metric has a letter that names its protocol below the table: only values of the same letter compare. What a run
-has no metric of was not run.
+has no metric of was not run. Evaluations of the same weights with different seeds (`--checkpoint RUN --seed N
+--result_path DIR_N`) become one row, with mean and half-width of the 95 % confidence interval where values differ.
 """
 
 import argparse
+import statistics
 import string
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
@@ -74,19 +78,25 @@ STANDARD = ("both", "adaptive", None)  # not an ablation; None: a run of before 
 
 
 class Value(NamedTuple):
-    """A number and how it was worked out."""
+    """A number and how it was worked out; `half_width` is that of its confidence interval, 0 for a single number."""
 
     value: float
     protocol: str
+    seed: int | None = None
+    half_width: float = 0.0
 
 
 class Row(NamedTuple):
-    """One model on one data set: values by column; `training` is empty for what others published."""
+    """One model on one data set: values by column.
+
+    `training` is empty for what others published. `weights` is the digest of those that the values are of.
+    """
 
     dataset: str
     model: str
     training: str
     values: dict[str, Value]
+    weights: str = ""
 
 
 def read_run(run: RunFolder) -> Row:
@@ -102,10 +112,38 @@ def read_run(run: RunFolder) -> Row:
     counts = " + ".join(map(str, Counter(line["stage"] for line in epochs).values()))
     hours = sum(line["images"] / line["images_per_second"] for line in epochs) / 3600
     ablation = [options[key] for key in ("readout", "spike_generator") if options.get(key) not in STANDARD]
-    model = ", ".join([options["model"], *ablation])
+    improved = ["improved"] if options.get("preset") == "improved" else []
+    model = ", ".join([options["model"], *improved, *ablation])
     training = "; ".join([f"{counts} epochs, {hours:.1f} h", *drawn])
-    by_name = {metric["name"]: Value(metric["value"], describe(metric)) for metric in values}
-    return Row(options["dataset_name"], model, training, by_name)
+    by_name = {metric["name"]: Value(metric["value"], describe(metric), metric.get("seed")) for metric in values}
+    return Row(options["dataset_name"], model, training, by_name, values[0].get("weights", "") if values else "")
+
+
+def merge_seeds(rows: list[Row]) -> list[Row]:
+    """One row for all evaluations of the same weights whose samples were drawn alike, with other seeds."""
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        groups[row.dataset, row.model, row.training, row.weights or str(number)].append(row)
+    return [group[0]._replace(values=_merged(group)) for group in groups.values()]
+
+
+def _merged(group: list[Row]) -> dict[str, Value]:
+    """For each column the mean over the seeds. Raises UserError where protocols differ."""
+    merged = {}
+    for column in dict.fromkeys(name for row in group for name in row.values):
+        values = [row.values[column] for row in group if column in row.values]
+        if len({each.protocol for each in values}) > 1:
+            raise UserError(f"{group[0].dataset}, {group[0].model}: {column} has several protocols: leave out a folder")
+        numbers = list({each.seed: each.value for each in values}.values())
+        merged[column] = values[0]._replace(value=statistics.fmean(numbers), half_width=half_width(numbers))
+    return merged
+
+
+def half_width(numbers: list[float]) -> float:
+    """Half-width of the 95 % confidence interval of the mean, by Student's t; 0 for a single number."""
+    if len(numbers) < 2:
+        return 0.0
+    return float(t.ppf(0.975, len(numbers) - 1)) * statistics.stdev(numbers) / len(numbers) ** 0.5
 
 
 def published_rows(datasets: set[str]) -> Iterator[Row]:
@@ -129,9 +167,9 @@ def table(rows: list[Row]) -> str:
     def cell(row: Row, column: str) -> str:
         if column not in row.values:
             return "not run" if row.training else ""
-        value, protocol = row.values[column]
+        value, protocol, _, half = row.values[column]
         letter = letters.setdefault((column, protocol), _letter(len(letters)))
-        return f"{value:.4g} <sup>{letter}</sup>"
+        return f"{value:.4g}{f' ± {half:.2g}' if half else ''} <sup>{letter}</sup>"
 
     lines = [
         f"| data set | model | training; samples | {' | '.join(COLUMNS[column] for column in columns)} |",
@@ -188,6 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = [read_run(run) for run in runs]
         if not rows:
             raise UserError(f"no metrics.json below {', '.join(map(str, args.folders))}: evaluate a run first")
+        rows = merge_seeds(rows)
         rows += published_rows({row.dataset for row in rows})
         if args.plot:
             plot(rows, args.plot)

@@ -98,6 +98,33 @@ def test_table_and_plot(tmp_path):
     assert Image.open(tmp_path / "plot.png").size[0] > 300
 
 
+def test_seeds_of_the_same_weights_are_one_row(tmp_path, capsys):
+    for name, weights, seed, fad in (
+        ("a", "w", 1, 3.0),
+        ("b", "w", 2, 4.0),
+        ("again", "w", 2, 4.0),
+        ("c", "w", 3, 5.0),
+        ("d", "other", 1, 9.0),
+    ):
+        make_run(tmp_path / name, "MNIST", [("fad", fad, "own"), ("mse", 0.5, "mean")])
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        more = {"weights": weights, "seed": seed}
+        (tmp_path / name / "metrics.json").write_text(json.dumps([metric | more for metric in metrics]))
+    results_table.main([str(tmp_path)])
+    ours = [line for line in capsys.readouterr().out.splitlines() if "| snn-vq-vae |" in line]
+    assert len(ours) == 2
+    assert "4 ± 2.5 <sup>" in ours[0]  # t = 4.303, standard deviation 1, three values
+    assert "| 0.5 <sup>" in ours[0] and "| 9 <sup>" in ours[1]
+
+
+def test_values_of_several_protocols_are_not_averaged(tmp_path, capsys):
+    for name, protocol in (("a", "own"), ("b", "published")):
+        make_run(tmp_path / name, "MNIST", [("fad", 3.0, protocol)])
+        (metric,) = json.loads((tmp_path / name / "metrics.json").read_text())
+        (tmp_path / name / "metrics.json").write_text(json.dumps([metric | {"weights": "w"}]))
+    assert "fad has several protocols" in refused(capsys, tmp_path)
+
+
 def test_columns_are_figures_that_runs_have(finished):
     known = {"paper_fid", "fid", "kid", "fad"}
     assert known <= results_table.COLUMNS.keys() and known <= GENERATED_METRICS.keys()
