@@ -77,7 +77,8 @@ class ImageData:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
-        return tuple(self.train.shape[1:])
+        channels, height, width = self.train.shape[1:]
+        return channels, height, width
 
     @property
     def variance(self) -> float:
@@ -248,19 +249,20 @@ def _load_folder(root: Path, train_images: int | None, image_size: int = 32, cha
     train, test = map(alternate, (train, test), roots)
     train = train[_up_to(train_images, len(train))]  # before any is read: the rest may be many
     to_square = partial(ImageOps.fit, size=(image_size, image_size))  # shorter side resized (bicubic), centre kept
-    splits = []
-    for images, folder in zip((train, test), roots, strict=True):
+
+    def read(images: Images, folder: Path, channels: int | None) -> Split:
         pixels = torch.from_numpy(read_images(images, to_square, channels)).permute(0, 3, 1, 2)  # -> [N,C,H,W]
-        splits.append(Split(pixels, _labels(images, folder, class_names)))
-        channels = pixels.shape[1]
-    return Source(*splits, class_names)
+        return Split(pixels, _labels(images, folder, class_names))
+
+    train_split = read(train, roots[0], channels)
+    return Source(train_split, read(test, roots[1], train_split.images.shape[1]), class_names)
 
 
-def _check_apart(train: Sequence[Path], test: Sequence[Path]) -> None:
+def _check_apart(train: Images, test: Images) -> None:
     """Raise UserError if a test file is a training file, too."""
-    trained_on = {identity(path): path for path in train}
+    trained_on = {identity(path): path for path in train if isinstance(path, Path)}
     for path in test:
-        if twin := trained_on.get(identity(path)):
+        if isinstance(path, Path) and (twin := trained_on.get(identity(path))):
             raise UserError(f"{path} is the same file as {twin}: remove one, since no test image may be trained on")
 
 
@@ -283,7 +285,7 @@ def _labels(images: Images, root: Path, class_names: tuple[str, ...] | None) -> 
     """Int64 [N], the place of each image's folder among the classes; None without classes."""
     if class_names is None:
         return None
-    number = {(name,): label for label, name in enumerate(class_names)}
+    number: dict[tuple[str, ...], int] = {(name,): label for label, name in enumerate(class_names)}
     return torch.tensor([number[folder_of(image, root)] for image in images], dtype=torch.int64)
 
 

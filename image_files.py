@@ -26,7 +26,7 @@ GREY_MODES = ("1", "L", "LA")
 MANY = 200  # more images than this are worth a progress bar and the second it takes to start processes
 CHUNK = 32  # images that a process is given at a time
 
-Images = Sequence[Path] | Sequence[np.ndarray]
+Images = Sequence[Path] | np.ndarray
 """Image files, or pixels uint8 [H,W,1 or 3] of each image; those of an array file are one array [N,H,W,1 or 3]."""
 
 
@@ -52,6 +52,7 @@ def find_images(path: Path, at_least: int = 1) -> Images:
     Raises UserError if there are fewer than `at_least` images, or if something cannot be read.
     """
     path = expand(path)
+    images: Images
     if not os.path.isfile(path):
         images = _files_under(path)
     elif path.suffix.lower() in ARRAY_ENDINGS:
@@ -150,9 +151,9 @@ def read_images(
         for chunk in workers(delayed(_read_chunk)(chunk, prepare, channels) for chunk in chunks):
             pixels += chunk
             bar.update(len(chunk))
-    _check(pixels, images)
-    stacked = np.empty((len(pixels), *pixels[0].shape[:2], max(one.shape[2] for one in pixels)), np.uint8)
-    for slot, one in zip(stacked, pixels, strict=True):
+    checked = _checked(pixels, images)
+    stacked = np.empty((len(checked), *checked[0].shape[:2], max(one.shape[2] for one in checked)), np.uint8)
+    for slot, one in zip(stacked, checked, strict=True):
         slot[...] = one  # grey is repeated
     return stacked
 
@@ -161,7 +162,7 @@ def _read_chunk(
     images: Images, prepare: Callable[[Image.Image], Image.Image] | None, channels: int | None
 ) -> list[np.ndarray | UserError]:
     """Pixels [H,W,1 or 3] of each image, or what is wrong with it."""
-    mode = {1: "L", 3: "RGB"}.get(channels)
+    mode = {None: None, 1: "L", 3: "RGB"}[channels]
 
     def read(source: Path | np.ndarray) -> np.ndarray | UserError:
         try:
@@ -174,16 +175,18 @@ def _read_chunk(
     return [read(source) for source in images]
 
 
-def _check(pixels: list[np.ndarray | UserError], images: Images) -> None:
-    """Raise UserError for the first image that could not be read, or that is not as large as the first."""
+def _checked(pixels: list[np.ndarray | UserError], images: Images) -> list[np.ndarray]:
+    """The pixels. Raises UserError for the first image that could not be read, or that is not as large as the first."""
     refused = [error for error in pixels if isinstance(error, UserError)]
     if refused:
         others = f" ({len(refused) - 1} more files are refused)" if len(refused) > 1 else ""
         raise UserError(f"{refused[0]}{others}") from refused[0]
-    for one, image in zip(pixels, images, strict=True):
-        if one.shape[:2] != pixels[0].shape[:2]:
-            size, first = (f"{width}x{height}" for height, width, _ in (one.shape, pixels[0].shape))
+    arrays = [array for array in pixels if not isinstance(array, UserError)]
+    for array, image in zip(arrays, images, strict=True):
+        if array.shape[:2] != arrays[0].shape[:2]:
+            size, first = (f"{width}x{height}" for height, width, _ in (array.shape, arrays[0].shape))
             raise UserError(f"{image} is {size}, but the images before it are {first}: make them all one size")
+    return arrays
 
 
 def _from_pixels(pixels: np.ndarray) -> Image.Image:

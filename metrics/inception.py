@@ -64,7 +64,7 @@ def _load(build: Callable[[], nn.Module], weights: Path | None, url: str, option
             f"cannot load the Inception weights from {weights or 'the network'} ({reason}); "
             f"download {url} and name the file with {option} PATH"
         ) from error
-    inception.register_buffer("class_weight", inception.fc.weight.detach())  # [classes,2048]
+    inception.register_buffer("class_weight", inception.get_parameter("fc.weight").detach())  # [classes,2048]
     inception.fc = nn.Identity()
     return inception.eval().requires_grad_(False)
 
@@ -108,4 +108,4 @@ def inception_logits(features: np.ndarray, inception: nn.Module) -> np.ndarray:
 
     The bias of the last layer is left out, as in torch-fidelity ("logits_unbiased").
     """
-    return features @ inception.class_weight.cpu().numpy().T
+    return features @ inception.get_buffer("class_weight").cpu().numpy().T

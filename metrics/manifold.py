@@ -30,16 +30,16 @@ def manifold_metrics(generated: np.ndarray, real: np.ndarray, neighbours: int = 
     UserError unless both sets have more than k images.
     """
     check_enough("precision and recall", neighbours + 1, generated=generated, real=real)
-    generated, real = (torch.from_numpy(features).double() for features in (generated, real))
-    generated_radii, real_radii = _radii(generated, neighbours), _radii(real, neighbours)
-    containing = torch.zeros(len(generated), dtype=torch.int64)  # number of real balls around each generated image
+    fake, true = (torch.from_numpy(features).double() for features in (generated, real))
+    fake_radii, true_radii = _radii(fake, neighbours), _radii(true, neighbours)
+    containing = torch.zeros(len(fake), dtype=torch.int64)  # number of real balls around each generated image
     recalled = covered = 0
-    for rows, radii in zip(real.split(BLOCK), real_radii.split(BLOCK), strict=True):
-        squared = squared_distances(rows, generated)  # [b,N]
+    for rows, radii in zip(true.split(BLOCK), true_radii.split(BLOCK), strict=True):
+        squared = squared_distances(rows, fake)  # [b,N]
         inside = squared < radii[:, None]
         containing += inside.sum(0)
-        covered += inside.any(1).sum().item()
-        recalled += (squared < generated_radii).any(1).sum().item()
+        covered += int(inside.any(1).sum())
+        recalled += int((squared < fake_radii).any(1).sum())
     return ManifoldMetrics(
         precision=(containing > 0).double().mean().item(),
         recall=recalled / len(real),

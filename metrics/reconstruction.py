@@ -1,5 +1,7 @@
 """MSE and SSIM between images and their reconstructions."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -23,7 +25,7 @@ def ssim(images: Tensor, reconstructions: Tensor, batch_size: int = 256) -> floa
     _check_pair(images, reconstructions)
     batches = zip(reconstructions.split(batch_size), images.split(batch_size), strict=True)
     per_image = [
-        structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none").reshape(-1)
+        cast(Tensor, structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")).reshape(-1)
         for ours, theirs in batches
     ]
     return torch.cat(per_image).mean(dtype=torch.float64).item()

@@ -5,7 +5,7 @@ Constructor parameters have the names of the command line's options (pipeline/op
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -18,6 +18,9 @@ from models.vq_vae import VQVAE
 
 DENOISERS: dict[str, type[Denoiser]] = {"sdid": SDID, "residual": ResidualSDID}
 AUTOENCODERS: dict[str, type[nn.Module]] = {"snn-vq-vae": VQSVAE, "vq-vae": VQVAE, "snn-vae": FSVAE}
+
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def model_options(name: str) -> tuple[str, ...]:
@@ -46,7 +49,7 @@ def _options(table: Mapping[str, type[nn.Module]], name: str) -> tuple[str, ...]
     return tuple(inspect.signature(table[name]).parameters)
 
 
-def _build(table: Mapping[str, type[nn.Module]], name: str, options: dict[str, Any]) -> nn.Module:
+def _build(table: Mapping[str, type[Network]], name: str, options: dict[str, Any]) -> Network:
     known = _options(table, name)
     if unknown := sorted(set(options).difference(known)):
         raise ValueError(f"{name} has no option {', '.join(unknown)}: its options are {', '.join(known)}")

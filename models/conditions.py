@@ -23,25 +23,27 @@ class Conditions:
 
     def __init__(self, prototypes: Prototypes | None, labels: Labels | None):
         self.prototypes, self.labels = prototypes, labels
-        self._modules = [each for each in (prototypes, labels) if each is not None]
+        self._parts = [part for part in (prototypes, labels) if part is not None]
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self._parts)
 
     def currents(self, conditions: Tensor) -> Tensor:
         """Conditions `[N,J]` to the sum of their currents, `[N,C,h/patch,w/patch]`."""
-        parts = (module(indices) for module, indices in zip(self._modules, conditions.unbind(1), strict=True))
+        parts = (module(indices) for module, indices in zip(self._parts, conditions.unbind(1), strict=True))
         return reduce(torch.add, parts)
 
     def of(self, codes: Tensor, labels: Tensor | None = None, *, codebook: Codebook) -> Tensor | None:
         """The conditions `[N,J]` of images with these `codes [N,h,w]` and `labels [N]`; None if there are none.
 
-        `labels` are needed only where they are a condition.
+        Raises ValueError without `labels` where they are a condition.
         """
         columns = []
         if self.prototypes:
             columns.append(self.prototypes.nearest(codes, codebook))
         if self.labels:
+            if labels is None:
+                raise ValueError("the denoiser is conditioned on labels, and there are none")
             columns.append(labels.to(self.labels.counts.device))
         return torch.stack(columns, 1) if columns else None
 
@@ -50,7 +52,9 @@ class Conditions:
         if self.prototypes:
             self.prototypes.fit(codes, codebook, seed)
         if self.labels:
-            self.labels.fit(self.of(codes, labels, codebook=codebook))
+            conditions = self.of(codes, labels, codebook=codebook)
+            assert conditions is not None
+            self.labels.fit(conditions)
 
     def draw(self, seed: int, samples: Iterable[int], labels: Iterable[int] | None = None) -> Tensor | None:
         """Conditions `[N,J]` for the samples with these indices; those of sample i follow from `seed` and i.
@@ -60,7 +64,7 @@ class Conditions:
         """
         if not self:
             return None
-        counts, samples = self._modules[-1].counts.cpu().numpy(), list(samples)
+        counts, samples = self._parts[-1].counts.cpu().numpy(), list(samples)
         wanted = [None] * len(samples) if labels is None else list(labels)
         ends = {label: _of_label(counts, label).cumsum() for label in set(wanted)}
         drawn = []

@@ -53,7 +53,7 @@ class BernoulliNetwork(nn.Module):
 
         Between calls it keeps the membrane potentials, which are the whole state of the neurons.
         """
-        potentials = [0.0] * len(self.layers)
+        potentials: list[Tensor | float] = [0.0] * len(self.layers)
 
         def step(x: Tensor) -> Tensor:
             for i, layer in enumerate(self.layers):
@@ -168,7 +168,7 @@ class FSVAE(nn.Module):
         All are `[S,N,L]`; the means are over the candidates. No gradient passes from a step to the latents of the
         previous one, as in FSVAE.
         """
-        step, dtype = network.from_rest(), network.layers[0].weight.dtype
+        step, dtype = network.from_rest(), next(network.parameters()).dtype
         z = torch.zeros(picks.shape[1:], dtype=dtype, device=picks.device)
         latents, means = [], []
         with full_precision(z):
@@ -186,13 +186,15 @@ class FSVAE(nn.Module):
         its own prediction, as in `sample`: the majority of the candidates, with a little noise to break ties.
         """
         step, z = self.prior.from_rest(), torch.zeros_like(latents[0])
-        like = {"generator": generator, "dtype": z.dtype, "device": z.device}
+        dtype, device = z.dtype, z.device
         means = []
         with full_precision(z):
             for t, latent in enumerate(latents):
                 means.append(step(z).mean(2))
-                own = (means[-1].detach() + TIE_NOISE * torch.randn(z.shape, **like) > 0.5).to(z.dtype)
-                chosen = (torch.rand(len(z), 1, **like) < p) & (t >= FIRST_OWN_STEP)
+                noise = torch.randn(z.shape, generator=generator, dtype=dtype, device=device)
+                own = (means[-1].detach() + TIE_NOISE * noise > 0.5).to(dtype)
+                draws = torch.rand(len(z), 1, generator=generator, dtype=dtype, device=device)
+                chosen = (draws < p) & (t >= FIRST_OWN_STEP)
                 z = torch.where(chosen, own, latent)
         return torch.stack(means)
 

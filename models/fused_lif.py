@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,7 @@ def available() -> bool:
 
 def call(name: str, *arguments: Tensor | int | bool | None) -> int:
     """Run a kernel on as many threads as torch has; tensors are handed over as they lie in memory."""
-    converted = []
+    converted: list[ctypes.c_bool | ctypes.c_long | ctypes.c_void_p] = []
     for argument in arguments:
         if isinstance(argument, bool):
             converted.append(ctypes.c_bool(argument))
@@ -182,7 +183,7 @@ class _NormLIF(torch.autograd.Function):
 def norm_lif(
     x: Tensor,
     offset: Tensor,
-    norm: nn.BatchNorm2d,
+    norm: nn.BatchNorm2d | nn.SyncBatchNorm,
     spike_steps: int,
     *,
     constant: bool,
@@ -204,17 +205,20 @@ def norm_lif(
         Spikes `[S*N,C,H,W]`, or the readout `[N,C,H,W]`; channels-last.
     """
     x = x.contiguous(memory_format=torch.channels_last)
-    reduction = norm.reduction if norm.training and isinstance(norm, nn.SyncBatchNorm) else SINGLE_PROCESS
+    sync = norm.training and isinstance(norm, nn.SyncBatchNorm)
+    reduction = cast(Reduction, norm.reduction) if sync else SINGLE_PROCESS
+    tracked, running_mean, running_var = norm.num_batches_tracked, norm.running_mean, norm.running_var
+    assert tracked is not None and running_mean is not None and running_var is not None
     if norm.training:
         with torch.no_grad():
             mean, variance, count = moments(x, reduction)
             count *= spike_steps if constant else 1
-            norm.num_batches_tracked += 1
-            share = norm.momentum if norm.momentum is not None else (1 / norm.num_batches_tracked).to(norm.running_var)
-            norm.running_mean.lerp_((mean + offset).to(norm.running_mean), share)
-            norm.running_var.lerp_((variance * count / (count - 1)).to(norm.running_var), share)
+            tracked += 1
+            share = norm.momentum if norm.momentum is not None else (1 / tracked).to(running_var)
+            running_mean.lerp_((mean + offset).to(running_mean), share)
+            running_var.lerp_((variance * count / (count - 1)).to(running_var), share)
     else:
-        mean, variance = norm.running_mean.double() - offset.detach(), norm.running_var.double()
+        mean, variance = running_mean.double() - offset.detach(), running_var.double()
     invstd = (variance + norm.eps).rsqrt()
     statistics = (offset, norm.weight, norm.bias, mean, invstd)
     modes = (norm.training, reduction)

@@ -22,6 +22,8 @@ class Labels(nn.Module):
         prototypes: number of prototypes G; 0 for none.
     """
 
+    counts: Tensor
+
     def __init__(self, classes: int, channels: int, grid: tuple[int, int], prototypes: int = 0):
         super().__init__()
         shape = (prototypes, classes) if prototypes else (classes,)

@@ -33,6 +33,9 @@ class Prototypes(nn.Module):
         grid: height h and width w of the grid of codes.
     """
 
+    grids: Tensor
+    counts: Tensor
+
     def __init__(self, count: int, codebook_size: int, channels: int, patch: int, grid: tuple[int, int]):
         super().__init__()
         self.codebook_size = codebook_size

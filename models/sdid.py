@@ -1,11 +1,13 @@
 """SDID, the spiking diffusion image decoder: the denoiser of the codes (arXiv 2308.10187)."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.denoiser import Denoiser
-from models.spiking import SpikingStack, apply_head, convolve_at, full_precision, is_reference, weighted_sum
+from models.spiking import SpikingStack, apply_head, bias_of, convolve_at, full_precision, is_reference, weighted_sum
 
 
 class SDID(Denoiser):
@@ -39,26 +41,31 @@ class SDID(Denoiser):
         """All options but `spike_steps`, inferred from a model's weights. Raises KeyError for another network's."""
         return dict(codebook_size=len(weights["conv6.0.weight"]), denoiser_channels=len(weights["conv1.0.weight"]))
 
+    @property
+    def head(self) -> nn.Conv2d:
+        """The last layer, a convolution without neurons."""
+        return cast(nn.Conv2d, self.conv6[0])
+
     def _embed(self, tokens: Tensor, t: Tensor) -> Tensor:
         """Spikes of the first block, `[S,N,C,h,w]`."""
         planes = torch.stack((tokens, t.view(-1, 1, 1).expand_as(tokens)), 1)  # [N,2,h,w]
-        return self.conv1(planes.to(self.conv6[0].weight.dtype))
+        return self.conv1(planes.to(self.head.weight.dtype))
 
     def _mean_weights(self) -> Tensor:
-        weight = self.conv6[0].weight
+        weight = self.head.weight
         return torch.full((self.spike_steps,), 1 / self.spike_steps, dtype=weight.dtype, device=weight.device)
 
-    def forward(self, tokens: Tensor, t: Tensor, condition: None = None) -> Tensor:
+    def forward(self, tokens: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """See Denoiser."""
         self._check_condition(condition)
         mean = self._mean_weights()
         first = self._embed(tokens, t)
         x = self.conv4(self.conv3(self.conv2(first)))
         if is_reference():
-            return apply_head(self.conv6[0], torch.cat((self.conv5(x), first), 2), mean)
-        return apply_head(self.conv6[0], torch.cat((self.conv5(x, mean), weighted_sum(mean, first)), 1), mean)
+            return apply_head(self.head, torch.cat((self.conv5(x), first), 2), mean)
+        return apply_head(self.head, torch.cat((self.conv5(x, mean), weighted_sum(mean, first)), 1), mean)
 
-    def logits_at(self, tokens: Tensor, t: Tensor, where: Tensor, condition: None = None) -> Tensor:
+    def logits_at(self, tokens: Tensor, t: Tensor, where: Tensor, condition: Tensor | None = None) -> Tensor:
         """See Denoiser. Only what the P logits depend on is computed.
 
         A logit depends on 3x3 positions of the last hidden block, 5x5 of the one before, and so on. Features are kept
@@ -78,9 +85,8 @@ class SDID(Denoiser):
             held = wanted
         rate = weighted_sum(mean, first[:, held.flatten()])
         summed = torch.cat((x, rate), 1)[None]  # [1,positions,5C]
-        head = self.conv6[0]
         with full_precision(summed):
-            return convolve_at(head, summed, _neighbours(held, where))[0] + head.bias
+            return convolve_at(self.head, summed, _neighbours(held, where))[0] + bias_of(self.head)
 
 
 def _dilate(mask: Tensor) -> Tensor:

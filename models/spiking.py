@@ -11,6 +11,8 @@ there is a C++ compiler. "fast" is the default; `use_backend` chooses.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +69,10 @@ class LIF(neuron.LIFNode):
         return functional.lif_multi_step(x, rest, *parameters)[0]
 
 
+Convolution = nn.Conv2d | nn.ConvTranspose2d
+Block = tuple[Convolution, nn.BatchNorm2d, LIF]
+
+
 def lif_step(current: Tensor, potential: Tensor | float) -> tuple[Tensor, Tensor]:
     """One spike step of `LIF`: input current and membrane potential, of one shape, to spikes and the new potential.
 
@@ -101,7 +107,7 @@ def weighted_sum(weights: Tensor, spikes: Tensor) -> Tensor:
         return torch.tensordot(weights, spikes.to(weights.dtype), 1)
 
 
-def apply_head(head: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
+def apply_head(head: Convolution, x: Tensor, weights: Tensor) -> Tensor:
     """Output of a convolution without neurons, summed over the spike steps with `weights [S]`: `[N,C',H',W']`.
 
     `x` is the spikes `[S,N,C,H,W]`, and the convolution runs at every step; or their weighted sum `[N,C,H,W]`, and it
@@ -110,7 +116,7 @@ def apply_head(head: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
     if x.dim() == 5:
         return weighted_sum(weights, head(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
     with full_precision(x):
-        return head(x) + (weights.sum() - 1) * head.bias.view(-1, 1, 1)
+        return head(x) + (weights.sum() - 1) * bias_of(head).view(-1, 1, 1)
 
 
 def fire(
@@ -166,66 +172,84 @@ class SpikingStack(nn.Sequential):
     convolution, and so on.
     """
 
-    def __init__(self, *convolutions: nn.Module, spike_steps: int, head: nn.Module | None = None):
-        layers = [layer for conv in convolutions for layer in (conv, nn.BatchNorm2d(conv.out_channels), LIF())]
-        super().__init__(*layers, *([] if head is None else [head]))
+    def __init__(self, *convolutions: Convolution, spike_steps: int, head: Convolution | None = None):
+        blocks = ((conv, nn.BatchNorm2d(conv.out_channels), LIF()) for conv in convolutions)
+        super().__init__(*chain.from_iterable(blocks), *([] if head is None else [head]))
         self.spike_steps = spike_steps
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Convolution, batch norm and LIF of each block."""
+        layers = list(self)
+        return [cast(Block, tuple(layers[i : i + 3])) for i in range(0, len(layers) - 2, 3)]
+
+    @property
+    def head(self) -> Convolution | None:
+        """The convolution at the end, if any."""
+        return cast(Convolution, self[-1]) if len(self) % 3 else None
 
     def forward(self, x: Tensor, readout: Tensor | None = None) -> Tensor:
         """Spikes `[S,N,C,H,W]` or constant input `[N,C,H,W]` to spikes `[S,N,C',H',W']`.
 
-        With `readout` weights `[S]`: to `sum_s readout[s] * output[s]`, `[N,C',H',W']`, through the head if any.
+        With `readout` weights `[S]`, which a head needs: to `sum_s readout[s] * output[s]`, `[N,C',H',W']`.
         """
-        layers = list(self)
-        head = layers.pop() if len(layers) % 3 else None
-        *blocks, last = (layers[i : i + 3] for i in range(0, len(layers), 3))
+        *blocks, last = self.blocks
         for block in blocks:
-            x = self._spikes(*block, x)
-        x = self._spikes(*last, x, None if is_reference() else readout)
-        if head is not None:
-            return apply_head(head, x, readout)
+            x = self._spikes(block, x)
+        x = self._spikes(last, x, None if is_reference() else readout)
+        if self.head is not None and readout is not None:
+            return apply_head(self.head, x, readout)
         return weighted_sum(readout, x) if is_reference() and readout is not None else x
 
-    def _spikes(self, conv, norm, lif, x: Tensor, readout: Tensor | None = None) -> Tensor:
+    def _spikes(self, block: Block, x: Tensor, readout: Tensor | None = None) -> Tensor:
+        conv, norm, lif = block
         if is_reference():
             x = x if x.dim() == 5 else x.expand(self.spike_steps, *x.shape)
             return lif(norm(conv(x.flatten(0, 1))).unflatten(0, (self.spike_steps, -1)))
         if x.dim() == 5:
             x = convolve_spikes(conv, x.flatten(0, 1))
-            return fire(norm, lif, x, self.spike_steps, bias=conv.bias, readout=readout)
+            return fire(norm, lif, x, self.spike_steps, bias=bias_of(conv), readout=readout)
         with full_precision(x):  # once, not at every step; tokens and timesteps are large integers, inexact in bfloat16
             x = convolve(conv, x)
-        return fire(norm, lif, x, self.spike_steps, bias=conv.bias, readout=readout, constant=True)
+        return fire(norm, lif, x, self.spike_steps, bias=bias_of(conv), readout=readout, constant=True)
 
     def fire_at(self, x: Tensor, rows: Tensor, readout: Tensor | None = None) -> Tensor:
         """The output of a stack of one block at chosen positions, spikes `[S,P,C']`; for the input see `convolve_at`.
 
         With `readout` weights `[S]`: to their weighted sum `[P,C']`.
         """
-        conv, norm, lif = self
+        ((conv, norm, lif),) = self.blocks
         currents = event_conv.convolve_at(conv, x, rows)
         x = convolve_at(conv, x, rows) if currents is None else currents
         x = x.flatten(0, 1)[:, :, None, None]  # [S*P,C',1,1]
-        return fire(norm, lif, x, self.spike_steps, bias=conv.bias, readout=readout).flatten(-3)
+        return fire(norm, lif, x, self.spike_steps, bias=bias_of(conv), readout=readout).flatten(-3)
 
 
-def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+def bias_of(conv: Convolution) -> Tensor:
+    """The bias `[C]`: all convolutions of these networks have one, but for those whose input is one-hot."""
+    assert conv.bias is not None
+    return conv.bias
+
+
+def convolve(conv: Convolution, x: Tensor) -> Tensor:
     """A convolution or transposed convolution, without its bias.
 
     Batch norm removes the bias again, so its gradient is zero, and computing that zero is slow on the CPU.
     """
     if isinstance(conv, nn.ConvTranspose2d):
-        return F.conv_transpose2d(x, conv.weight, None, conv.stride, conv.padding, conv.output_padding)
+        return F.conv_transpose2d(
+            x, conv.weight, None, conv.stride, cast(tuple[int, int], conv.padding), conv.output_padding
+        )
     return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
 
 
-def convolve_spikes(conv: nn.Module, x: Tensor) -> Tensor:
+def convolve_spikes(conv: Convolution, x: Tensor) -> Tensor:
     """`convolve` of spikes, which costs what they cost where they are few."""
     currents = event_conv.convolve(conv, x)
     return convolve(conv, x) if currents is None else currents
 
 
-def convolve_at(conv: nn.Conv2d, x: Tensor, rows: Tensor) -> Tensor:
+def convolve_at(conv: Convolution, x: Tensor, rows: Tensor) -> Tensor:
     """A 3x3 convolution without its bias at chosen positions: features `[S,R,C]`, `rows [P,9]` to `[S,P,C']`.
 
     `rows` names the neighbours of each position among the R features; row R stands for zero padding. A few spike steps

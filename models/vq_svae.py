@@ -1,10 +1,12 @@
 """VQ-SVAE: the spiking vector-quantised autoencoder (arXiv 2308.10187)."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from models.quantizer import SpikingQuantizer
-from models.spiking import SpikingStack, membrane_weights
+from models.spiking import SpikingStack, bias_of, membrane_weights
 from models.vq_autoencoder import VQAutoencoder
 
 
@@ -45,9 +47,14 @@ class Decoder(nn.Module):
         )
         self.spike_steps = spike_steps
 
+    @property
+    def head(self) -> nn.ConvTranspose2d:
+        """The last layer."""
+        return cast(nn.ConvTranspose2d, self.snn_convs[-1])
+
     def forward(self, spikes: Tensor) -> Tensor:
         """See the class."""
-        weights = membrane_weights(self.spike_steps, like=self.snn_convs[-1].weight)
+        weights = membrane_weights(self.spike_steps, like=self.head.weight)
         return torch.tanh(self.snn_convs(spikes, readout=weights))
 
 
@@ -80,21 +87,22 @@ class VQSVAE(VQAutoencoder):
         readout: str = "both",
         spike_generator: str = "adaptive",
     ):
-        quantizer = {"readout": readout, "spike_generator": spike_generator, "revive_codes": revive_codes}
+        decoder = Decoder(channels, hidden_channels, embedding_dim, spike_steps, downsampling // 2)
         super().__init__(
             channels,
             codebook_size,
             encoder=Encoder(channels, hidden_channels, embedding_dim, spike_steps, downsampling // 2),
-            vq_layer=SpikingQuantizer(codebook_size, embedding_dim, spike_steps, **quantizer),
-            decoder=Decoder(channels, hidden_channels, embedding_dim, spike_steps, downsampling // 2),
+            vq_layer=SpikingQuantizer(
+                codebook_size, embedding_dim, spike_steps, readout, spike_generator, revive_codes
+            ),
+            decoder=decoder,
             clipped_error=clipped_error,
         )
         self.spike_steps, self.downsampling = spike_steps, downsampling
         if clipped_error:  # torch takes the outputs of a transposed convolution for its inputs: far too large
-            head = self.decoder.snn_convs[-1]
             with torch.no_grad():
-                head.weight.mul_(hidden_channels**-0.5)
-                head.bias.zero_()
+                decoder.head.weight.mul_(hidden_channels**-0.5)
+                bias_of(decoder.head).zero_()
 
     @staticmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, int]:

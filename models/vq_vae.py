@@ -32,23 +32,28 @@ class VQVAE(VQAutoencoder):
 
     def __init__(self, channels: int = 1, codebook_size: int = 128, embedding_dim: int = 16, hidden_channels: int = 32):
         hidden = hidden_channels
-        down = {"kernel_size": 3, "stride": 2, "padding": 1}
-        up = {**down, "output_padding": 1}
+
+        def down(inputs: int, outputs: int) -> nn.Conv2d:
+            return nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
+
+        def up(inputs: int, outputs: int) -> nn.ConvTranspose2d:
+            return nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=1)
+
         super().__init__(
             channels,
             codebook_size,
             encoder=ConvolutionStack(
-                nn.Conv2d(channels, hidden, **down),
+                down(channels, hidden),
                 nn.ReLU(),
-                nn.Conv2d(hidden, 2 * hidden, **down),
+                down(hidden, 2 * hidden),
                 nn.ReLU(),
                 nn.Conv2d(2 * hidden, embedding_dim, 1),
             ),
             vq_layer=Codebook(codebook_size, embedding_dim),
             decoder=ConvolutionStack(
-                nn.ConvTranspose2d(embedding_dim, 2 * hidden, **up),
+                up(embedding_dim, 2 * hidden),
                 nn.ReLU(),
-                nn.ConvTranspose2d(2 * hidden, hidden, **up),
+                up(2 * hidden, hidden),
                 nn.ReLU(),
                 nn.ConvTranspose2d(hidden, channels, 3, padding=1),
             ),
