@@ -28,10 +28,11 @@ def stop(message: str, status: int = 2) -> None:
 
 def resume_hint(call: Call | None) -> str:
     """What to do after an end before its time, in words: resume a training that has saved, else begin again."""
-    trains = call and call.options.run.stage in ("all", "vqsvae", "sdid") and not call.options.run.checkpoint
-    if trains and (call.run.last.is_file() or not processes.is_rank_0()):  # others may not see the folder
-        return call.run.resume_hint
-    return "nothing was saved, run the same command again"
+    fresh = "nothing was saved, run the same command again"
+    if call is None or call.options.run.stage not in ("all", "vqsvae", "sdid") or call.options.run.checkpoint:
+        return fresh
+    saved = call.run.last.is_file() or not processes.is_rank_0()  # others may not see the folder
+    return call.run.resume_hint if saved else fresh
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,11 +13,13 @@ from models.denoiser import Denoiser
 from models.fsvae import FSVAE
 from models.residual_sdid import ResidualSDID
 from models.sdid import SDID
+from models.vq_autoencoder import VQAutoencoder
 from models.vq_svae import VQSVAE
 from models.vq_vae import VQVAE
 
 DENOISERS: dict[str, type[Denoiser]] = {"sdid": SDID, "residual": ResidualSDID}
-AUTOENCODERS: dict[str, type[nn.Module]] = {"snn-vq-vae": VQSVAE, "vq-vae": VQVAE, "snn-vae": FSVAE}
+Autoencoder = VQAutoencoder | FSVAE
+AUTOENCODERS: dict[str, type[VQAutoencoder] | type[FSVAE]] = {"snn-vq-vae": VQSVAE, "vq-vae": VQVAE, "snn-vae": FSVAE}
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -33,7 +35,7 @@ def denoiser_options(name: str) -> tuple[str, ...]:
     return _options(DENOISERS, name)
 
 
-def build_model(name: str, **options: Any) -> nn.Module:
+def build_model(name: str, **options: Any) -> Autoencoder:
     """A new autoencoder; raises ValueError, which names the valid ones, for an unknown name or option."""
     return _build(AUTOENCODERS, name, options)
 
@@ -63,8 +65,10 @@ __all__ = [
     "SDID",
     "VQSVAE",
     "VQVAE",
+    "Autoencoder",
     "Denoiser",
     "ResidualSDID",
+    "VQAutoencoder",
     "build_denoiser",
     "build_model",
     "denoiser_options",

@@ -1,6 +1,7 @@
 """What all denoisers of the codes have in common."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,6 +26,11 @@ class Denoiser(nn.Module, ABC):
         self.codebook_size, self.spike_steps = codebook_size, spike_steps
         self.prototypes: Prototypes | None = None
         self.labels: Labels | None = None
+
+    @staticmethod
+    @abstractmethod
+    def options_of(weights: dict[str, Tensor]) -> dict[str, Any]:
+        """All options but `spike_steps`, inferred from a model's weights. Raises KeyError for another network's."""
 
     @property
     def conditions(self) -> Conditions:

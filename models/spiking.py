@@ -237,9 +237,8 @@ def convolve(conv: Convolution, x: Tensor) -> Tensor:
     Batch norm removes the bias again, so its gradient is zero, and computing that zero is slow on the CPU.
     """
     if isinstance(conv, nn.ConvTranspose2d):
-        return F.conv_transpose2d(
-            x, conv.weight, None, conv.stride, cast(tuple[int, int], conv.padding), conv.output_padding
-        )
+        padding = cast(tuple[int, int], conv.padding)  # a transposed convolution has none by name
+        return F.conv_transpose2d(x, conv.weight, None, conv.stride, padding, conv.output_padding)
     return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
 
 

@@ -1,6 +1,7 @@
 """What the vector-quantised autoencoders have in common: images to codes and back, and the loss."""
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ class VQOutput(NamedTuple):
     mse: Tensor
 
 
-class VQAutoencoder(nn.Module):
+class VQAutoencoder(nn.Module, ABC):
     """Images to codes and back. Pixels are in [0,1] outside and shifted to [-0.5,0.5] inside.
 
     Args:
@@ -50,6 +51,11 @@ class VQAutoencoder(nn.Module):
         super().__init__()
         self.channels, self.codebook_size, self.clipped_error = channels, codebook_size, clipped_error
         self.encoder, self.vq_layer, self.decoder = encoder, vq_layer, decoder
+
+    @staticmethod
+    @abstractmethod
+    def options_of(weights: dict[str, Tensor]) -> dict[str, Any]:
+        """All options that shape the weights, inferred from them. Raises KeyError for another network's weights."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Images `[N,C,H,W]` in [0,1] to codes int64 `[N,h,w]`, h = H / downsampling."""

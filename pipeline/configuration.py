@@ -39,7 +39,7 @@ def resolve(arguments: list[str] | None, description: str = "") -> Call:
     return assemble(vars(build_parser(description).parse_args(arguments)))
 
 
-def assemble(typed: Mapping[str, Any]) -> Call:
+def assemble(typed: dict[str, Any]) -> Call:
     """The same from values by option name, as a call of the library gives them."""
     if unknown := set(typed) - set(DEFAULTS):
         raise UserError(f"there is no option {', '.join(sorted(unknown))}")
@@ -73,7 +73,8 @@ def assemble(typed: Mapping[str, Any]) -> Call:
 
 def _merge(layers: Mapping[str, Mapping[str, Any]]) -> Options:
     """Options from values by origin; a later origin overrides the ones before it."""
-    values, origins = {}, {}
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     for origin, layer in layers.items():
         values |= layer
         origins |= dict.fromkeys(layer, origin)

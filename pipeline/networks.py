@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from datasets import ImageData, digest
 from errors import UserError
-from models import AUTOENCODERS, DENOISERS, Denoiser, build_denoiser, build_model, denoiser_options, model_options
+from models import (
+    AUTOENCODERS,
+    DENOISERS,
+    Autoencoder,
+    Denoiser,
+    build_denoiser,
+    build_model,
+    denoiser_options,
+    model_options,
+)
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.checkpoints import load_weights
 from pipeline.options import CONDITIONS, Options
@@ -36,7 +45,7 @@ class Networks:
         if self.start and options.run.stage == "sdid" and not from_rank_0(run.model.is_file):
             self.autoencoder_path = self.start.model
 
-    def new_autoencoder(self, channels: int, image_size: int) -> nn.Module:
+    def new_autoencoder(self, channels: int, image_size: int) -> Autoencoder:
         """What stage 1 begins with, still on the CPU."""
         o = self.options.autoencoder
         options = _chosen(model_options(o.model), vars(o), channels=channels, image_size=image_size)
@@ -45,10 +54,17 @@ class Networks:
     def new_denoiser(self, grid: tuple[int, int], data: ImageData) -> Denoiser:
         """What stage 2 begins with, still on the CPU, for a `grid` (h, w) of codes of the images in `data`."""
         o = self.options.denoiser
-        own = {"codebook_size": self.options.autoencoder.codebook_size, "spike_steps": self._denoiser_spike_steps}
-        own |= {"prototypes": self._prototypes(len(data.train)), "classes": self._classes(data), "grid": grid}
+        options = _chosen(
+            denoiser_options(o.denoiser),
+            vars(o),
+            codebook_size=self.options.autoencoder.codebook_size,
+            spike_steps=self._denoiser_spike_steps,
+            prototypes=self._prototypes(len(data.train)),
+            classes=self._classes(data),
+            grid=grid,
+        )
         try:
-            return build_denoiser(o.denoiser, **_chosen(denoiser_options(o.denoiser), vars(o), **own))
+            return build_denoiser(o.denoiser, **options)
         except ValueError as error:  # it names the option
             raise UserError(f"--{error}") from error
 
@@ -59,13 +75,14 @@ class Networks:
 
     def begin_denoiser(self, denoiser: Denoiser) -> bool:
         """Give a new denoiser the weights in `--start_from`, if that is given; False if that run has only stage 1."""
-        if not self.start:
+        start = self.start
+        if not start:
             return True
-        if not from_rank_0(self.start.config.is_file):
-            raise UserError(f"{self.start.path}, which stage 2 is to begin with, is gone: put it back")
-        if from_rank_0(lambda: self.start.model.is_file() and not self.start.denoiser.is_file()):
+        if not from_rank_0(start.config.is_file):
+            raise UserError(f"{start.path}, which stage 2 is to begin with, is gone: put it back")
+        if from_rank_0(lambda: start.model.is_file() and not start.denoiser.is_file()):
             return False
-        self._load_pretrained(denoiser.load_pretrained, self.start.denoiser)
+        self._load_pretrained(denoiser.load_pretrained, start.denoiser)
         return True
 
     def fit_conditions(
@@ -81,7 +98,7 @@ class Networks:
         if denoiser.conditions:
             denoiser.load_state_dict(from_rank_0(fitted))
 
-    def load_autoencoder(self, channels: int) -> nn.Module:
+    def load_autoencoder(self, channels: int) -> Autoencoder:
         """The trained autoencoder, shaped after its weights, for images of so many channels."""
         path, model = self.autoencoder_path, self.options.autoencoder.model
         kind = f"the autoencoder {model}, which a run keeps in model.pth"
@@ -92,7 +109,7 @@ class Networks:
             raise UserError(f"{path} is for images of {autoencoder.channels} channels, {data} has {channels}")
         return autoencoder
 
-    def load_denoiser(self, autoencoder: nn.Module) -> Denoiser:
+    def load_denoiser(self, autoencoder: VQAutoencoder) -> Denoiser:
         """The trained denoiser of this autoencoder's codes."""
         name = self.options.denoiser.denoiser
         path, kind = self.trained.denoiser, DENOISERS[name]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from pathlib import Path
 from types import UnionType
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, NoReturn, TypedDict, get_args, get_type_hints
 
 from datasets import DATASETS
 from diffusion.absorbing import LOSSES, REVEAL_ORDERS
@@ -45,13 +45,21 @@ class Role(IntEnum):
     CALL = 5  # of one call only
 
 
+class Limits(TypedDict):
+    """Bounds that several options share."""
+
+    low: float
+    high: float
+    metavar: str
+
+
 class Declaration(NamedTuple):
     """What is declared of an option besides its name, type and default."""
 
     help: str
     role: Role
     choices: Collection[str] = ()
-    low: float | None = None
+    low: float = float("-inf")
     high: float = float("inf")
     metavar: str | None = None
     absent: str | None = None  # the word that stands for None on the command line and in the help
@@ -95,10 +103,10 @@ def parse_metrics(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
     return read
 
 
-COUNT = {"low": 1, "high": 10**9, "metavar": "N"}
-WIDTH = {"low": 1, "high": 4096, "metavar": "N"}
-RATE = {"low": 1e-9, "high": 1, "metavar": "X"}
-STEPS = {"low": 1, "high": 1024, "metavar": "S"}
+COUNT: Limits = {"low": 1, "high": 10**9, "metavar": "N"}
+WIDTH: Limits = {"low": 1, "high": 4096, "metavar": "N"}
+RATE: Limits = {"low": 1e-9, "high": 1, "metavar": "X"}
+STEPS: Limits = {"low": 1, "high": 1024, "metavar": "S"}
 
 
 @dataclass(frozen=True)
@@ -509,7 +517,7 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 class Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, without the usage text."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Raise UserError."""
         raise UserError(f"{message} (--help lists the options)")
 

@@ -3,12 +3,9 @@
 from functools import cached_property, partial
 from typing import Any
 
-from torch import nn
-
 from datasets import ImageData, load_dataset
 from errors import UserError
-from models import AUTOENCODERS, FSVAE, Denoiser
-from models.vq_autoencoder import VQAutoencoder
+from models import AUTOENCODERS, FSVAE, Autoencoder, Denoiser, VQAutoencoder
 from pipeline.configuration import Call
 from pipeline.networks import Networks
 from pipeline.runtime.device import Machine
@@ -73,7 +70,8 @@ class Session:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
-        return tuple(self.recorded["image_shape"] or self.data.shape)
+        channels, height, width = self.recorded["image_shape"] or self.data.shape
+        return channels, height, width
 
     @property
     def code_grid(self) -> tuple[int, int]:
@@ -89,9 +87,15 @@ class Session:
         """Whether the model has codes and a denoiser of them; otherwise it draws from its own prior."""
         return AUTOENCODERS[self.options.autoencoder.model] is not FSVAE
 
-    def load_autoencoder(self) -> nn.Module:
+    def load_autoencoder(self) -> Autoencoder:
         """The trained autoencoder."""
         return self.networks.load_autoencoder(self.image_shape[0])
+
+    def load_vq_autoencoder(self) -> VQAutoencoder:
+        """The trained autoencoder of a model that has codes."""
+        autoencoder = self.load_autoencoder()
+        assert isinstance(autoencoder, VQAutoencoder)
+        return autoencoder
 
     def load_model(self, draws: bool = True) -> ImageModel:
         """The trained model; one that does not draw needs no denoiser.
@@ -105,19 +109,25 @@ class Session:
     def read_model(self, draws: bool = True) -> ImageModel:
         """The same in a folder where nothing will be written."""
         autoencoder = self.load_autoencoder()
-        if self.has_codes:
+        if isinstance(autoencoder, VQAutoencoder):
             return self.code_diffusion(autoencoder, self.networks.load_denoiser(autoencoder) if draws else None)
         return PriorSampling(autoencoder, self.machine, self.options.run.seed, self.options.sampling.eval_batch_size)
 
     def code_diffusion(self, autoencoder: VQAutoencoder, denoiser: Denoiser | None) -> CodeDiffusion:
         """Both networks with the sampling options; at temperature 1 where one is still to be chosen."""
         o = self.options.sampling
-        settings = {
-            key: getattr(o, key) for key in ("temperature", "final_temperature", "sample_steps", "reveal_order")
-        }
-        if o.temperature == "auto":
-            settings |= {"temperature": 1.0, "final_temperature": None}
         names = self.recorded["class_names"]
-        settings |= {"batch_size": o.eval_batch_size, "class_names": tuple(names) if names else None}
-        model = CodeDiffusion(autoencoder, denoiser, self.code_grid, self.machine, self.options.run.seed, **settings)
+        model = CodeDiffusion(
+            autoencoder,
+            denoiser,
+            self.code_grid,
+            self.machine,
+            self.options.run.seed,
+            temperature=1.0 if isinstance(o.temperature, str) else o.temperature,
+            final_temperature=None if isinstance(o.temperature, str) else o.final_temperature,
+            sample_steps=o.sample_steps,
+            reveal_order=o.reveal_order,
+            batch_size=o.eval_batch_size,
+            class_names=tuple(names) if names else None,
+        )
         return model.asked(o.labels, o.guidance) if denoiser else model

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,8 @@ def cached(name: str, compute: Callable[[], Arrays]) -> Arrays:
         return kept
     arrays = compute()
     buffer = io.BytesIO()
-    np.savez(buffer, names=np.array(list(arrays)), **arrays)
+    contents: dict[str, Any] = {"names": np.array(list(arrays)), **arrays}
+    np.savez(buffer, **contents)
     to_cache(f"{name}.npz", buffer.getvalue())
     return arrays
 

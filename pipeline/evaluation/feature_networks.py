@@ -17,7 +17,7 @@ from metrics.classifier import Classifier
 from metrics.fad import FadAutoencoder, Statistics, fad_features, load_published, to_fad_range, to_fad_size
 from metrics.frechet import feature_statistics
 from pipeline.evaluation.cache import cached
-from pipeline.runtime.device import Machine
+from pipeline.runtime.device import Machine, Network, channels_last
 
 BATCH_SIZE = 128
 NETWORK_SEED = 0  # not the run's: all runs on a data set are judged by one network
@@ -70,7 +70,7 @@ def fad_network(data: ImageData, fad_weights: Path | None, machine: Machine, see
 
 
 def reference_features(
-    network: nn.Module, extract: Callable[[Tensor, nn.Module], np.ndarray], images: Tensor, name: str
+    network: Network, extract: Callable[[Tensor, Network], np.ndarray], images: Tensor, name: str
 ) -> np.ndarray:
     """`extract(images, network)`, float32 [N,D] of images uint8 [N,C,H,W], computed once.
 
@@ -82,12 +82,12 @@ def reference_features(
 
 def _trained(
     training: Training,
-    build: Callable[[], nn.Module],
+    build: Callable[[], Network],
     name: str,
     examples: tuple[Tensor, ...],
     machine: Machine,
     seed: int,
-) -> tuple[nn.Module, str]:
+) -> tuple[Network, str]:
     """The network of `build` after `training` on `examples` (each [N,...]), from the cache if it is there.
 
     Raises UserError where there are no examples.
@@ -118,7 +118,7 @@ def _trained(
 def _train(
     training: Training, network: nn.Module, examples: tuple[Tensor, ...], epochs: int, machine: Machine, seed: int
 ) -> None:
-    network.to(machine.device, memory_format=torch.channels_last).train()
+    channels_last(network, machine.device).train()
     count = len(examples[0])
     optimizer = torch.optim.AdamW(network.parameters(), training.lr)
     steps = epochs * math.ceil(count / BATCH_SIZE)

@@ -1,9 +1,10 @@
 """Metrics of generated images: which are available, and how they are computed, each with its protocol."""
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from datasets import ImageData
 from errors import UserError
 from metrics.classifier import (
     FEATURES,
+    Classifier,
     accuracy,
     class_balance,
     classifier_distance,
@@ -21,7 +23,7 @@ from metrics.classifier import (
     mean_confidence,
 )
 from metrics.counts import check_enough
-from metrics.fad import FAD_IMAGES, fad, fad_features
+from metrics.fad import FAD_IMAGES, FadAutoencoder, fad, fad_features
 from metrics.fid import (
     FEWEST_IMAGES,
     KID_SUBSET_SIZE,
@@ -43,7 +45,7 @@ from metrics.memorisation import memorisation
 from pipeline.evaluation.feature_networks import classifier, fad_network, reference_features
 from pipeline.evaluation.records import make_record
 from pipeline.options import EvaluationOptions
-from pipeline.runtime.device import Machine
+from pipeline.runtime.device import Machine, Network
 from pipeline.runtime.processes import from_rank_0, is_rank_0
 
 FID_IMAGES = 10_000  # generated for FID, as is usual
@@ -51,7 +53,8 @@ MEMORISATION_IMAGES = 1000
 Values = dict[str, float]
 
 
-class FeatureNetwork(NamedTuple):
+@dataclass(frozen=True)
+class FeatureNetwork(Generic[Network]):
     """A network whose features of images some metrics are computed from.
 
     Attributes:
@@ -62,8 +65,8 @@ class FeatureNetwork(NamedTuple):
         reference: statistics of the test split that came with the network; of FAD alone.
     """
 
-    network: nn.Module
-    extract: Callable[[Tensor, nn.Module], np.ndarray]
+    network: Network
+    extract: Callable[[Tensor, Network], np.ndarray]
     protocol: str
     fixed: tuple[int, int] | None = None
     reference: Any = None
@@ -78,7 +81,7 @@ class Features:
 
     def __init__(
         self,
-        source: FeatureNetwork,
+        source: FeatureNetwork[Any],
         images: Tensor,
         data: ImageData,
         split: str,
@@ -89,7 +92,8 @@ class Features:
         self.source, self.data, self.seed = source, data, seed
         self.network = source.network
         self.split = "test" if source.fixed else split
-        first, self.real_first = source.fixed or (None, None)
+        first, real_first = source.fixed or (None, None)
+        self.real_first: int | None = real_first
         self.images = images if whole else images[:first]
         self.labels = None if labels is None or data.class_names is None else labels[: len(self.images)]
 
@@ -104,12 +108,13 @@ class Features:
         return self.of(self.split)
 
     @property
-    def real_labels(self) -> Tensor | None:
-        """Of the real images of the reference split: `[M]`."""
+    def real_labels(self) -> Tensor:
+        """Of the real images of the reference split: `[M]`; the data set must have classes."""
         return getattr(self.data, f"{self.split}_labels")
 
     def of_class(self, label: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the generated and of the real images with this label."""
+        assert self.labels is not None
         return self.generated[(self.labels == label).numpy()], self.real[(self.real_labels == label).numpy()]
 
     def real_images(self, split: str) -> Tensor:
@@ -122,29 +127,35 @@ class Features:
         return reference_features(self.network, self.source.extract, self.real_images(split), name)
 
 
-def _inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork:
+def _inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[nn.Module]:
     network, weights = load_inception(options.fid_weights, machine.device), options.fid_weights or "as published"
     return FeatureNetwork(network, inception_features, f"pytorch-fid's Inception, weights {weights}")
 
 
-def _paper_inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork:
+def _paper_inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[nn.Module]:
     network = load_paper_inception(options.paper_fid_weights, machine.device)
     protocol = "the release's: ImageNet Inception, normalised twice, SVD root"
     return FeatureNetwork(network, inception_features, protocol, fixed=(PAPER_IMAGES, PAPER_IMAGES))
 
 
-def _fad(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork:
+def _fad(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[FadAutoencoder]:
     network, origin, statistics = fad_network(data, options.fad_weights, machine)
     fixed = FAD_IMAGES, len(data.test)
     return FeatureNetwork(network, fad_features, f"autoencoder at 32x32, {origin}", fixed, statistics)
 
 
-def _classifier(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork:
+def _classifier(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[Classifier]:
     network, origin = classifier(data, machine)
     return FeatureNetwork(network, classifier_features, origin)
 
 
-LOADERS = {"inception": _inception, "paper": _paper_inception, "fad": _fad, "classifier": _classifier}
+Loader = Callable[[EvaluationOptions, ImageData, Machine], FeatureNetwork[Any]]
+LOADERS: dict[str, Loader] = {
+    "inception": _inception,
+    "paper": _paper_inception,
+    "fad": _fad,
+    "classifier": _classifier,
+}
 """Loaders of feature networks. They raise UserError if there is none for the data set, or no weights."""
 
 
@@ -263,7 +274,7 @@ class Evaluation:
     ):
         self.options, self.data, self.machine = options, data, machine
         self.seed, self.num_samples = seed, num_samples
-        self.networks: dict[str, FeatureNetwork | UserError] = {}
+        self.networks: dict[str, FeatureNetwork[Any] | UserError] = {}
         wanted = [name for name in GENERATED_METRICS if options.metrics is None or name in options.metrics]
         obstacles = from_rank_0(lambda: {name: self._obstacle(GENERATED_METRICS[name]) for name in wanted})
         self.metrics = {name: GENERATED_METRICS[name] for name in wanted if not obstacles[name]}
@@ -289,7 +300,7 @@ class Evaluation:
             return str(error)
         return None
 
-    def _load(self, name: str) -> FeatureNetwork:
+    def _load(self, name: str) -> FeatureNetwork[Any]:
         """The feature network of this name; loaded once, refused with the same words each time."""
         if name not in self.networks:
             try:
@@ -340,5 +351,6 @@ class Evaluation:
         """A metric of each class, by the class's name, where it has one and there are enough images of the class."""
         if name not in PER_CLASS or features.labels is None:
             return {}
-        values = {label: PER_CLASS[name](features, label) for label in range(len(self.data.class_names))}
-        return {self.data.class_names[label]: value for label, value in values.items() if value is not None}
+        names = self.data.class_names or ()
+        values = {each: PER_CLASS[name](features, label) for label, each in enumerate(names)}
+        return {each: value for each, value in values.items() if value is not None}

@@ -1,6 +1,8 @@
 """Metrics of a model itself: reconstruction quality, codebook use, energy; each with its protocol."""
 
 from collections.abc import Collection
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -20,23 +22,23 @@ def reconstruction_records(model: ImageModel, evaluation: Evaluation, wanted: Co
     """Metrics of the autoencoder on the test split: MSE, SSIM, codebook use, and FAD, a lower bound for samples."""
     test, seed = evaluation.data.test, evaluation.seed
     records = []
-    about = {"split": "test", "real": len(test), "seed": seed}
+    record = partial(make_record, split="test", real=len(test), seed=seed)
     mean = "reconstructions as 8-bit images in [0,1], mean over all"
     if {"mse", "ssim", "fad"} & set(wanted):
         reconstructed = model.reconstruct(test)
         pair = to_float(test), to_float(reconstructed)
         if "mse" in wanted:
-            records.append(make_record("mse", mse(*pair), f"{mean} pixels", **about))
+            records.append(record("mse", mse(*pair), f"{mean} pixels"))
         if "ssim" in wanted:
-            records.append(make_record("ssim", ssim(*pair), f"{mean} images, torchmetrics", **about))
+            records.append(record("ssim", ssim(*pair), f"{mean} images, torchmetrics"))
         if len(test) >= FAD_IMAGES:
             scored = evaluation.compute(reconstructed, "reconstructions of the test split", ["fad"], whole=True)
-            records += [record | {"name": "reconstruction_fad"} for record in scored]
+            records += [each | {"name": "reconstruction_fad"} for each in scored]
     if "codebook" in wanted and isinstance(model, CodeDiffusion):
         codes, size = model.encode(test), model.autoencoder.codebook_size
         records += [
-            make_record("codebook_usage", usage(codes, size), f"share of the {size} codes that occur", **about),
-            make_record("codebook_perplexity", perplexity(codes, size), "exp of the code entropy in nats", **about),
+            record("codebook_usage", usage(codes, size), f"share of the {size} codes that occur"),
+            record("codebook_perplexity", perplexity(codes, size), "exp of the code entropy in nats"),
         ]
     return records
 
@@ -48,24 +50,21 @@ def energy_records(model: ImageModel, test: Tensor, seed: int) -> list[dict]:
     """
     images = test[:ENERGY_IMAGES]
     cost = model.cost(images)
-    real = {"split": "test", "real": len(images), "seed": seed}
-    drawn = {"split": "test", "real": 0, "generated": len(images), "seed": seed, "drawn": model.drawn}
+    on_test = partial(make_record, split="test", real=len(images), seed=seed)
+    on_samples = partial(make_record, split="test", real=0, generated=len(images), seed=seed, drawn=model.drawn)
     records = []
     for part, counted in cost.operations.items():
-        about, on = real if part == "encode" else drawn, cost.protocols[part]
-        counts = {"macs": counted.macs, "acs": counted.acs}
+        record, on = on_test if part == "encode" else on_samples, cost.protocols[part]
+        counts: dict[str, Any] = {"macs": counted.macs, "acs": counted.acs}
         if part in cost.layers:
             counts["layers"] = {name: own.energy / 1e6 for name, own in cost.layers[part].items()}
         protocol = f"µJ an image, {PICOJOULES_PER_MAC} pJ a MAC, {PICOJOULES_PER_AC} pJ an AC; {on}"
-        records.append(make_record(f"energy_{part}", counted.energy / 1e6, protocol, **about, **counts))
+        records.append(record(f"energy_{part}", counted.energy / 1e6, protocol, **counts))
         protocol = f"µJ an image, each layer once, without spikes, {PICOJOULES_PER_MAC} pJ a MAC; {on}"
-        dense = {"macs": counted.dense_macs}
-        records.append(
-            make_record(f"energy_{part}_without_spikes", counted.dense_energy / 1e6, protocol, **about, **dense)
-        )
+        dense = counted.dense_energy / 1e6
+        records.append(record(f"energy_{part}_without_spikes", dense, protocol, macs=counted.dense_macs))
     if cost.firing_rates:
         mean = sum(cost.firing_rates.values()) / len(cost.firing_rates)
         protocol = "spikes per neuron and spike step, mean over layers, of encoding, decoding and drawing"
-        about = real | drawn | {"real": len(images)}
-        records.append(make_record("firing_rate", mean, protocol, **about, layers=cost.firing_rates))
+        records.append(on_samples("firing_rate", mean, protocol, real=len(images), layers=cost.firing_rates))
     return records

@@ -53,7 +53,7 @@ def choose_temperature(
         if is_rank_0():
             distances[temperature] = frechet_distance(*feature_statistics(fad_features(images, network)), *reference)
             print(f"temperature {temperature:g}: distance to held-out images {distances[temperature]:.2f}", flush=True)
-    best = from_rank_0(lambda: min(distances, key=distances.get))
+    best = from_rank_0(lambda: min(distances, key=distances.__getitem__))
     if is_rank_0():
         count = len(data.held_out)
         protocol = f"Fréchet autoencoder distance ({origin}) of {IMAGES} samples to {count} held-out images"

@@ -32,7 +32,7 @@ class Machine:
 
     def to_device(self, network: Network) -> Network:
         """Move a network there, in place: channels last, and its forward pass through torch.compile if chosen."""
-        network.to(self.device, memory_format=torch.channels_last)
+        channels_last(network, self.device)
         if self.compile:
             network.compile()
         return network
@@ -45,6 +45,12 @@ class Machine:
     def autocast(self) -> torch.autocast:
         """Context in which convolutions compute in bfloat16 if that was chosen."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def channels_last(network: Network, device: torch.device) -> Network:
+    """Move a network to a device, in place, with its convolutions' weights in channels-last order."""
+    # the overloads that torch declares lack memory_format together with a device
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def find_device(name: str) -> torch.device:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,8 @@ from pipeline.runtime.seeds import own_seed
 
 TIMEOUT = timedelta(minutes=30)  # of a process that says nothing: some wait while one trains a feature network
 
-Arguments, Value = ParamSpec("Arguments"), TypeVar("Value")
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
 _store: dist.Store | None = None  # shared by the processes
 _alone = False
 
@@ -68,7 +69,7 @@ def joined() -> Iterator[None]:
 
 def is_first_to_end() -> bool:
     """Whether no other process has ended before its time, which is noted: only the first says why."""
-    if size() == 1:
+    if _store is None or size() == 1:
         return True
     try:
         return _store.add("ended", 1) == 1
@@ -118,7 +119,7 @@ def from_rank_0(compute: Callable[[], Value]) -> Value:
     """What `compute` returns in the one process that calls it; the others wait and are sent it."""
     if size() == 1:
         return compute()
-    box = [compute() if is_rank_0() else None]
+    box: list[Any] = [compute() if is_rank_0() else None]
     dist.broadcast_object_list(box, 0)
     return box[0]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
-from models import Denoiser
+from models import Denoiser, VQAutoencoder
 from pipeline.checkpoints import write_whole
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine
@@ -40,7 +40,7 @@ def in_batches(tensor: Tensor, batch_size: int, title: str, compute: Callable[[T
 
 
 @torch.no_grad()
-def encode_images(model: nn.Module, images: Tensor, machine: Machine, batch_size: int = 64) -> Tensor:
+def encode_images(model: VQAutoencoder, images: Tensor, machine: Machine, batch_size: int = 64) -> Tensor:
     """Codes of `images`, uint8 `[N,C,H,W]`, as the smallest integer type that holds them: `[N,h,w]` on the CPU."""
     model.eval()
 
@@ -52,7 +52,7 @@ def encode_images(model: nn.Module, images: Tensor, machine: Machine, batch_size
 
 
 @torch.no_grad()
-def decode_codes(model: nn.Module, codes: Tensor, machine: Machine, batch_size: int = 64) -> Tensor:
+def decode_codes(model: VQAutoencoder, codes: Tensor, machine: Machine, batch_size: int = 64) -> Tensor:
     """Images of `codes [N,h,w]`, uint8 `[N,C,H,W]` on the CPU."""
     model.eval()
 
@@ -72,7 +72,8 @@ def draw_codes(
     given: Tensor | None = None,
     condition: Tensor | None = None,
     guidance: float = 0.0,
-    **temperatures: float | None,
+    temperature: float = 1.0,
+    final_temperature: float | None = None,
 ) -> Tensor:
     """Codes int64 `[N,h,w]` on the CPU, one grid for each of the N samples of `noise`.
 
@@ -87,7 +88,7 @@ def draw_codes(
         here = SamplingNoise(*(values[part].to(machine.device) for values in noise))
         kept = None if given is None else given[part].to(machine.device)
         conditions = None if condition is None else condition[part].to(machine.device)
-        return diffusion.sample(logits_at, here, given=kept, condition=conditions, **temperatures)
+        return diffusion.sample(logits_at, here, temperature, kept, final_temperature, conditions)
 
     with machine.autocast():
         return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", draw)

@@ -6,16 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from errors import UserError
 from metrics.energy import Operations, count_layers, firing_rates
-from models import FSVAE, Denoiser
+from models import FSVAE, Autoencoder, Denoiser, VQAutoencoder
 from models.conditions import NOT_GIVEN
 from models.spiking import use_backend
-from models.vq_autoencoder import VQAutoencoder
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import is_rank_0
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images, in_batches
@@ -24,6 +23,9 @@ from pipeline.sampling.labels import find_labels
 
 TRAJECTORY_MOMENTS = 12
 TEST_IMAGES = "test images"
+
+Parts = dict[str, tuple[Autoencoder | Denoiser, Callable[[], Any]]]
+"""Parts of a model that are counted: a network, and a function that runs it."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,13 @@ class CodeDiffusion:
     class_names: tuple[str, ...] | None = None  # of all labels, in their order
 
     @property
+    def _denoiser(self) -> Denoiser:
+        """The denoiser. Raises ValueError for a model that only reconstructs."""
+        if self.denoiser is None:
+            raise ValueError("this model has no denoiser: it only reconstructs")
+        return self.denoiser
+
+    @property
     def diffusion(self) -> AbsorbingDiffusion:
         """Of as many timesteps as an image has codes."""
         return AbsorbingDiffusion(self.autoencoder.codebook_size, math.prod(self.grid))
@@ -90,7 +99,7 @@ class CodeDiffusion:
     @property
     def settings(self) -> dict[str, Any]:
         """See ImageModel."""
-        spike_steps = [self.autoencoder.spike_steps, self.denoiser.spike_steps]
+        spike_steps = [self.autoencoder.spike_steps, self._denoiser.spike_steps]
         return {
             "seed": self.seed,
             "grid": list(self.grid),
@@ -108,13 +117,15 @@ class CodeDiffusion:
 
         Without a guidance it keeps its own. Raises UserError if it lacks the conditions, or has no such class.
         """
-        conditions = self.denoiser.conditions
+        conditions = self._denoiser.conditions
         guidance = self.guidance if guidance is None else guidance
         if guidance and not conditions:
             raise UserError("guidance needs a denoiser with a condition, and this one has none: leave it out")
-        if labels is not None and not conditions.labels:
+        if labels is None:
+            return replace(self, guidance=guidance, labels=())
+        if conditions.labels is None:
             raise UserError("this denoiser knows no labels: leave them out, or train with --condition label")
-        chosen = () if labels is None else find_labels(labels, conditions.labels.present, self.class_names)
+        chosen = find_labels(labels, conditions.labels.present, self.class_names)
         return replace(self, guidance=guidance, labels=chosen)
 
     def name_of(self, label: int) -> str:
@@ -135,7 +146,8 @@ class CodeDiffusion:
 
     def labels_of(self, samples: range) -> Tensor | None:
         """See ImageModel."""
-        return self.condition_of(samples)[:, -1] if self.denoiser.labels else None
+        condition = self.condition_of(samples) if self._denoiser.labels else None
+        return None if condition is None else condition[:, -1]
 
     @property
     def drawn(self) -> str:
@@ -169,21 +181,30 @@ class CodeDiffusion:
     def _draw_codes(self, samples: range, given: Tensor | None = None) -> tuple[Tensor, SamplingNoise]:
         noise = self.diffusion.noise(self.seed, samples, self.grid, self.sample_steps, self.reveal_order)
         condition = self.condition_of(samples) if given is None else self._condition_of_given(samples)
-        how = {"temperature": self.temperature, "final_temperature": self.final_temperature}
-        how |= {"given": given, "condition": condition, "guidance": self.guidance}
-        return draw_codes(self.denoiser, self.diffusion, noise, self.machine, self.batch_size, **how), noise
+        codes = draw_codes(
+            self._denoiser,
+            self.diffusion,
+            noise,
+            self.machine,
+            self.batch_size,
+            given=given,
+            condition=condition,
+            guidance=self.guidance,
+            temperature=self.temperature,
+            final_temperature=self.final_temperature,
+        )
+        return codes, noise
 
     def condition_of(self, samples: range) -> Tensor | None:
         """The conditions `[N,J]` of the samples with these indices; None without any. See `Conditions`."""
         labels = [self.labels[i % len(self.labels)] for i in samples] if self.labels else None
-        return self.denoiser.conditions.draw(self.seed, samples, labels)
+        return self._denoiser.conditions.draw(self.seed, samples, labels)
 
     def _condition_of_given(self, samples: range) -> Tensor | None:
         """The same where some codes are given: those belong to another prototype, but may have the label."""
-        if not self.labels:
-            return None
-        condition = self.condition_of(samples)
-        condition[:, :-1] = NOT_GIVEN
+        condition = self.condition_of(samples) if self.labels else None
+        if condition is not None:
+            condition[:, :-1] = NOT_GIVEN
         return condition
 
     def cost(self, images: Tensor) -> Cost:
@@ -192,14 +213,14 @@ class CodeDiffusion:
         With guidance it is two passes at each, one of them without the last condition. The denoiser sees what the
         sampler has there. A pass is the mean of them.
         """
-        model, device, samples = self.autoencoder, self.machine.device, range(len(images))
+        model, denoiser, device, samples = self.autoencoder, self._denoiser, self.machine.device, range(len(images))
         pixels, (codes, noise) = to_float(images.to(device)), self._draw_codes(samples)
         codes, passes = codes.to(device), self._passes(codes, noise, samples)
         shown = tqdm(passes, "counting energy", unit=" passes", leave=False, disable=None if is_rank_0() else True)
-        parts = {
+        parts: Parts = {
             "encode": (model, lambda: model.encode(pixels)),
             "decode": (model, lambda: model.decode(codes)),
-            "denoiser_pass": (self.denoiser, lambda: [self.denoiser(*inputs) for inputs in shown]),
+            "denoiser_pass": (denoiser, lambda: [denoiser(*inputs) for inputs in shown]),
         }
         layers, rates = _count(parts, len(images))
         layers["denoiser_pass"] = {name: 1 / len(passes) * each for name, each in layers["denoiser_pass"].items()}
@@ -218,9 +239,10 @@ class CodeDiffusion:
     def _passes(self, codes: Tensor, noise: SamplingNoise, samples: range) -> list[tuple[Tensor | None, ...]]:
         """The denoiser's inputs in each pass that led to `codes [N,h,w]`: tokens, t, condition."""
         diffusion, device, condition = self.diffusion, self.machine.device, self.condition_of(samples)
-        conditions = [None if condition is None else condition.to(device)]
-        if self.guidance:
-            conditions.append(self.denoiser.conditions.without_last(conditions[0]))
+        condition = None if condition is None else condition.to(device)
+        conditions = [condition]
+        if self.guidance and condition is not None:
+            conditions.append(self._denoiser.conditions.without_last(condition))
         timesteps = torch.tensor(diffusion.timesteps(self.sample_steps, self.reveal_order), device=device)
         return [
             (diffusion.trajectory(codes, noise, int(t) + 1).to(device), t.expand(len(codes)), each)
@@ -278,7 +300,7 @@ class PriorSampling:
         picks = model.noise(self.seed, range(len(images))).to(self.machine.device)
         with torch.no_grad():
             latents = model.eval().sample(picks)
-        parts = {
+        parts: Parts = {
             "encode": (model, lambda: model.encode(pixels, picks)),
             "decode": (model, lambda: model.decode(latents)),
             "sample": (model, lambda: model.decode(model.sample(picks))),
@@ -288,9 +310,7 @@ class PriorSampling:
         return Cost(_sums(layers), layers, rates, protocols)
 
 
-def _count(
-    parts: dict[str, tuple[nn.Module, Callable[[], Any]]], images: int
-) -> tuple[dict[str, dict[str, Operations]], dict[str, float]]:
+def _count(parts: Parts, images: int) -> tuple[dict[str, dict[str, Operations]], dict[str, float]]:
     """Operations of each call per image and layer, and firing rates; in float32, on the reference backend."""
     measured = {name: _measure(*part, images) for name, part in parts.items()}
     layers = {name: counted for name, (counted, _) in measured.items()}
@@ -303,7 +323,9 @@ def _sums(layers: dict[str, dict[str, Operations]]) -> dict[str, Operations]:
     return {name: sum(own.values(), Operations(0, 0, 0)) for name, own in layers.items()}
 
 
-def _measure(model: nn.Module, call: Callable[[], Any], images: int) -> tuple[dict[str, Operations], dict[str, float]]:
+def _measure(
+    model: Autoencoder | Denoiser, call: Callable[[], Any], images: int
+) -> tuple[dict[str, Operations], dict[str, float]]:
     """Both in one run: neurons take no part in the count."""
     counted: list[dict[str, Operations]] = []
     model.eval()

@@ -15,7 +15,7 @@ def find_labels(
     """
     names = {class_names[label].casefold(): label for label in present} if class_names else {}
     known = {str(label): label for label in present} | names
-    found = []
+    found: list[int] = []
     for word in map(str, wanted):
         if word.casefold() not in known and word.casefold() != "all":
             choices = ", ".join(f"{label} ({class_names[label]})" if class_names else str(label) for label in present)

@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
@@ -17,7 +18,7 @@ from errors import UserError
 from pipeline.checkpoints import save_weights
 from pipeline.run_folder import RunFolder
 from pipeline.runtime import processes
-from pipeline.runtime.device import Machine
+from pipeline.runtime.device import Machine, Network
 from pipeline.runtime.seeds import derive_seed
 from pipeline.training.interruption import Interruption
 
@@ -52,6 +53,14 @@ class Schedule:
     fixed_norm: float = 0.0  # share of the steps, the last ones, in which batch norm's statistics do not change
 
 
+class Place(NamedTuple):
+    """Where a stage is trained: run folder, schedule, and the device and precision it computes with."""
+
+    run: RunFolder
+    schedule: Schedule
+    machine: Machine
+
+
 @dataclass
 class Progress:
     """Where a stage stands: whole epochs done, steps done in the next; that epoch's seconds and sums so far."""
@@ -62,7 +71,7 @@ class Progress:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Trainer:
+class Trainer(Generic[Network]):
     """Trains one network on examples in memory; the order of examples and all noise follow from the seed.
 
     Several processes take a share of every batch each, and the same step together.
@@ -75,6 +84,7 @@ class Trainer:
             it, to mean losses by name; the one called "loss" is minimised, all are logged.
         preview: called after each epoch, with the network that is kept and the epoch's number; returns values for
             the log.
+        place: run folder, schedule and machine.
         checkpoint: where the weights of the network that is kept go whenever they are saved.
         draw: a whole batch, in such tensors, and a generator to tensors of examples and their noise, which are the same
             for any number of processes; by default, the batch alone.
@@ -90,26 +100,25 @@ class Trainer:
     def __init__(
         self,
         stage: tuple[int, str],
-        model: nn.Module,
+        model: Network,
         examples: Batch,
         losses: LossFunction,
-        preview: Callable[[nn.Module, int], Values],
-        *,
-        run: RunFolder,
+        preview: Callable[[Network, int], Values],
+        place: Place,
         checkpoint: Path,
-        schedule: Schedule,
-        machine: Machine,
         draw: DrawFunction = lambda batch, _: batch,
     ):
         self.number, self.name = stage
         self.model, self.draw, self.losses, self.preview = model, draw, losses, preview
+        self.run, self.schedule, self.machine = place
+        schedule, machine = self.schedule, self.machine
+        self.checkpoint = checkpoint
         self.network = processes.share_training(model, machine.device)
         self.examples = TensorDataset(*(each.to(machine.device) for each in examples))
         self.steps = math.ceil(len(self.examples) / schedule.batch_size)  # of an epoch
-        self.run, self.checkpoint, self.schedule, self.machine = run, checkpoint, schedule, machine
         self.optimizer = torch.optim.AdamW(model.parameters(), schedule.lr, betas=(0.9, 0.999), weight_decay=1e-3)
         self.average = _moving_average(model, schedule.ema_decay) if schedule.ema_decay else None
-        self.kept = self.average.module if self.average else model
+        self.kept = cast(Network, self.average.module) if self.average else model
         self.progress = Progress()
 
     @property
@@ -307,8 +316,8 @@ class Trainer:
             return self.losses(network, processes.own_noise(generator), *share), weight
 
 
-def _batch_norms(network: nn.Module) -> list[nn.Module]:
-    return [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+def _batch_norms(network: nn.Module) -> list[_BatchNorm]:
+    return [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
 
 
 def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -317,7 +326,8 @@ def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
     After n steps the decay is `min(decay, (1 + n) / (10 + n))`.
     """
 
-    def average(averaged: Tensor, current: Tensor, steps: Tensor) -> Tensor:
+    def average(averaged: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
+        steps = torch.as_tensor(steps)
         rate = 1 - ((1 + steps) / (10 + steps)).clamp_max(decay)
         return torch.lerp(averaged, current, rate.to(averaged.dtype))
 

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from pipeline.runtime import processes
 from pipeline.sampling.batches import decode_codes, encode_images
 from pipeline.sampling.grids import grid, save_png, to_float
 from pipeline.sampling.image_models import CodeDiffusion, PriorSampling
-from pipeline.training.loop import Batch, Losses, Trainer, Values
+from pipeline.training.loop import Batch, Losses, Place, Trainer, Values
 
 PREVIEW_IMAGES = 16
 USAGE_IMAGES = 1000  # of the test split, whose codes tell the codebook's usage after each epoch
@@ -26,9 +25,9 @@ CONDITION_DROPOUT = 0.1  # fraction of the training images of which a condition 
 SCHEDULED_SAMPLING = (0.1, 0.3)  # probability in the first epoch, and after the last, of FSVAE
 
 
-def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: float, **options: Any) -> Trainer:
+def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: float, place: Place) -> Trainer:
     """Stage 1: the autoencoder on `train`, uint8 `[N,C,H,W]`; previews show `test` over its reconstructions."""
-    run, machine = options["run"], options["machine"]
+    run, machine = place.run, place.machine
     shown = test[:PREVIEW_IMAGES]
 
     def losses(network: nn.Module, generator: torch.Generator, batch: Tensor) -> Losses:
@@ -45,12 +44,12 @@ def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: 
             print(f"{cause}; if this lasts, begin a new run with a smaller --codebook_size or --lr", file=sys.stderr)
         return {"codebook_usage": share}
 
-    return Trainer((1, "vqsvae"), model, (train,), losses, preview, checkpoint=run.model, **options)
+    return Trainer((1, "vqsvae"), model, (train,), losses, preview, place, run.model)
 
 
-def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> Trainer:
+def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, place: Place) -> Trainer:
     """The variational autoencoder on `train`, uint8 `[N,C,H,W]`; previews show `test` and samples of the prior."""
-    run, schedule = options["run"], options["schedule"]
+    run, schedule = place.run, place.schedule
     shown = test[:PREVIEW_IMAGES]
 
     def losses(network: nn.Module, generator: torch.Generator, batch: Tensor) -> Losses:
@@ -60,25 +59,25 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, **options: Any) -> 
         return {"loss": out.loss, "mse": out.mse, "mmd": out.mmd}
 
     def preview(model: FSVAE, epoch: int) -> Values:
-        prior = PriorSampling(model, options["machine"], schedule.seed)
+        prior = PriorSampling(model, place.machine, schedule.seed)
         rows = torch.cat((shown, prior.reconstruct(shown)))
         show(run, "vae", "reconstructions", grid(rows, len(shown)), epoch)
         show(run, "vae", "samples", grid(prior.draw(range(PREVIEW_IMAGES)), PREVIEW_IMAGES // 2), epoch)
         return {}
 
-    trainer = Trainer((1, "vae"), model, (train,), losses, preview, checkpoint=run.model, **options)
+    trainer = Trainer((1, "vae"), model, (train,), losses, preview, place, run.model)
     return trainer
 
 
 def sdid_trainer(
-    denoiser: Denoiser, model: CodeDiffusion, codes: Tensor, labels: Tensor | None, loss: str, **options: Any
+    denoiser: Denoiser, model: CodeDiffusion, codes: Tensor, labels: Tensor | None, loss: str, place: Place
 ) -> Trainer:
     """Stage 2: the denoiser on `codes [N,h,w]`; previews are what `model` draws with it.
 
     A denoiser with conditions, which may need the `labels [N]`, is told them for most images, but not for all:
     inpainting is not told, and guidance compares both.
     """
-    run, diffusion = options["run"], model.diffusion
+    run, diffusion = place.run, model.diffusion
 
     def draw(batch: Batch, random: torch.Generator) -> Batch:
         codes = batch[0]
@@ -97,8 +96,8 @@ def sdid_trainer(
         show(run, "sdid", "samples", grid(images, PREVIEW_IMAGES // 2), epoch)
         return {}
 
-    examples = (codes, labels) if denoiser.labels else (codes,)
-    return Trainer((2, "sdid"), denoiser, examples, losses, preview, checkpoint=run.denoiser, draw=draw, **options)
+    examples = (codes, labels) if denoiser.labels and labels is not None else (codes,)
+    return Trainer((2, "sdid"), denoiser, examples, losses, preview, place, run.denoiser, draw)
 
 
 def _dropped_out(conditions: Tensor, random: torch.Generator) -> Tensor:

@@ -5,13 +5,14 @@ from functools import partial
 import torch
 
 from errors import UserError
+from models import FSVAE
 from pipeline.checkpoints import load_weights, save_weights
 from pipeline.options import as_written
 from pipeline.runtime.processes import from_rank_0
 from pipeline.runtime.seeds import derive_seed
 from pipeline.sampling.batches import encode_images
 from pipeline.session import Session
-from pipeline.training.loop import Schedule, Trainer
+from pipeline.training.loop import Place, Schedule, Trainer
 from pipeline.training.objectives import fsvae_trainer, sdid_trainer, vqsvae_trainer
 
 
@@ -25,7 +26,7 @@ def check(session: Session) -> None:
     stage, size = o.run.stage, o.autoencoder.codebook_size
     if stage == "sdid" and not session.has_codes:
         raise UserError(f"--stage sdid: {o.autoencoder.model} draws from its own prior and has no second stage")
-    if stage == "sdid" and (codes := session.load_autoencoder().codebook_size) != size:
+    if stage == "sdid" and (codes := session.load_vq_autoencoder().codebook_size) != size:
         path = session.networks.autoencoder_path
         raise UserError(f"{path} has {codes} codes: say so with --codebook_size {codes}")
     if stage != "vqsvae" and session.has_codes:
@@ -62,12 +63,11 @@ def train_autoencoder(session: Session) -> bool:
     model = session.networks.new_autoencoder(*data.shape[:2])
     if not session.last:  # a resumed training has its weights
         session.networks.begin_autoencoder(model)
-    settings = {"run": session.run, "schedule": _schedule(session, o.epochs, o.lr), "machine": machine}
-    if session.has_codes:
-        trainer = vqsvae_trainer(machine.to_device(model), data.train, data.test, data.variance, **settings)
-    else:
-        trainer = fsvae_trainer(machine.to_device(model), data.train, data.test, **settings)
-    return _train(session, trainer)
+    place = Place(session.run, _schedule(session, o.epochs, o.lr), machine)
+    machine.to_device(model)
+    if isinstance(model, FSVAE):
+        return _train(session, fsvae_trainer(model, data.train, data.test, place))
+    return _train(session, vqsvae_trainer(model, data.train, data.test, data.variance, place))
 
 
 def _has_stage_1(session: Session) -> bool:
@@ -79,7 +79,7 @@ def _has_stage_1(session: Session) -> bool:
 def train_denoiser(session: Session) -> bool:
     """Stage 2, on the codes of the training images; False if it ran out of time before its last epoch."""
     o, machine, networks = session.options.training, session.machine, session.networks
-    autoencoder = session.load_autoencoder()
+    autoencoder = session.load_vq_autoencoder()
     data = session.data
     codes = encode_images(autoencoder, data.train, machine, session.options.sampling.eval_batch_size)
     torch.manual_seed(derive_seed(session.options.run.seed, "weights", 2))
@@ -88,15 +88,24 @@ def train_denoiser(session: Session) -> bool:
         networks.begin_denoiser(denoiser)
         networks.fit_conditions(denoiser, codes, data.train_labels, autoencoder)
     schedule = _schedule(session, o.diffusion_epochs, o.diffusion_lr or o.lr, o.fixed_norm)
-    settings = {"run": session.run, "schedule": schedule, "machine": machine}
     model = session.code_diffusion(autoencoder, denoiser)
-    return _train(session, sdid_trainer(denoiser, model, codes, data.train_labels, o.loss, **settings))
+    place = Place(session.run, schedule, machine)
+    return _train(session, sdid_trainer(denoiser, model, codes, data.train_labels, o.loss, place))
 
 
 def _schedule(session: Session, epochs: int, lr: float, fixed_norm: float = 0.0) -> Schedule:
     o, run = session.options.training, session.options.run
-    how = {"lr_schedule": o.lr_schedule, "ema_decay": o.ema_decay, "fixed_norm": fixed_norm}
-    return Schedule(epochs, o.batch_size, lr, run.seed, run.max_minutes, run.save_every, **how)
+    return Schedule(
+        epochs,
+        o.batch_size,
+        lr,
+        run.seed,
+        run.max_minutes,
+        run.save_every,
+        lr_schedule=o.lr_schedule,
+        ema_decay=o.ema_decay,
+        fixed_norm=fixed_norm,
+    )
 
 
 def _train(session: Session, trainer: Trainer) -> bool:
