@@ -34,6 +34,7 @@ format: install
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 test: lint
 	$(RUN) -m pytest

@@ -74,6 +74,10 @@ class VQSVAE(VQAutoencoder):
         spike_generator: ablation: "adaptive", "repeat" or "poisson"; see SpikingQuantizer.
     """
 
+    encoder: Encoder
+    vq_layer: SpikingQuantizer
+    decoder: Decoder
+
     def __init__(
         self,
         channels: int = 1,

@@ -24,7 +24,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
@@ -47,6 +49,8 @@ from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images
 from pipeline.sampling.grids import save_figure
 
+Trained = TypeVar("Trained", VQSVAE, SDID)
+
 TRAINED = Path(__file__).resolve().parents[1] / "pretrained" / "fmnist-faithful"
 CODES, SIDE, GRID = 128, 28, 7
 IMAGES = 64  # distinct ones
@@ -67,16 +71,21 @@ def networks(args: argparse.Namespace) -> tuple[VQSVAE, SDID]:
         torch.manual_seed(0)
         steps = args.spike_steps or 16
         return VQSVAE(spike_steps=steps), SDID(spike_steps=steps, denoiser_channels=args.denoiser_channels or 64)
-    run, built = RunFolder(args.run), []
-    config = run.read_config()
-    for kind, path in ((VQSVAE, run.model), (SDID, run.denoiser)):
-        weights = load_weights(path)
-        try:
-            built.append(kind(**kind.options_of(weights), spike_steps=config["spike_steps"]))
-            built[-1].load_state_dict(weights)
-        except (KeyError, RuntimeError) as error:
-            raise UserError(f"{path} is not of the paper's networks: name another --run") from error
-    return tuple(built)
+    run = RunFolder(args.run)
+    spike_steps = run.read_config()["spike_steps"]
+    return load(VQSVAE, run.model, spike_steps), load(SDID, run.denoiser, spike_steps)
+
+
+def load(kind: type[Trained], path: Path, spike_steps: int) -> Trained:
+    """A trained network of the paper's. Raises UserError for another one's weights."""
+    weights = load_weights(path)
+    try:
+        options: dict[str, Any] = kind.options_of(weights)
+        network = kind(**options, spike_steps=spike_steps)
+        network.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path} is not of the paper's networks: name another --run") from error
+    return network
 
 
 def draw_images(vqsvae: VQSVAE, sdid: SDID, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -92,7 +101,7 @@ def shares_of_spikes(sdid: SDID, tokens: Tensor, t: Tensor) -> dict[str, float]:
     """Share of spikes among the inputs of each convolution that has spikes, in evaluation mode."""
     sdid, shares = copy.deepcopy(sdid).eval(), {}
     for name in ("conv2", "conv3", "conv4", "conv5", "conv6"):
-        conv = sdid.get_submodule(name)[0]
+        conv = next(sdid.get_submodule(name).children())
         conv.register_forward_pre_hook(lambda _, inputs, name=name: shares.update({name: inputs[0].mean().item()}))
     with use_backend("reference"):
         sdid(tokens, t)
@@ -119,7 +128,7 @@ def tasks(
     """What is timed: each function handles one batch, of the size that `batch` names."""
     device = machine.device
     for network in (vqsvae, sdid):
-        network.to(device, memory_format=torch.contiguous_format) if plain else machine.to_device(network)
+        network.to(device).to(memory_format=torch.contiguous_format) if plain else machine.to_device(network)
 
     def some(values: Tensor, task: str) -> Tensor:
         return values[torch.arange(batch[task]) % len(values)]
@@ -146,7 +155,7 @@ def tasks(
     }
 
 
-def seconds(task: Callable[[], None], device: torch.device) -> float:
+def seconds(task: Callable[[], object], device: torch.device) -> float:
     """Wall-clock time of one call, to the end of what it started."""
     started = time.perf_counter()
     task()
@@ -168,24 +177,24 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, dict]:
     batch = {name: args.batch_size or size for name, size in default.items()}
     vqsvae, sdid = networks(args)
     codes, images = draw_images(vqsvae, sdid, machine.device)
-    figures = {way: {} for way in WAYS[mode]}
+    rates: dict[str, dict[str, float]] = {way: {} for way in WAYS[mode]}
     for name, task in tasks(machine, plain, batch, vqsvae, sdid, codes, images).items():
         warm_up, repeats = (1, max(1, args.repeats // 3)) if name == "sample" else (3, args.repeats)
-        times = {way: [] for way in figures}
+        times: dict[str, list[float]] = {way: [] for way in rates}
         for _ in range(warm_up + repeats):
-            for way in figures:
+            for way in rates:
                 use_events(-1 if way == "dense" else None)
                 times[way].append(seconds(task, machine.device))
         for way, values in times.items():
-            figures[way][name] = round(batch[name] / statistics.median(values[warm_up:]), 3)
-            print(f"{way:6} {name:13} {figures[way][name]:10.2f} images/s", flush=True)
+            rates[way][name] = round(batch[name] / statistics.median(values[warm_up:]), 3)
+            print(f"{way:6} {name:13} {rates[way][name]:10.2f} images/s", flush=True)
     shares = shares_of_spikes(sdid, *masked(codes, machine.device))
     print(f"{mode:6} {'spikes':13} ", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True)
-    facts = {"spikes": shares, "batch": batch, "precision": machine.precision}
+    facts: dict[str, Any] = {"spikes": shares, "batch": batch, "precision": machine.precision}
     facts["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     if machine.device.type == "cuda":
         facts["peak_device_memory_mib"] = round(torch.cuda.max_memory_allocated(machine.device) / 2**20)
-    return {way: {**rates, **facts} for way, rates in figures.items()}
+    return {way: {**measured, **facts} for way, measured in rates.items()}
 
 
 def masked(codes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -217,9 +226,9 @@ def draw_figure(args: argparse.Namespace) -> dict:
         sdid = copy.deepcopy(trained).eval()
         for module in sdid.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.bias += shift
+                module.bias.add_(shift)
         shares = shares_of_spikes(sdid, tokens, t)
-        times = {"dense": [], "events": []}
+        times: dict[str, list[float]] = {"dense": [], "events": []}
         for _ in range(args.repeats):
             for way, largest in (("dense", -1), ("events", 1)):
                 use_events(largest)
@@ -257,10 +266,8 @@ def scaling(args: argparse.Namespace) -> dict:
     for count in (1_000, 10_000, 60_000):
         pictures = torch.randint(0, 256, (count, 1, SIDE, SIDE), dtype=torch.uint8)
         noise = diffusion.noise(0, range(count), (GRID, GRID))
-        encode = seconds(lambda p=pictures: encode_images(vqsvae, p, machine, 256), machine.device)
-        sample = seconds(
-            lambda n=noise: draw_codes(sdid, diffusion, n, machine, temperature=1.0, batch_size=256), machine.device
-        )
+        encode = seconds(partial(encode_images, vqsvae, pictures, machine, 256), machine.device)
+        sample = seconds(partial(draw_codes, sdid, diffusion, noise, machine, 256), machine.device)
         table[count] = {"encode": round(1e3 * encode / count, 4), "sample": round(1e3 * sample / count, 4)}
         print(
             f"{count:6} images: encode {table[count]['encode']:.3f} ms, sample {table[count]['sample']:.3f} ms an image"

@@ -82,8 +82,8 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     if ours != theirs:
         raise UserError(f"the images in {generated} are {ours} pixels, those of {data.name} {theirs}: make them alike")
     options = {key: getattr(args, key) for key in names(EvaluationOptions)}
-    images = to_channels(images, data.test.shape[1]).numpy()
-    return spiking_diffusion.evaluate(images, data, drawn=str(generated), device=args.device, seed=args.seed, **options)
+    pixels = to_channels(images, data.test.shape[1]).numpy()
+    return spiking_diffusion.evaluate(pixels, data, drawn=str(generated), device=args.device, seed=args.seed, **options)
 
 
 def as_data(path: Path) -> ImageData:

@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
@@ -33,7 +33,7 @@ except ImportError:  # of nir or nirtorch
 
 from errors import UserError
 from image_files import expand
-from models import SDID, VQSVAE, ResidualSDID
+from models import SDID, VQSVAE, ResidualSDID, VQAutoencoder
 from models.spiking import SpikingStack, membrane_weights, use_backend, weighted_sum
 from pipeline.options import autoencoder_weights
 from pipeline.runtime.terminal import print_anywhere
@@ -122,7 +122,7 @@ def of_denoiser(model: SDID | ResidualSDID, codes: Tensor) -> Export:
 
 def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]:
     """The networks of a run, or for one that is not exported a line that says why. Raises UserError."""
-    place = {} if data_path is None else {"data_path": data_path}
+    place: dict[str, Any] = {} if data_path is None else {"data_path": data_path}
     session = open_session(checkpoint=autoencoder_weights(str(run_folder)), device="cpu", precision="float32", **place)
     autoencoder = session.load_autoencoder().double().eval()
     images = session.data.test[:IMAGES].double() / 255
@@ -131,10 +131,11 @@ def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]
     else:
         model = session.options.autoencoder.model
         yield f"autoencoder: not exported, this is {model} and only that of snn-vq-vae is"
-    if not (session.has_codes and session.run.denoiser.is_file()):
+    if not (isinstance(autoencoder, VQAutoencoder) and session.run.denoiser.is_file()):
         yield "denoiser: not exported, the run has none"
         return
     denoiser = session.networks.load_denoiser(autoencoder).double().eval()
+    assert isinstance(denoiser, SDID | ResidualSDID)
     yield of_denoiser(denoiser, autoencoder.encode(images))
 
 
@@ -142,7 +143,7 @@ def observe(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list
     """What `run()` returns, and the spikes `[S,N,C,H,W]` of the network's neurons in the order in which they ran."""
     spikes: list[Tensor] = []
 
-    def record(module: nn.Module, _: tuple, output: Tensor | tuple) -> None:
+    def record(module: nn.Module, _: tuple, output: Any) -> None:
         if isinstance(module, neuron.LIFNode):
             spikes.append(output)
         elif isinstance(getattr(module, "module", None), neuron.LIFNode):  # as the importer wraps it

@@ -1,5 +1,7 @@
 """The networks as what NIR can hold: graphs of convolutions and SpikingJelly's neurons, for one spike step."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import neuron
@@ -7,7 +9,9 @@ from torch import Tensor, nn
 
 from models import SDID, ResidualSDID
 from models.residual_sdid import HEADS, MixingBlock
-from models.spiking import LIF, SURROGATE, Firing, SpikingStack
+from models.spiking import LIF, SURROGATE, Convolution, Firing, SpikingStack
+
+Pair = tuple[int, int]
 
 
 class SDIDGraph(nn.Module):
@@ -20,13 +24,14 @@ class SDIDGraph(nn.Module):
 
     def __init__(self, denoiser: SDID):
         super().__init__()
-        head, blocks = denoiser.conv6[0], (getattr(denoiser, f"conv{i}") for i in range(2, 6))
-        parts = head.weight.split((4 * len(denoiser.conv1[0].weight), len(denoiser.conv1[0].weight)), 1)
+        head, blocks = denoiser.head, (denoiser.conv2, denoiser.conv3, denoiser.conv4, denoiser.conv5)
+        width = head.in_channels // 5
+        parts = head.weight.split((4 * width, width), 1)
         self.first, self.rest = spiking_layers(denoiser.conv1), nn.Sequential(*map(spiking_layers, blocks))
         self.head_rest, self.head_first = (convolution(part, padding=head.padding) for part in parts)
-        self.add = identity(len(head.bias), head.bias)
+        self.add = identity(head.out_channels, head.bias)
 
-    def planes(self, tokens: Tensor, t: Tensor, condition: None = None) -> Tensor:
+    def planes(self, tokens: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """The graph's input for `tokens [N,h,w]` and timesteps `t [N]`."""
         return torch.stack((tokens, t.view(-1, 1, 1).expand_as(tokens)), 1).double()
 
@@ -61,7 +66,8 @@ class ResidualGraph(nn.Module):
         placed = [*(conditions.labels.embed.weight if conditions.labels else ()), position]  # each [C,h,w]
         weights += [each.flatten(1)[..., None, None] * self.corner for each in placed]
         self.enter = convolution(torch.cat(weights, 1), stride=denoiser.embed.stride)
-        self.blocks = nn.Sequential(*(MixingGraph(block, self.grid) for block in denoiser.blocks))
+        blocks = (MixingGraph(cast(MixingBlock, block), self.grid) for block in denoiser.blocks)
+        self.blocks = nn.Sequential(*blocks)
         self.leave = nn.Sequential(*fired(identity(len(position)), denoiser.fire), layer(denoiser.head))
 
     def planes(self, tokens: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -73,9 +79,11 @@ class ResidualGraph(nn.Module):
         planes = [F.one_hot(tokens, self.codebook_size + 1).permute(0, 3, 1, 2)]
         positions = torch.kron(torch.eye(self.grid.numel()).view(-1, *self.grid), self.corner)
         if self.conditions.prototypes:
+            assert condition is not None
             codes = self.conditions.prototypes.grids[condition[:, 0]].long()
             planes.append(F.one_hot(codes, self.codebook_size).permute(0, 3, 1, 2))
         if self.conditions.labels:
+            assert condition is not None
             labels = F.one_hot(condition[:, -1], self.conditions.labels.embed.in_channels)
             planes.append((labels[..., None, None, None] * positions).flatten(1, 2))
         planes.append(positions.expand(len(tokens), -1, -1, -1))
@@ -129,9 +137,16 @@ class MixingGraph(nn.Module):
         return self.out(x + self.channels(x))
 
 
-def convolution(weight: Tensor, bias: Tensor | None = None, **how: tuple[int, int]) -> nn.Conv2d:
-    """A convolution in float64 with these weights `[C',C,k,k]` and `[C']`, or 0; `how` is its stride and padding."""
-    conv = nn.Conv2d(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), dtype=torch.float64, **how)
+def convolution(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: tuple[int, ...] = (1, 1),
+    padding: str | tuple[int, ...] = (0, 0),
+) -> nn.Conv2d:
+    """A convolution in float64 with the weights `[C',C,k,k]` and the bias `[C']`, or 0."""
+    outputs, inputs, height, width = weight.shape
+    sizes = cast(Pair, stride), cast(Pair, padding)
+    conv = nn.Conv2d(inputs, outputs, (height, width), *sizes, dtype=torch.float64)
     conv.load_state_dict({"weight": weight, "bias": torch.zeros(len(weight)) if bias is None else bias})
     return conv
 
@@ -161,28 +176,29 @@ def coarse_weight(conv: nn.ConvTranspose2d, grain: int) -> Tensor:
     ones = torch.zeros(channels, channels, 3, 3, dtype=conv.weight.dtype)
     ones[range(channels), range(channels), 1, 1] = 1
     fine = F.pixel_shuffle(ones, grain)
-    fine = F.conv_transpose2d(fine, conv.weight, None, conv.stride, conv.padding, conv.output_padding)
+    fine = F.conv_transpose2d(fine, conv.weight, None, conv.stride, cast(Pair, conv.padding), conv.output_padding)
     return F.pixel_unshuffle(fine, grain * conv.stride[0]).transpose(0, 1).flip(2, 3)
 
 
-def layer(conv: nn.Module, norm: nn.BatchNorm2d | None = None, grain: int = 1) -> nn.Conv2d:
+def layer(conv: Convolution, norm: nn.BatchNorm2d | None = None, grain: int = 1) -> nn.Conv2d:
     """A convolution, plain or transposed, and its batch norm in evaluation mode as one; `grain` as in coarse_weight."""
-    weight, how = conv.weight, {"stride": conv.stride, "padding": conv.padding}
-    bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+    weight, stride, padding = conv.weight, conv.stride, conv.padding
+    bias: Tensor = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
     if isinstance(conv, nn.ConvTranspose2d):
-        weight, how = coarse_weight(conv, grain), {"padding": (1, 1)}
+        weight, stride, padding = coarse_weight(conv, grain), (1, 1), (1, 1)
     if norm is not None:
+        assert norm.running_var is not None and norm.running_mean is not None
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         bias = (bias - norm.running_mean) * scale + norm.bias
         weight = weight * scale.repeat_interleave(len(weight) // len(scale)).view(-1, 1, 1, 1)
-    return convolution(weight, bias.repeat_interleave(len(weight) // len(bias)), **how)
+    return convolution(weight, bias.repeat_interleave(len(weight) // len(bias)), stride, padding)
 
 
 def spiking_layers(stack: SpikingStack) -> nn.Sequential:
     """The stack for one spike step as convolutions and SpikingJelly's neurons; batch norm is folded."""
-    layers, grain, modules = [], 1, list(stack)
-    for conv, *firing in (modules[i : i + 3] for i in range(0, len(modules), 3)):
-        layers.append(layer(conv, firing[0] if firing else None, grain))
-        layers += map(spiking_neuron, firing[1:])
+    layers: list[nn.Module] = []
+    grain = 1
+    for conv, norm, lif in stack.blocks:
+        layers += [layer(conv, norm, grain), spiking_neuron(lif)]
         grain *= conv.stride[0] if isinstance(conv, nn.ConvTranspose2d) else 1
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers, *(() if stack.head is None else (layer(stack.head, None, grain),)))
