@@ -67,9 +67,10 @@ def inpaint(session: Session) -> None:
     Each is completed COMPLETIONS times, as one class if one is asked for; or once as each of several.
     """
     o = session.options
-    model = with_temperature(session, session.load_model())
-    if not isinstance(model, CodeDiffusion):
+    if not session.has_codes:
         raise UserError(f"--stage inpaint: {o.autoencoder.model} has no codes to keep; snn-vq-vae and vq-vae have")
+    model = with_temperature(session, session.load_model())
+    assert isinstance(model, CodeDiffusion)
     images = session.data.test[: o.sampling.num_samples or INPAINTED_IMAGES]
     hidden = hidden_pixels(o.sampling.mask, *images.shape[2:])
     labels = model.labels if len(model.labels) > 1 else model.labels * COMPLETIONS

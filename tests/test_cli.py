@@ -21,6 +21,7 @@ from pipeline.evaluation.metrics import GENERATED_METRICS
 from pipeline.options import CODES, DECLARATIONS, DEFAULTS, LR_SCHEDULES, MASKS, SAMPLE_METRICS, SECTIONS, TITLES
 from pipeline.sampling.masks import MASKS as HIDDEN
 from pipeline.training import loop as training
+from pipeline.training import schedules
 
 
 def shell(*arguments, folder):
@@ -65,7 +66,7 @@ def test_help_tells_every_option_with_its_default(cli):
 
 def test_choices_are_those_of_the_rooms_that_use_them():
     assert set(SAMPLE_METRICS) == set(GENERATED_METRICS) and set(MASKS) == set(HIDDEN)
-    assert set(LR_SCHEDULES) == set(training.LR_SCHEDULES)
+    assert set(LR_SCHEDULES) == set(schedules.LR_SCHEDULES)
     assert set(CODES) | {"snn-vae"} == set(AUTOENCODERS)
     assert {owner for declared in DECLARATIONS.values() for owner in declared.of} <= {*AUTOENCODERS, *DENOISERS}
 

@@ -1,4 +1,4 @@
-"""Training: one epoch loop for all networks, its learning rates, averaged weights, saving and going on."""
+"""Training: one epoch loop for all networks, saving and resuming."""
 
 import math
 import time
@@ -9,8 +9,6 @@ from typing import Any, Generic, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
@@ -20,15 +18,11 @@ from pipeline.run_folder import RunFolder
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine, Network
 from pipeline.runtime.seeds import derive_seed
+from pipeline.training.averaging import batch_norms, moving_average, recalibrated
 from pipeline.training.interruption import Interruption
+from pipeline.training.schedules import Schedule
 
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}  # of the loss; a GPU would have to be waited for
-WARM_UP = 0.02  # share of the steps
-LR_SCHEDULES = {
-    "constant": lambda done: 1.0,
-    "cosine": lambda done: min(1, done / WARM_UP) * (1 + math.cos(math.pi * done)) / 2,
-}
-"""What the learning rate is multiplied by when this share of all steps is done."""
 CALIBRATION_IMAGES = 10_000  # of batch-norm recalibration
 
 Losses = dict[str, Tensor]
@@ -36,21 +30,6 @@ LossFunction = Callable[..., Losses]
 Batch = tuple[Tensor, ...]
 DrawFunction = Callable[[Batch, torch.Generator], Batch]
 Values = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how to train one stage."""
-
-    epochs: int
-    batch_size: int
-    lr: float
-    seed: int
-    max_minutes: float | None = None
-    save_every: float = 10.0  # minutes
-    lr_schedule: str = "constant"  # one of LR_SCHEDULES
-    ema_decay: float = 0.0  # of the averaged weights that are kept and evaluated; 0: the last weights are
-    fixed_norm: float = 0.0  # share of the steps, the last ones, in which batch norm's statistics do not change
 
 
 class Place(NamedTuple):
@@ -117,7 +96,7 @@ class Trainer(Generic[Network]):
         self.examples = TensorDataset(*(each.to(machine.device) for each in examples))
         self.steps = math.ceil(len(self.examples) / schedule.batch_size)  # of an epoch
         self.optimizer = torch.optim.AdamW(model.parameters(), schedule.lr, betas=(0.9, 0.999), weight_decay=1e-3)
-        self.average = _moving_average(model, schedule.ema_decay) if schedule.ema_decay else None
+        self.average = moving_average(model, schedule.ema_decay) if schedule.ema_decay else None
         self.kept = cast(Network, self.average.module) if self.average else model
         self.progress = Progress()
 
@@ -255,13 +234,12 @@ class Trainer(Generic[Network]):
 
     def _set_lr(self) -> None:
         """The learning rate of the current step: that in its middle, since a schedule may begin and end at 0."""
-        factor = LR_SCHEDULES[self.schedule.lr_schedule](self._done(self.progress.step + 0.5))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr * factor
+            group["lr"] = self.schedule.lr_at(self._done(self.progress.step + 0.5))
 
     def _norms_fixed(self, step: int) -> bool:
         """Whether batch norm's statistics do not change in this step of the current epoch; the first is number 0."""
-        return self.schedule.fixed_norm > 0 and self._done(step) >= 1 - self.schedule.fixed_norm
+        return self.schedule.freezes_norms(self._done(step))
 
     def _fix_norms(self) -> None:
         """Hold batch norm's statistics from now on, where it is time."""
@@ -270,7 +248,7 @@ class Trainer(Generic[Network]):
             if not self._norms_fixed(step - 1):
                 self._calibrate(self.model)
                 self.model.train()
-            for norm in _batch_norms(self.model):
+            for norm in batch_norms(self.model):
                 norm.eval()
 
     def _calibrate_average(self) -> None:
@@ -280,23 +258,13 @@ class Trainer(Generic[Network]):
 
     @torch.no_grad()
     def _calibrate(self, network: nn.Module) -> None:
-        """Recalibrate batch norm: statistics over CALIBRATION_IMAGES examples; `network` is in evaluation mode then.
-
-        Nothing else of the network is in training mode meanwhile.
-        """
-        norms = _batch_norms(network)
-        momenta = [norm.momentum for norm in norms]
-        network.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.train().momentum = None  # the mean over all batches
+        """Recalibrate batch norm on CALIBRATION_IMAGES examples; `network` is in evaluation mode afterwards."""
         generator = torch.Generator(self.machine.device)
         chosen = self._shuffled("statistics order")[:CALIBRATION_IMAGES]
-        for batch, indices in enumerate(chosen.split(self.schedule.batch_size)):
-            self._seed(generator, "statistics", batch)
-            self._share_of_losses(network, self.examples[indices], generator)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.eval().momentum = momentum
+        with recalibrated(network):
+            for batch, indices in enumerate(chosen.split(self.schedule.batch_size)):
+                self._seed(generator, "statistics", batch)
+                self._share_of_losses(network, self.examples[indices], generator)
 
     def _step(self, batch: Batch, generator: torch.Generator) -> Losses:
         """One step on a batch; returns its losses in float64."""
@@ -314,21 +282,3 @@ class Trainer(Generic[Network]):
         with self.machine.autocast():
             share = [values[part] for values in self.draw(batch, generator)]
             return self.losses(network, processes.own_noise(generator), *share), weight
-
-
-def _batch_norms(network: nn.Module) -> list[_BatchNorm]:
-    return [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
-
-
-def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of a model's weights; its first steps count for less, as they change most.
-
-    After n steps the decay is `min(decay, (1 + n) / (10 + n))`.
-    """
-
-    def average(averaged: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
-        steps = torch.as_tensor(steps)
-        rate = 1 - ((1 + steps) / (10 + steps)).clamp_max(decay)
-        return torch.lerp(averaged, current, rate.to(averaged.dtype))
-
-    return AveragedModel(model, avg_fn=average)

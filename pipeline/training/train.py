@@ -12,8 +12,9 @@ from pipeline.runtime.processes import from_rank_0
 from pipeline.runtime.seeds import derive_seed
 from pipeline.sampling.batches import encode_images
 from pipeline.session import Session
-from pipeline.training.loop import Place, Schedule, Trainer
+from pipeline.training.loop import Place, Trainer
 from pipeline.training.objectives import fsvae_trainer, sdid_trainer, vqsvae_trainer
+from pipeline.training.schedules import Schedule
 
 
 def check(session: Session) -> None:

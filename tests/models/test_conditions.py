@@ -24,8 +24,9 @@ from pipeline.sampling.batches import draw_codes
 from pipeline.sampling.grids import GREY, ZOOM, class_grid, grid
 from pipeline.sampling.image_models import CodeDiffusion
 from pipeline.sampling.labels import find_labels
-from pipeline.training.loop import Schedule
+from pipeline.training.loop import Place
 from pipeline.training.objectives import sdid_trainer
+from pipeline.training.schedules import Schedule
 from scripts import pack
 from spiking_diffusion import SpikingDiffusion
 
@@ -198,7 +199,7 @@ def test_each_condition_is_dropped_by_itself(tmp_path, monkeypatch):
 
     with RunFolder(tmp_path) as run:
         schedule = Schedule(epochs=1, batch_size=10, lr=0.1, seed=0)
-        trainer = sdid_trainer(denoiser, model, codes, labels, "elbo", run=run, schedule=schedule, machine=machine)
+        trainer = sdid_trainer(denoiser, model, codes, labels, "elbo", Place(run, schedule, machine))
         for number, count in ((0, 1), (1, 2)):  # one process, and the second of two
             monkeypatch.setattr(processes, "rank", lambda number=number: number)
             monkeypatch.setattr(processes, "size", lambda count=count: count)

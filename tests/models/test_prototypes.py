@@ -17,8 +17,9 @@ from pipeline.run_folder import RunFolder
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine
 from pipeline.sampling.image_models import CodeDiffusion
-from pipeline.training.loop import Schedule
+from pipeline.training.loop import Place
 from pipeline.training.objectives import sdid_trainer
+from pipeline.training.schedules import Schedule
 
 K, GRID = 6, (4, 4)
 
@@ -217,7 +218,7 @@ def test_training_images_are_told_their_own_mostly(groups, codebook, tmp_path, m
 
     with RunFolder(tmp_path) as run:
         schedule = Schedule(epochs=1, batch_size=10, lr=0.1, seed=0)
-        trainer = sdid_trainer(denoiser, generator, groups, None, "elbo", run=run, schedule=schedule, machine=machine)
+        trainer = sdid_trainer(denoiser, generator, groups, None, "elbo", Place(run, schedule, machine))
         for number, count in ((0, 1), (1, 2)):  # one process, and the second of two
             monkeypatch.setattr(processes, "rank", lambda number=number: number)
             monkeypatch.setattr(processes, "size", lambda count=count: count)

@@ -18,8 +18,10 @@ from pipeline.presets import PRESETS
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
 from pipeline.sampling.masks import MASKS, hidden_pixels
+from pipeline.training.averaging import moving_average
 from pipeline.training.interruption import Interruption
-from pipeline.training.loop import LR_SCHEDULES, Schedule, Trainer, _moving_average
+from pipeline.training.loop import Place, Trainer
+from pipeline.training.schedules import LR_SCHEDULES, Schedule
 from scripts import pack
 
 
@@ -228,7 +230,7 @@ def test_every_step_learns(schedule, tmp_path, monkeypatch):
 
 def test_moving_average_by_hand():
     layer = nn.Linear(1, 1, bias=False)
-    average, expected = _moving_average(layer, 0.5), None
+    average, expected = moving_average(layer, 0.5), None
     for step, value in enumerate([4.0, 8.0, -2.0, 6.0, 1.0, 1.0, 9.0, 3.0, 5.0, 7.0, 2.0, 8.0]):
         layer.weight.data.fill_(value)
         average.update_parameters(layer)
@@ -251,10 +253,8 @@ def trained_layer(folder, see=lambda model: None, **schedule):
     with RunFolder(folder) as run:
         trainer = Trainer(
             *((1, "test"), model, (torch.randn(200, 1, 3) * 3 + 1,), losses, lambda network, epoch: {}),
-            run=run,
-            checkpoint=folder / "kept.pth",
-            schedule=Schedule(batch_size=10, lr=0.1, seed=0, **schedule),
-            machine=Machine(torch.device("cpu"), bf16=False),
+            Place(run, Schedule(batch_size=10, lr=0.1, seed=0, **schedule), Machine(torch.device("cpu"), bf16=False)),
+            folder / "kept.pth",
         )
         assert trainer.train()
     return trainer

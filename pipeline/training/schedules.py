@@ -1,0 +1,35 @@
+"""How long and how one stage is trained: epochs, learning rates, and when batch norm is frozen."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+WARM_UP = 0.02  # fraction of the steps
+LR_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: min(1, done / WARM_UP) * (1 + math.cos(math.pi * done)) / 2,
+}
+"""Factor of the learning rate when this fraction of all steps is done."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how to train one stage."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    seed: int
+    max_minutes: float | None = None
+    save_every: float = 10.0  # minutes
+    lr_schedule: str = "constant"  # one of LR_SCHEDULES
+    ema_decay: float = 0.0  # of the averaged weights that are kept and evaluated; 0: the last weights are
+    fixed_norm: float = 0.0  # fraction of the steps, the last ones, in which batch norm's statistics do not change
+
+    def lr_at(self, done: float) -> float:
+        """The learning rate when the fraction `done` of all steps is done."""
+        return self.lr * LR_SCHEDULES[self.lr_schedule](done)
+
+    def freezes_norms(self, done: float) -> bool:
+        """Whether batch norm's statistics do not change any more then."""
+        return self.fixed_norm > 0 and done >= 1 - self.fixed_norm
