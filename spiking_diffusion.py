@@ -48,7 +48,8 @@ class SpikingDiffusion:
         `options` are named as on the command line and override those of the run, such as `temperature=0.8` or
         `sample_steps=20`. Raises UserError if there is no such model, or if it draws from a prior instead of codes.
         """
-        session = open_session(checkpoint=autoencoder_weights(str(path)), device=device, precision=precision, **options)
+        weights = autoencoder_weights(str(path))
+        session = open_session(checkpoint=weights, stage="sample", device=device, precision=precision, **options)
         autoencoder = session.load_autoencoder()
         if not isinstance(autoencoder, VQAutoencoder):
             raise UserError(f"{path} is of {session.options.autoencoder.model}, which has no codes")

@@ -164,9 +164,10 @@ def _check_values(options: Options) -> None:
         raise UserError("--labels is for --stage sample and --stage inpaint: leave it out")
     if options.sampling.temperature == "auto" and options.origins["final_temperature"] == TYPED:
         raise UserError("--temperature auto chooses one for all timesteps: leave out --final_temperature")
+    evaluates = options.run.stage in ("all", "evaluate")  # else what a run has recorded may have moved away
     for key in ("fid_weights", "paper_fid_weights", "fad_weights"):
         path = getattr(options.evaluation, key)
-        if path and not path.exists():
+        if path and not path.exists() and (evaluates or key in typed):
             raise UserError(f"--{key} {path} does not exist: correct the path, or leave the option out")
 
 

@@ -32,10 +32,9 @@ def open_run(folder: Path, data_path: Path | None) -> Session:
     trained = run.trained
     if not any(path.exists() for path in (trained.config, trained.model, run.metrics)):
         raise UserError(f"{folder} is not the folder of a run: it has no config.json, model.pth or metrics.json")
-    options: dict[str, Any] = dict.fromkeys(("fid_weights", "paper_fid_weights", "fad_weights"))  # may have moved away
-    options |= {"result_path": folder} if trained is not run else {}
+    options: dict[str, Any] = {"result_path": folder} if trained is not run else {}
     options |= {"data_path": data_path} if data_path else {}
-    return open_session(checkpoint=trained.model, **options)
+    return open_session(checkpoint=trained.model, stage="sample", **options)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """The library: arrays in and out, the same results as the command line, and the example of the README."""
 
+import json
 import re
 
 import numpy as np
@@ -45,6 +46,15 @@ def test_samples_are_those_of_the_command_line(model, finished):
         assert np.array_equal(model.sample(5).transpose(0, 2, 3, 1), archive["images"])
     assert np.array_equal(model.sample(3, seed=7), model.sample(5, seed=7)[:3])
     assert np.array_equal(model.sample(2, seed=42), model.sample(2)), "the seed of the run"
+
+
+def test_a_run_whose_feature_networks_have_moved_away_still_draws(run, cli):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"fad_weights": str(run / "gone")}))
+    assert SpikingDiffusion.load(run, device="cpu").sample(1).shape[0] == 1
+    assert cli("--checkpoint", run, "--stage", "sample", "--num_samples", 1).status == 0
+    outcome = cli("--checkpoint", run)
+    assert outcome.status == 2 and "gone does not exist" in outcome.err
 
 
 def test_codes_and_back(model, grey):
