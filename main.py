@@ -1,9 +1,10 @@
-"""Spiking-Diffusion: train, sample and evaluate from the shell. `python main.py --help` lists everything.
+"""Spiking-Diffusion: train, sample and evaluate from the shell.
 
-python -u main.py --dataset_name MNIST --model snn-vq-vae
-python -u main.py --dataset_name MNIST --model snn-vq-vae --checkpoint result/MNIST/snn-vq-vae/model.pth
-python -u main.py --resume result/MNIST/snn-vq-vae
-torchrun --nproc_per_node 4 main.py --dataset_name MNIST
+python main.py --dataset_name MNIST                           train and evaluate
+python main.py --resume result/MNIST/snn-vq-vae               continue a run
+python main.py --checkpoint result/MNIST/snn-vq-vae           evaluate it again
+python main.py --checkpoint pretrained/fmnist --stage sample  draw images
+torchrun --nproc_per_node 4 main.py --dataset_name MNIST      with 4 processes
 """
 
 import sys
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     with processes.joined():
         try:
             with processes.in_contact(lambda: resume_hint(call)):
-                call = processes.from_rank_0(lambda: resolve(arguments, __doc__.replace("`", "")))
+                call = processes.from_rank_0(lambda: resolve(arguments, __doc__))
                 keep_freed_memory()
                 o = call.options.run
                 machine = choose_machine(o.device, o.precision, o.compile)

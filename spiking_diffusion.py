@@ -16,9 +16,10 @@ from datasets import ImageData
 from errors import UserError
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.configuration import assemble
+from pipeline.declaration import autoencoder_weights
 from pipeline.evaluation.metrics import Evaluation
 from pipeline.evaluation.records import context
-from pipeline.options import EvaluationOptions, autoencoder_weights
+from pipeline.options import EvaluationOptions
 from pipeline.runtime.device import choose_machine
 from pipeline.sampling.batches import decode_codes
 from pipeline.sampling.image_models import CodeDiffusion

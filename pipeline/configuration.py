@@ -5,17 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from errors import UserError
-from pipeline.options import (
-    CONDITIONS,
-    DECLARATIONS,
-    DEFAULTS,
-    Options,
-    Role,
-    as_read,
-    as_written,
-    build_parser,
-    with_role,
-)
+from pipeline.declaration import Role
+from pipeline.options import CONDITIONS, DECLARATIONS, DEFAULTS, Options, with_role
+from pipeline.parser import as_read, as_written, build_parser
 from pipeline.presets import PRESETS
 from pipeline.run_folder import RunFolder
 
@@ -87,6 +79,8 @@ def _check_combination(typed: Mapping[str, Any]) -> None:
         raise UserError("--resume trains on and --checkpoint evaluates: give one of them")
     if "start_from" in typed and ("resume" in typed or "checkpoint" in typed):
         raise UserError("--start_from begins a new run: leave out --resume and --checkpoint")
+    if "new_denoiser" in typed and not {"start_from", "resume"} & set(typed):
+        raise UserError("--new_denoiser is for --start_from, which names the run whose autoencoder is taken: give both")
     if "checkpoint" in typed and typed.get("stage") in ("vqsvae", "sdid"):
         raise UserError("--checkpoint evaluates a trained model: to train on, use --resume with its run folder")
     if "resume" in typed and "result_path" in typed:

@@ -74,9 +74,12 @@ class Networks:
             self._load_pretrained(autoencoder.load_state_dict, self.start.model)
 
     def begin_denoiser(self, denoiser: Denoiser) -> bool:
-        """Give a new denoiser the weights in `--start_from`, if that is given; False if that run has only stage 1."""
+        """Give a new denoiser the weights in `--start_from`, if that is given; False if that run has only stage 1.
+
+        With `--new_denoiser` it keeps its own.
+        """
         start = self.start
-        if not start:
+        if not start or self.options.run.new_denoiser:
             return True
         if not from_rank_0(start.config.is_file):
             raise UserError(f"{start.path}, which stage 2 is to begin with, is gone: put it back")

@@ -4,26 +4,29 @@ Each section is a frozen dataclass, and every part of the program is handed only
 config.json, the presets and the checks on a run that is resumed or evaluated all follow from these declarations.
 """
 
-import argparse
-from argparse import SUPPRESS, BooleanOptionalAction
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from enum import IntEnum
 from pathlib import Path
-from types import UnionType
-from typing import Any, NamedTuple, NoReturn, TypedDict, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from datasets import DATASETS
 from diffusion.absorbing import LOSSES, REVEAL_ORDERS
-from errors import UserError
-from image_files import expand
 from models import AUTOENCODERS, DENOISERS
 from models.quantizer import READOUTS, SPIKE_GENERATORS
+from pipeline.declaration import (
+    Declaration,
+    Limits,
+    Role,
+    autoencoder_weights,
+    comma_separated,
+    option,
+    parse_metrics,
+    temperature_or_auto,
+)
 from pipeline.presets import PRESETS
 
 SPIKING_CODES = ("snn-vq-vae",)
 CODES = (*SPIKING_CODES, "vq-vae")  # the models with codes, hence with a second stage
-TITLES = {"autoencoder": "autoencoder (stage 1)", "denoiser": "denoiser (stage 2)"}
 STAGES = ("all", "vqsvae", "sdid", "sample", "inpaint", "evaluate")
 PRECISIONS = ("auto", "float32", "bf16")
 MASKS = ("left", "right", "top", "bottom", "center")
@@ -32,75 +35,6 @@ LR_SCHEDULES = ("constant", "cosine")
 SAMPLE_METRICS = ("fid", "kid", "is", "prdc", "paper_fid", "fad", "classifier", "memorisation")  # of generated images
 AUTOENCODER_METRICS = ("mse", "ssim", "codebook")  # no denoiser is needed
 METRICS = (*SAMPLE_METRICS, *AUTOENCODER_METRICS, "energy")
-
-
-class Role(IntEnum):
-    """How firmly a saved run holds on to an option's value; each level includes what is said of those after it."""
-
-    IDENTITY = 0  # part of the trained model: whoever uses the run must share it
-    NETWORKS = 1  # taken over by a new run that starts from this one
-    TRAINING = 2  # cannot change when the training is resumed
-    SETTING = 3  # later calls on the run have it as their default
-    RESUMED = 4  # of one call, and of the calls that resume it
-    CALL = 5  # of one call only
-
-
-class Limits(TypedDict):
-    """Bounds that several options share."""
-
-    low: float
-    high: float
-    metavar: str
-
-
-class Declaration(NamedTuple):
-    """What is declared of an option besides its name, type and default."""
-
-    help: str
-    role: Role
-    choices: Collection[str] = ()
-    low: float = float("-inf")
-    high: float = float("inf")
-    metavar: str | None = None
-    absent: str | None = None  # the word that stands for None on the command line and in the help
-    shown: str | None = None  # the default in the help, where it is neither the value nor `absent`
-    parse: Callable[[str], Any] | None = None
-    of: Collection[str] = ()  # the models or denoisers that have the option; empty: it belongs to all
-
-
-def option(default: Any, help: str, role: Role = Role.SETTING, **how: Any) -> Any:
-    """A dataclass field that declares an option; for `how` see Declaration."""
-    return field(default=default, metadata={"option": Declaration(help, role, **how)})
-
-
-def autoencoder_weights(text: str) -> Path:
-    """A file of weights, or the one in a run folder."""
-    path = expand(text)
-    return path / "model.pth" if path.is_dir() else path
-
-
-def temperature_or_auto(text: str) -> float | str:
-    """A positive number, or "auto"."""
-    return text if text == "auto" else number(float, 1e-9)(text)
-
-
-def comma_separated(text: str) -> tuple[str, ...]:
-    """Words separated by commas."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def parse_metrics(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
-    """A reader of names among `known`, separated by commas."""
-
-    def read(text: str) -> tuple[str, ...]:
-        wanted = comma_separated(text)
-        strange = [name for name in wanted if name not in known]
-        if strange or not wanted:
-            wrong = f"unknown metric {strange[0]!r}" if strange else "no metric named"
-            raise argparse.ArgumentTypeError(f"{wrong}: choose from {', '.join(known)}")
-        return wanted
-
-    return read
 
 
 COUNT: Limits = {"low": 1, "high": 10**9, "metavar": "N"}
@@ -113,16 +47,32 @@ STEPS: Limits = {"low": 1, "high": 1024, "metavar": "S"}
 class RunOptions:
     """What to do, where the run folder is, and what to compute with."""
 
-    preset: str = option("faithful", "set of defaults for other options", Role.IDENTITY, choices=PRESETS)
-    stage: str = option("all", "part of the pipeline to run", Role.RESUMED, choices=STAGES)
+    preset: str = option(
+        "faithful",
+        "defaults of the other options: the paper's method, or our improved one",
+        Role.IDENTITY,
+        choices=PRESETS,
+        common=True,
+    )
+    stage: str = option(
+        "all",
+        "part of the pipeline to run; vqsvae and sdid train the autoencoder and the denoiser",
+        Role.RESUMED,
+        choices=STAGES,
+        common=True,
+    )
     checkpoint: Path | None = option(
         None,
         "evaluate these weights: a model.pth, or the run folder it is in; of this program or of the original release",
         Role.CALL,
         metavar="FILE",
+        shown="none",
         parse=autoencoder_weights,
+        common=True,
     )
-    resume: Path | None = option(None, "resume this run folder, or its last.pth", Role.CALL, metavar="RUN")
+    resume: Path | None = option(
+        None, "resume this run folder, or its last.pth", Role.CALL, metavar="RUN", shown="none", common=True
+    )
     start_from: Path | None = option(
         None,
         "initialise from another run's weights; parts it does not have are trained from scratch; with --stage sdid its "
@@ -131,12 +81,16 @@ class RunOptions:
         metavar="RUN",
         shown="none",
     )
+    new_denoiser: bool = option(
+        False, "take only the autoencoder from --start_from; the denoiser is trained from scratch", Role.RESUMED
+    )
     result_path: Path | None = option(
         None,
         "where run folders are made; with --checkpoint, the folder for its results",
         Role.CALL,
         metavar="DIR",
         shown="result; beside the checkpoint",
+        common=True,
     )
     max_minutes: float | None = option(
         None,
@@ -149,7 +103,7 @@ class RunOptions:
     save_every: float = option(
         10.0, "save every M minutes, besides after each epoch", Role.RESUMED, low=1e-9, metavar="M"
     )
-    report: bool = option(True, "write report.html, a page that shows the run, at its end", Role.CALL, shown="on")
+    report: bool = option(True, "write report.html, a page that shows the run, at its end", Role.CALL)
     seed: int = option(42, "random seed", Role.TRAINING, low=0, high=2**32 - 1, metavar="N")
     device: str = option("auto", "cpu, cuda or cuda:N; auto: CUDA if there is one", Role.CALL)
     compile: bool = option(False, "train through torch.compile", Role.CALL)
@@ -162,8 +116,10 @@ class RunOptions:
 class DataOptions:
     """The images."""
 
-    dataset_name: str = option("Digits", "data set; Digits needs no download", Role.IDENTITY, choices=DATASETS)
-    data_path: Path = option(Path("data"), "where data sets are, or are downloaded to", metavar="DIR")
+    dataset_name: str = option(
+        "Digits", "data set; Digits needs no download", Role.IDENTITY, choices=DATASETS, common=True
+    )
+    data_path: Path = option(Path("data"), "where data sets are, or are downloaded to", metavar="DIR", common=True)
     train_images: int | None = option(
         None,
         "use N training images: the first N, of ImageFolder evenly from its folders",
@@ -194,7 +150,13 @@ class DataOptions:
 class AutoencoderOptions:
     """Stage 1's network."""
 
-    model: str = option("snn-vq-vae", "autoencoder", Role.IDENTITY, choices=AUTOENCODERS)
+    model: str = option(
+        "snn-vq-vae",
+        "autoencoder: the paper's, the same without spikes, or FSVAE, which has no codes and no stage 2",
+        Role.IDENTITY,
+        choices=AUTOENCODERS,
+        common=True,
+    )
     spike_steps: int = option(16, "spike steps S of every layer", Role.IDENTITY, **STEPS)
     codebook_size: int = option(128, "number of codes K", Role.IDENTITY, low=2, high=32767, metavar="K", of=CODES)
     embedding_dim: int = option(16, "width of a code's embedding", Role.IDENTITY, low=1, high=4096, metavar="D")
@@ -279,8 +241,8 @@ class DenoiserOptions:
 class TrainingOptions:
     """How both stages are trained."""
 
-    epochs: int = option(100, "epochs of stage 1, the autoencoder", **COUNT)
-    diffusion_epochs: int = option(200, "epochs of stage 2, the denoiser", of=CODES, **COUNT)
+    epochs: int = option(100, "epochs of stage 1, the autoencoder", common=True, **COUNT)
+    diffusion_epochs: int = option(200, "epochs of stage 2, the denoiser", common=True, of=CODES, **COUNT)
     batch_size: int = option(32, "batch size of both stages; several processes share it", Role.TRAINING, **COUNT)
     lr: float = option(1e-3, "learning rate", Role.TRAINING, **RATE)
     diffusion_lr: float | None = option(
@@ -361,6 +323,7 @@ class SamplingOptions:
         high=10**6,
         metavar="N",
         absent="auto",
+        common=True,
     )
     eval_batch_size: int = option(64, "batch size of encoding and sampling", **COUNT)
     mask: str = option(
@@ -384,6 +347,7 @@ class EvaluationOptions:
         metavar="A,B",
         absent="all",
         parse=parse_metrics(METRICS),
+        common=True,
     )
     reference: str = option(
         "test", "real images for FID, KID, IS, PRDC and classifier metrics", choices=("test", "train")
@@ -437,8 +401,8 @@ class Options:
 
 
 SECTIONS: dict[str, type] = {
-    "run": RunOptions,
     "data": DataOptions,
+    "run": RunOptions,
     "autoencoder": AutoencoderOptions,
     "denoiser": DenoiserOptions,
     "training": TrainingOptions,
@@ -456,86 +420,9 @@ DECLARATIONS: dict[str, Declaration] = {
     each.name: each.metadata["option"] for section in SECTIONS.values() for each in fields(section)
 }
 DEFAULTS: dict[str, Any] = {each.name: each.default for section in SECTIONS.values() for each in fields(section)}
-_KINDS: dict[str, Any] = {name: kind for section in SECTIONS.values() for name, kind in get_type_hints(section).items()}
+KINDS: dict[str, Any] = {name: kind for section in SECTIONS.values() for name, kind in get_type_hints(section).items()}
 
 
 def with_role(last: Role) -> list[str]:
     """Names of the options whose role is `last` or a firmer one."""
     return [name for name, declared in DECLARATIONS.items() if declared.role <= last]
-
-
-def as_written(value: Any) -> Any:
-    """An option's value as config.json holds it; a path is absolute there, whatever folder a later call is made in."""
-    return str(value.absolute()) if isinstance(value, Path) else value
-
-
-def as_read(name: str, value: Any) -> Any:
-    """An option's value from config.json. Raises UserError where it is not one that the option can have."""
-    value = tuple(value) if isinstance(value, list) else value
-    try:
-        value = reader(name)(value) if isinstance(value, str) else value
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        raise UserError(f"--{name} in config.json: {error}") from error
-    choices = DECLARATIONS[name].choices
-    if choices and value is not None and value not in choices:
-        raise UserError(f"--{name} in config.json is {value}, not one of {', '.join(map(str, choices))}")
-    return value
-
-
-def reader(name: str) -> Callable[[str], Any]:
-    """What turns an option's text into its value; it raises ArgumentTypeError or ValueError."""
-    declared, kind = DECLARATIONS[name], _KINDS[name]
-    if isinstance(kind, UnionType) and not declared.parse:
-        kind = next(each for each in get_args(kind) if each is not type(None))
-    if declared.parse:
-        read = declared.parse
-    elif kind is Path:
-        read = expand
-    elif kind in (int, float) and not declared.choices:
-        read = number(kind, declared.low, declared.high)
-    else:
-        read = kind
-    return lambda text: None if text == declared.absent else read(text)
-
-
-def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
-    """A reader of numbers of this kind from `low` to `high`."""
-    bounds = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
-
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {bounds}" + (", a whole number" if kind is int else ""))
-        return value
-
-    return read
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
-        raise UserError(f"{message} (--help lists the options)")
-
-
-def build_parser(description: str) -> Parser:
-    """The parser of all options; what it returns holds only those that were typed."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, formatter_class=layout, allow_abbrev=False, argument_default=SUPPRESS)
-    for name, section in SECTIONS.items():
-        group = parser.add_argument_group(TITLES.get(name, name))
-        for key in names(section):
-            declared, default = DECLARATIONS[key], DEFAULTS[key]
-            if _KINDS[key] is bool:
-                how: dict[str, Any] = {"action": BooleanOptionalAction if declared.of or default else "store_true"}
-            else:
-                how = {"type": reader(key), "metavar": declared.metavar, "choices": declared.choices or None}
-            shown = declared.shown or declared.absent or {False: "off"}.get(default, default)
-            group.add_argument(
-                f"--{key}", help=f"{declared.help} [{shown}]" if shown is not None else declared.help, **how
-            )
-    return parser

@@ -29,7 +29,8 @@ from torch.utils.tensorboard import SummaryWriter
 import files
 from errors import UserError
 from pipeline.checkpoints import load_checkpoint, save_weights, write_json, write_whole, writing
-from pipeline.options import Role, with_role
+from pipeline.declaration import Role
+from pipeline.options import with_role
 from pipeline.runtime.processes import on_rank_0
 
 PACKAGES = (

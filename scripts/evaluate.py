@@ -25,8 +25,9 @@ from datasets import DATASETS, ImageData, load_dataset
 from errors import UserError
 from image_files import alternate, expand, find_images, read_images
 from pipeline.checkpoints import write_json
+from pipeline.declaration import parse_metrics
 from pipeline.evaluation.records import print_records
-from pipeline.options import SAMPLE_METRICS, EvaluationOptions, names, parse_metrics
+from pipeline.options import SAMPLE_METRICS, EvaluationOptions, names
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import find_device
 from pipeline.runtime.terminal import print_anywhere

@@ -35,7 +35,7 @@ from errors import UserError
 from image_files import expand
 from models import SDID, VQSVAE, ResidualSDID, VQAutoencoder
 from models.spiking import SpikingStack, membrane_weights, use_backend, weighted_sum
-from pipeline.options import autoencoder_weights
+from pipeline.declaration import autoencoder_weights
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.grids import save_figure
 from scripts.nir_graphs import ResidualGraph, SDIDGraph, spiking_layers

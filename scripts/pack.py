@@ -17,7 +17,8 @@ import torch
 from errors import UserError
 from image_files import expand
 from pipeline.checkpoints import load_weights, save_weights, write_json
-from pipeline.options import DEFAULTS, Role, with_role
+from pipeline.declaration import Role
+from pipeline.options import DEFAULTS, with_role
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
 

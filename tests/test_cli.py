@@ -18,7 +18,8 @@ import main
 from models import AUTOENCODERS, DENOISERS, SDID, build_model
 from pipeline.configuration import resolve
 from pipeline.evaluation.metrics import GENERATED_METRICS
-from pipeline.options import CODES, DECLARATIONS, DEFAULTS, LR_SCHEDULES, MASKS, SAMPLE_METRICS, SECTIONS, TITLES
+from pipeline.options import CODES, DECLARATIONS, DEFAULTS, LR_SCHEDULES, MASKS, SAMPLE_METRICS, SECTIONS
+from pipeline.parser import MOST_USED, TITLES, as_shown
 from pipeline.sampling.masks import MASKS as HIDDEN
 from pipeline.training import loop as training
 from pipeline.training import schedules
@@ -53,15 +54,18 @@ def files(folder):
 # ---- help and parsing ----
 
 
-def test_help_tells_every_option_with_its_default(cli):
+def test_help_tells_every_option_with_its_default(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     help_text = cli("--help").out
-    assert all(f"\n{TITLES.get(name, name)}:\n" in help_text for name in SECTIONS)
+    titles = [MOST_USED, *(TITLES.get(name, name) for name in SECTIONS)]
+    assert re.findall(r"^(\S.*):$", help_text, re.MULTILINE) == ["options", *titles]
+    most_used = help_text.split(f"{MOST_USED}:")[1].split("\n\n")[0]
+    assert len(re.findall(r"^  --", most_used, re.MULTILINE)) == 12
+    assert max(map(len, help_text.splitlines())) <= 80
     for name, declared in DECLARATIONS.items():
         assert f"--{name}" in help_text and len(declared.help) > 5, name
-        shown = declared.shown or declared.absent or DEFAULTS[name]
-        default = {False: "off"}.get(shown, shown)
-        if name not in ("checkpoint", "resume"):  # these have none
-            assert f"[{default}]" in " ".join(help_text.split()), name
+        default = declared.shown or declared.absent or as_shown(DEFAULTS[name])
+        assert f"[{default}]" in " ".join(help_text.split()), name
 
 
 def test_choices_are_those_of_the_rooms_that_use_them():

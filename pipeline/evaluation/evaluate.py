@@ -7,7 +7,8 @@ from pipeline.evaluation.metrics import Evaluation
 from pipeline.evaluation.model_metrics import energy_records, reconstruction_records
 from pipeline.evaluation.records import write_records
 from pipeline.evaluation.temperature import check_held_out, with_temperature
-from pipeline.options import METRICS, SAMPLE_METRICS, as_written
+from pipeline.options import METRICS, SAMPLE_METRICS
+from pipeline.parser import as_written
 from pipeline.sampling.batches import GRID_IMAGES
 from pipeline.sampling.draw import draw
 from pipeline.session import Session

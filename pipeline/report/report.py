@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 from markupsafe import Markup
 
 from pipeline.checkpoints import write_whole
-from pipeline.options import DECLARATIONS, DEFAULTS, Role, with_role
+from pipeline.declaration import Role
+from pipeline.options import DECLARATIONS, DEFAULTS, with_role
 from pipeline.report.plots import Curve, Plot, line_plot
 from pipeline.report.run_view import Missing, RunView, Shown, attempt
 from pipeline.runtime import processes

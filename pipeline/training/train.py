@@ -7,7 +7,7 @@ import torch
 from errors import UserError
 from models import FSVAE
 from pipeline.checkpoints import load_weights, save_weights
-from pipeline.options import as_written
+from pipeline.parser import as_written
 from pipeline.runtime.processes import from_rank_0
 from pipeline.runtime.seeds import derive_seed
 from pipeline.sampling.batches import encode_images

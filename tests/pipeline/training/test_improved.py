@@ -7,13 +7,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import IMPROVED, assert_same_run, interrupt, read_log, read_metrics, run_in
+from helpers import IMPROVED, assert_same_run, assert_same_weights, interrupt, read_log, read_metrics, run_in
 from PIL import Image
 from torch import nn
 
 from models.spiking import LIF, fire
 from pipeline.checkpoints import load_weights
-from pipeline.options import Role, with_role
+from pipeline.declaration import Role
+from pipeline.options import with_role
 from pipeline.presets import PRESETS
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
@@ -160,10 +161,28 @@ def test_new_denoiser_on_trained_codes(improved, cli, grey, tmp_path):
     outcome = cli(*new, "--start_from", start, "--stage", "sdid", "--result_path", tmp_path / "new")
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out.count(f"{start} has no denoiser: the new one is trained from scratch\n") == 1
+    outcome = cli(
+        *new, "--start_from", improved, "--stage", "sdid", "--new_denoiser", "--result_path", tmp_path / "same"
+    )
+    assert (outcome.status, outcome.err) == (0, "") and "no denoiser" not in outcome.out
+    assert_same_weights(run_in(tmp_path / "new"), run_in(tmp_path / "same"))
     result = ("--result_path", tmp_path / "stage_1")
     assert cli(*new, "--start_from", improved, "--stage", "vqsvae", *result).status == 0
     outcome = cli(*new, "--stage", "sdid", *result)
     assert (outcome.status, outcome.err) == (0, "") and "untrained" not in outcome.out
+
+
+def test_new_denoiser_is_resumed_without_the_other_run(improved, cli, grey, tmp_path):
+    """Even if it was stopped before anything of stage 2 was saved."""
+    start = shutil.copytree(improved, tmp_path / "start")
+    begin = (*grey, "--start_from", start, "--stage", "sdid", "--new_denoiser", "--denoiser_channels", 32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Interruption, "__enter__", interrupt)
+        assert cli(*begin, "--diffusion_epochs", 1, "--result_path", tmp_path).status == 130
+    shutil.rmtree(start)
+    outcome = cli("--resume", run_in(tmp_path))
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "--new_denoiser is for --start_from" in cli(*grey, "--new_denoiser", "--result_path", tmp_path / "new").err
 
 
 def test_start_that_is_gone(improved, cli, grey, tmp_path):

@@ -1,0 +1,97 @@
+"""From text to the values of options: the command line, the help, and config.json."""
+
+import argparse
+from argparse import SUPPRESS, BooleanOptionalAction
+from collections.abc import Callable
+from pathlib import Path
+from types import UnionType
+from typing import Any, NoReturn, get_args
+
+from errors import UserError
+from image_files import expand
+from pipeline.declaration import number
+from pipeline.options import DECLARATIONS, DEFAULTS, KINDS, SECTIONS, names
+
+MOST_USED = "most used"
+TITLES = {"autoencoder": "autoencoder (stage 1)", "denoiser": "denoiser (stage 2)"}
+
+
+def as_written(value: Any) -> Any:
+    """An option's value as config.json holds it; a path is absolute there, whatever folder a later call is made in."""
+    return str(value.absolute()) if isinstance(value, Path) else value
+
+
+def as_read(name: str, value: Any) -> Any:
+    """An option's value from config.json. Raises UserError where it is not one that the option can have."""
+    value = tuple(value) if isinstance(value, list) else value
+    try:
+        value = reader(name)(value) if isinstance(value, str) else value
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise UserError(f"--{name} in config.json: {error}") from error
+    choices = DECLARATIONS[name].choices
+    if choices and value is not None and value not in choices:
+        raise UserError(f"--{name} in config.json is {value}, not one of {', '.join(map(str, choices))}")
+    return value
+
+
+def reader(name: str) -> Callable[[str], Any]:
+    """What turns an option's text into its value; it raises ArgumentTypeError or ValueError."""
+    declared, kind = DECLARATIONS[name], KINDS[name]
+    if isinstance(kind, UnionType) and not declared.parse:
+        kind = next(each for each in get_args(kind) if each is not type(None))
+    if declared.parse:
+        read = declared.parse
+    elif kind is Path:
+        read = expand
+    elif kind in (int, float) and not declared.choices:
+        read = number(kind, declared.low, declared.high)
+    else:
+        read = kind
+    return lambda text: None if text == declared.absent else read(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def build_parser(description: str) -> Parser:
+    """The parser of all options; what it returns holds only those that were typed.
+
+    In the help, the options that most people need come first, then the others by section.
+    """
+    parser = Parser(
+        usage="%(prog)s [--OPTION VALUE ...]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=SUPPRESS,
+    )
+    groups = {MOST_USED: [name for name, declared in DECLARATIONS.items() if declared.common]}
+    for name, section in SECTIONS.items():
+        groups[TITLES.get(name, name)] = [key for key in names(section) if not DECLARATIONS[key].common]
+    for title, keys in groups.items():
+        group = parser.add_argument_group(title)
+        for key in keys:
+            _add(group, key)
+    return parser
+
+
+def _add(group: argparse._ArgumentGroup, key: str) -> None:
+    """Add one option to a group of the parser."""
+    declared, default = DECLARATIONS[key], DEFAULTS[key]
+    how: dict[str, Any] = {"type": reader(key), "metavar": declared.metavar, "choices": declared.choices or None}
+    if KINDS[key] is bool:
+        how = {"action": BooleanOptionalAction if declared.of or default else "store_true"}
+    shown = declared.shown or declared.absent or as_shown(default)
+    group.add_argument(f"--{key}", help=f"{declared.help} [{shown}]", **how)
+
+
+def as_shown(default: Any) -> str:
+    """A default in the help."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return f"{default:g}" if isinstance(default, float) else str(default)
