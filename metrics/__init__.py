@@ -12,7 +12,7 @@ frechet         Fréchet distance between two sets of features
 fid             FID, the paper's FID, KID and Inception score
 manifold        precision, recall, density and coverage
 fad             Fréchet autoencoder distance, and its network
-classifier      Fréchet distance, class balance and confidence from a classifier, and the classifier
+classifier      a classifier, its accuracy, and the Fréchet distance between its features
 inception       features of the two Inception networks
 
 Used by the others:

@@ -59,21 +59,3 @@ def classifier_distance(generated: np.ndarray, real: np.ndarray) -> float:
 def accuracy(logits: np.ndarray, labels: Tensor) -> float:
     """Fraction of images, given their logits [N,K], that are classified as their label, int64 [N]."""
     return (logits.argmax(axis=1) == labels.numpy()).mean().item()
-
-
-def class_balance(logits: np.ndarray) -> float:
-    """Normalised entropy of the predicted classes, for logits [N,K] of generated images.
-
-    1 if all K classes are equally frequent, 0 if there is only one.
-    """
-    classes = logits.shape[1]
-    shares = torch.bincount(torch.from_numpy(logits.argmax(axis=1)), minlength=classes).double() / len(logits)
-    return (torch.special.entr(shares).sum() / np.log(classes)).item()
-
-
-def mean_confidence(logits: np.ndarray) -> float:
-    """Mean probability of the predicted class, for logits [N,K]: near 1 if every image clearly belongs to one class.
-
-    Compare it with the same metric of the test split.
-    """
-    return torch.from_numpy(logits).double().softmax(1).amax(1).mean().item()

@@ -45,9 +45,9 @@ class Declaration(NamedTuple):
     of: Collection[str] = ()  # the models or denoisers that have the option; empty: it belongs to all
 
 
-def option(default: Any, help: str, role: Role = Role.SETTING, **how: Any) -> Any:
-    """A dataclass field that declares an option; for `how` see Declaration."""
-    return field(default=default, metadata={"option": Declaration(help, role, **how)})
+def option(default: Any, help: str, role: Role = Role.SETTING, **more: Any) -> Any:
+    """A dataclass field that declares an option; for the rest see Declaration."""
+    return field(default=default, metadata={"option": Declaration(help, role, **more)})
 
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:

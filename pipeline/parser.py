@@ -83,11 +83,11 @@ def build_parser(description: str) -> Parser:
 def _add(group: argparse._ArgumentGroup, key: str) -> None:
     """Add one option to a group of the parser."""
     declared, default = DECLARATIONS[key], DEFAULTS[key]
-    how: dict[str, Any] = {"type": reader(key), "metavar": declared.metavar, "choices": declared.choices or None}
+    arguments: dict[str, Any] = {"type": reader(key), "metavar": declared.metavar, "choices": declared.choices or None}
     if KINDS[key] is bool:
-        how = {"action": BooleanOptionalAction if declared.of or default else "store_true"}
+        arguments = {"action": BooleanOptionalAction if declared.of or default else "store_true"}
     shown = declared.shown or declared.absent or as_shown(default)
-    group.add_argument(f"--{key}", help=f"{declared.help} [{shown}]", **how)
+    group.add_argument(f"--{key}", help=f"{declared.help} [{shown}]", **arguments)
 
 
 def as_shown(default: Any) -> str:

@@ -2,16 +2,16 @@
 
 python scripts/benchmark.py --json FILE        all modes, some minutes
 python scripts/benchmark.py --mode fast        one of them
-python scripts/benchmark.py --figure FILE      time of a denoiser's pass against its share of spikes, as a picture
+python scripts/benchmark.py --figure FILE      time of a denoiser's pass against its share of spikes, as a plot
 python scripts/benchmark.py --scaling          cost per image as the number of images grows
 
 Measured are trained networks on codes that they draw and images decoded from these: what a layer costs depends on how
 many of its neurons fire. With --spike_steps or --denoiser_channels, networks of that size with fresh weights instead.
 
-"plain" computes literally, in float32: SpikingJelly's neuron, every layer at every spike step, every timestep over the
-whole grid, the release's batch sizes, the system's way with freed memory. "fast" is what main.py does; it takes turns
-with "dense", the same without event-driven convolutions. Each mode runs in a process of its own, so that its peak
-memory is its own.
+"reference" saves nothing, in float32: SpikingJelly's neuron, every layer at every spike step, every timestep over the
+whole grid, the release's batch sizes, freed memory returned to the system. "fast" is what main.py does; it alternates
+with "dense", the same without event-driven convolutions. Each mode runs in its own process, so that its peak memory is
+measured separately.
 """
 
 import argparse
@@ -55,11 +55,11 @@ TRAINED = Path(__file__).resolve().parents[1] / "pretrained" / "fmnist-faithful"
 CODES, SIDE, GRID = 128, 28, 7
 IMAGES = 64  # distinct ones
 LEARNING_RATE = 1e-6  # so low that trained weights, and how much they fire, stay as they are
-WAYS = {"plain": ("plain",), "fast": ("fast", "dense")}
+WAYS = {"reference": ("reference",), "fast": ("fast", "dense")}
 """What each mode measures."""
 
 LARGEST_SHARE = dict(event_conv.LARGEST_SHARE)
-PLAIN_BATCH = {"stage1_train": 32, "stage2_train": 32, "encode": 32, "sample": 16}
+REFERENCE_BATCH = {"stage1_train": 32, "stage2_train": 32, "encode": 32, "sample": 16}
 FAST_BATCH = {"stage1_train": 64, "stage2_train": 64, "encode": 256, "sample": 64}
 FIGURE_SHIFTS = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 """What is added to the bias of batch norm, in front of a threshold of 1, to have neurons fire more or less."""
@@ -123,12 +123,12 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], machine: M
 
 
 def tasks(
-    machine: Machine, plain: bool, batch: dict[str, int], vqsvae: VQSVAE, sdid: SDID, codes: Tensor, images: Tensor
+    machine: Machine, reference: bool, batch: dict[str, int], vqsvae: VQSVAE, sdid: SDID, codes: Tensor, images: Tensor
 ) -> dict[str, Callable]:
     """What is timed: each function handles one batch, of the size that `batch` names."""
     device = machine.device
     for network in (vqsvae, sdid):
-        network.to(device).to(memory_format=torch.contiguous_format) if plain else machine.to_device(network)
+        network.to(device).to(memory_format=torch.contiguous_format) if reference else machine.to_device(network)
 
     def some(values: Tensor, task: str) -> Tensor:
         return values[torch.arange(batch[task]) % len(values)]
@@ -137,12 +137,12 @@ def tasks(
     pixels = some(images, "stage1_train").to(device) / 255
     codes = some(codes, "stage2_train").to(device)
     training_noise = diffusion.training_noise(len(codes), (GRID, GRID), torch.Generator(device).manual_seed(0))
-    pictures = some(images, "encode")
+    to_encode = some(images, "encode")
     noise = diffusion.noise(0, range(batch["sample"]), (GRID, GRID))
 
     def sample() -> None:
         sdid.eval()
-        if plain:
+        if reference:
             diffusion.sample_every_timestep(sdid, type(noise)(*(values.to(device) for values in noise)))
         else:
             draw_codes(sdid, diffusion, noise, machine, temperature=1.0, batch_size=batch["sample"])
@@ -150,7 +150,7 @@ def tasks(
     return {
         "stage1_train": training_step(vqsvae, lambda: vqsvae.train()(pixels, 0.1).loss, machine),
         "stage2_train": training_step(sdid, lambda: diffusion.loss(sdid.train(), codes, training_noise), machine),
-        "encode": lambda: encode_images(vqsvae, pictures, machine, batch["encode"]),
+        "encode": lambda: encode_images(vqsvae, to_encode, machine, batch["encode"]),
         "sample": sample,
     }
 
@@ -169,16 +169,16 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, dict]:
 
     That is the share of spikes, batch sizes and precision; and the process's peak memory in MiB.
     """
-    plain = mode == "plain"
-    machine = choose_machine(args.device, "float32" if plain else args.precision, args.compile and not plain)
-    if not plain:
+    reference = mode == "reference"
+    machine = choose_machine(args.device, "float32" if reference else args.precision, args.compile and not reference)
+    if not reference:
         keep_freed_memory()
-    default = PLAIN_BATCH if plain else FAST_BATCH
+    default = REFERENCE_BATCH if reference else FAST_BATCH
     batch = {name: args.batch_size or size for name, size in default.items()}
     vqsvae, sdid = networks(args)
     codes, images = draw_images(vqsvae, sdid, machine.device)
     rates: dict[str, dict[str, float]] = {way: {} for way in WAYS[mode]}
-    for name, task in tasks(machine, plain, batch, vqsvae, sdid, codes, images).items():
+    for name, task in tasks(machine, reference, batch, vqsvae, sdid, codes, images).items():
         warm_up, repeats = (1, max(1, args.repeats // 3)) if name == "sample" else (3, args.repeats)
         times: dict[str, list[float]] = {way: [] for way in rates}
         for _ in range(warm_up + repeats):
@@ -264,9 +264,9 @@ def scaling(args: argparse.Namespace) -> dict:
     diffusion = AbsorbingDiffusion(CODES, GRID * GRID)
     table = {}
     for count in (1_000, 10_000, 60_000):
-        pictures = torch.randint(0, 256, (count, 1, SIDE, SIDE), dtype=torch.uint8)
+        images = torch.randint(0, 256, (count, 1, SIDE, SIDE), dtype=torch.uint8)
         noise = diffusion.noise(0, range(count), (GRID, GRID))
-        encode = seconds(partial(encode_images, vqsvae, pictures, machine, 256), machine.device)
+        encode = seconds(partial(encode_images, vqsvae, images, machine, 256), machine.device)
         sample = seconds(partial(draw_codes, sdid, diffusion, noise, machine, 256), machine.device)
         table[count] = {"encode": round(1e3 * encode / count, 4), "sample": round(1e3 * sample / count, 4)}
         print(
@@ -276,7 +276,7 @@ def scaling(args: argparse.Namespace) -> dict:
 
 
 def in_own_process(arguments: list[str], mode: str) -> dict:
-    """The figures of one mode, measured in a fresh process whose lines are passed on."""
+    """The measurements of one mode, measured in a fresh process whose lines are passed on."""
     command = [sys.executable, __file__, *arguments, "--mode", mode, "--json", "-"]
     done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
     if done.returncode:
@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--run", type=expand, default=TRAINED, help="folder of a run")
     parser.add_argument("--figure", metavar="FILE", help="draw time against share of spikes instead")
     parser.add_argument("--scaling", action="store_true", help="time N = 1,000, 10,000 and 60,000 images instead")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there; - for one line on standard output")
+    parser.add_argument("--json", metavar="FILE", help="write the measurements there; - for standard output")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the fast mode")
     parser.add_argument("--compile", action="store_true", help="torch.compile in the fast mode")
@@ -306,25 +306,25 @@ def main() -> None:
     try:
         machine = {**describe_machine(find_device(args.device)), "cores": os.cpu_count(), "versions": versions()}
         if args.scaling:
-            figures = {"machine": machine, "milliseconds_an_image": scaling(args)}
+            measured = {"machine": machine, "milliseconds_an_image": scaling(args)}
         elif args.figure:
-            figures = {"machine": machine, **draw_figure(args)}
+            measured = {"machine": machine, **draw_figure(args)}
         elif args.mode == "all":
-            modes = in_own_process(sys.argv[1:], "plain") | in_own_process(sys.argv[1:], "fast")
-            figures = {"machine": machine, **modes}
-            for base in ("plain", "dense"):
-                ratio = {name: round(modes["fast"][name] / modes[base][name], 2) for name in PLAIN_BATCH}
-                figures[f"fast_over_{base}"] = ratio
+            modes = in_own_process(sys.argv[1:], "reference") | in_own_process(sys.argv[1:], "fast")
+            measured = {"machine": machine, **modes}
+            for base in ("reference", "dense"):
+                ratio = {name: round(modes["fast"][name] / modes[base][name], 2) for name in REFERENCE_BATCH}
+                measured[f"fast_over_{base}"] = ratio
                 print(f"fast / {base:6}", ", ".join(f"{name} {value:.2f}" for name, value in ratio.items()))
         else:
-            with use_backend("reference" if args.mode == "plain" else "fast"):
-                figures = {"machine": machine, **measure(args, args.mode)}
+            with use_backend("reference" if args.mode == "reference" else "fast"):
+                measured = {"machine": machine, **measure(args, args.mode)}
     except UserError as error:
         sys.exit(f"error: {error}")
     if args.json == "-":
-        print(json.dumps(figures))
+        print(json.dumps(measured))
     elif args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        Path(args.json).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Export a run's trained spiking networks to NIR files (https://neuroir.org), and check that these spike alike.
 
 python scripts/export_nir.py RUN_FOLDER                to RUN_FOLDER/nir
-python scripts/export_nir.py RUN_FOLDER --output DIR --raster PICTURE
+python scripts/export_nir.py RUN_FOLDER --output DIR --raster FILE
 
 Needs the packages nir and nirtorch. A graph takes its input, [C,H,W], at every spike step, which is 0.1 ms in the file;
 weights are float64, batch norm is folded into the convolutions. What NIR has no node for, transposed convolutions and
@@ -177,7 +177,7 @@ def write(export: Export, folder: Path) -> Comparison:
     return compared
 
 
-def plot_raster(networks: dict[str, Comparison], picture: Path) -> None:
+def plot_raster(networks: dict[str, Comparison], path: Path) -> None:
     """Plot the spikes for one image: dots for the trained networks', rings for those of the files' graphs."""
     import matplotlib.pyplot as plt  # here because importing it takes a second
 
@@ -188,7 +188,7 @@ def plot_raster(networks: dict[str, Comparison], picture: Path) -> None:
         axis.plot(*graph, "ro", markersize=5, markerfacecolor="none")
         axis.set(title=name, xlabel="spike step", yticks=[])
     axes[0, 0].set_ylabel(f"{NEURONS} neurons of each layer")
-    save_figure(picture, figure)
+    save_figure(path, figure)
 
 
 def shown(compared: Comparison) -> list[tuple[Tensor, Tensor]]:
@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", type=expand, help="a run folder")
     parser.add_argument("--output", type=expand, metavar="DIR", help="where the files go [RUN/nir]")
     parser.add_argument("--data_path", type=expand, metavar="DIR", help="where the data set is [as in the run]")
-    parser.add_argument("--raster", type=expand, metavar="PICTURE", help="a plot of some of the spikes [none]")
+    parser.add_argument("--raster", type=expand, metavar="FILE", help="a plot of some of the spikes [none]")
     args = parser.parse_args(arguments)
     folder, compared = args.output or args.run / "nir", {}
     try:

@@ -4,7 +4,7 @@ A test must pass on any processor, with any number of threads and in either prec
 differently, and a neuron near its threshold then fires or does not. So an assertion either holds by construction (a
 network, noise or input for which nothing else is possible; a share of random draws within five standard deviations), or
 compares two computations on the same machine: of the same shapes bit for bit, of different shapes (another batch size,
-fast and plain) in float64, where no rounding is large enough to change a spike, or in numbers that are exact.
+fast and reference) in float64, where no rounding is large enough to change a spike, or in numbers that are exact.
 
 Run the suite as different machines before you trust a new test:
 
@@ -65,7 +65,7 @@ def colour(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def classes(tmp_path_factory):
-    """Options that name a data set of two classes, 60 + 4 grey pictures of 16x16 each."""
+    """Options that name a data set of two classes, 60 + 4 grey images of 16x16 each."""
     folder = tmp_path_factory.mktemp("classes")
     for number, name in enumerate(("dark blue", "sea")):
         write_bars(folder / "train" / name, 60, 16, colour=False, seed=number)

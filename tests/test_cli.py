@@ -168,7 +168,7 @@ def test_options_that_contradict_the_run(mistake, run):
     assert before == [path.read_bytes() for path in files(run)]
 
 
-def test_figures_that_a_model_has_not(mistake, grey, tmp_path):
+def test_metrics_that_a_model_has_not(mistake, grey, tmp_path):
     options = ("--model", "snn-vae", "--metrics", "mse,codebook", "--result_path", tmp_path)
     assert "--metrics codebook: snn-vae has no codes" in mistake(*grey, *options) and not files(tmp_path)
 
@@ -238,21 +238,21 @@ def test_results_elsewhere(cli, mistake, run, tmp_path):
     assert (outcome.status, outcome.err) == (0, "") and f"the run is in {new}:" in outcome.out
     assert {path: path.read_bytes() for path in files(run)} == before
     assert all((new / name).exists() for name in ("metrics.json", "samples/images.npz", "samples/grid.png"))
-    figures = json.loads((new / "metrics.json").read_text())
-    assert figures and all(figure["checkpoint"] == str(run / "model.pth") for figure in figures)
+    records = json.loads((new / "metrics.json").read_text())
+    assert records and all(record["checkpoint"] == str(run / "model.pth") for record in records)
     assert cli("--checkpoint", run, "--stage", "sample", "--result_path", new).status == 0
     shutil.copytree(run, tmp_path / "other")
     assert "folder of another run" in mistake("--checkpoint", run, "--result_path", tmp_path / "other")
 
 
-def test_figures_of_stage_1_alone(cli, mistake, run):
+def test_metrics_of_stage_1_alone(cli, mistake, run):
     shutil.rmtree(run / "diff_result")
     shutil.rmtree(run / "samples")
     (run / "metrics.json").unlink()
     outcome = cli("--checkpoint", run, "--metrics", "mse,codebook")
     assert (outcome.status, outcome.err) == (0, "")
-    figures = [figure["name"] for figure in json.loads((run / "metrics.json").read_text())]
-    assert figures == ["mse", "codebook_usage", "codebook_perplexity"] and not (run / "samples").exists()
+    records = [record["name"] for record in json.loads((run / "metrics.json").read_text())]
+    assert records == ["mse", "codebook_usage", "codebook_perplexity"] and not (run / "samples").exists()
     for others in ("mse,energy", "fad"):
         assert "diff_model.pth does not exist" in mistake("--checkpoint", run, "--metrics", others)
 
@@ -293,8 +293,8 @@ def test_data_that_has_changed(split, change, expected, cli, mistake, own_data):
     assert expected in mistake("--resume", run, "--diffusion_epochs", 2)
     outcome = cli("--checkpoint", run, "--metrics", "mse")
     assert outcome.status == 0 and outcome.err.startswith("warning: ") and expected in outcome.err
-    (figure,) = [each for each in json.loads((run / "metrics.json").read_text()) if each["name"] == "mse"]
-    assert expected in figure["data"]
+    (record,) = [each for each in json.loads((run / "metrics.json").read_text()) if each["name"] == "mse"]
+    assert expected in record["data"]
 
 
 def test_a_run_finds_its_data_from_anywhere(cli, own_data, tmp_path, monkeypatch):
@@ -382,7 +382,7 @@ def test_folder_that_cannot_be_written(target, cli, run):
     assert target in outcome.err
 
 
-def test_pictures_that_are_all_the_same(mistake, small, tmp_path):
+def test_images_that_are_all_the_same(mistake, small, tmp_path):
     for split in ("train", "test"):
         (tmp_path / "data" / split).mkdir(parents=True)
         Image.fromarray(np.full((16, 16), 7, np.uint8)).save(tmp_path / "data" / split / "one.png")
@@ -432,12 +432,12 @@ def test_a_users_first_minutes(tmp_path):
     table, paths = process.stdout.split(f"the run is in {run}:\n")
     assert "metric" in table and all((tmp_path / line.strip()).exists() for line in paths.splitlines())
 
-    figures = (tmp_path / run / "metrics.json").read_text()
+    records = (tmp_path / run / "metrics.json").read_text()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / run).rename(tmp_path / "elsewhere" / "run")
     evaluated = shell("--checkpoint", "elsewhere/run/model.pth", "--num_samples", 5, folder=tmp_path)
     assert (evaluated.returncode, evaluated.stderr) == (0, "") and "stage" not in evaluated.stdout
-    assert (tmp_path / "elsewhere" / "run" / "metrics.json").read_text() == figures
+    assert (tmp_path / "elsewhere" / "run" / "metrics.json").read_text() == records
 
 
 def test_a_mistake_in_a_shell(tmp_path):

@@ -32,9 +32,9 @@ def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def write_pictures(folder, pictures):
+def write_images(folder, images):
     folder.mkdir(parents=True, exist_ok=True)
-    for i, pixels in enumerate(pictures):
+    for i, pixels in enumerate(images):
         Image.fromarray(pixels).save(folder / f"{i:03}.png")
 
 
@@ -242,7 +242,7 @@ def test_data_path_that_cannot_be_written(tmp_path):
 
 def test_every_tenth_image_is_test(tmp_path):
     images = noise(23, 32, 32)
-    write_pictures(tmp_path, images)
+    write_images(tmp_path, images)
     data = load_dataset("ImageFolder", tmp_path)
     is_test = np.arange(23) % 10 == 0
     assert data.shape == (1, 32, 32)
@@ -251,8 +251,8 @@ def test_every_tenth_image_is_test(tmp_path):
 
 def test_train_and_test_folders_are_the_splits(tmp_path):
     train, test = noise(3, 32, 32, 3), noise(2, 32, 32, 3, seed=1)
-    write_pictures(tmp_path / "train" / "cats", train)
-    write_pictures(tmp_path / "test" / "cats", test)
+    write_images(tmp_path / "train" / "cats", train)
+    write_images(tmp_path / "test" / "cats", test)
     data = load_dataset("ImageFolder", tmp_path)
     assert np.array_equal(data.train, train.transpose(0, 3, 1, 2))
     assert np.array_equal(data.test, test.transpose(0, 3, 1, 2))
@@ -262,7 +262,7 @@ def test_train_and_test_folders_are_the_splits(tmp_path):
 @pytest.mark.parametrize("folders", [("train", "val"), ("train", "val", "test")])
 def test_val_is_the_test_split_where_there_is_no_other(tmp_path, folders):
     for level, folder in enumerate(folders):
-        write_pictures(tmp_path / folder, np.full((2, 32, 32), level, np.uint8))
+        write_images(tmp_path / folder, np.full((2, 32, 32), level, np.uint8))
     data = load_dataset("ImageFolder", tmp_path)
     assert (data.train == 0).all() and (data.test == len(folders) - 1).all()
     assert len(data.train) == len(data.test) == 2
@@ -271,15 +271,15 @@ def test_val_is_the_test_split_where_there_is_no_other(tmp_path, folders):
 @pytest.mark.parametrize("link", [os.link, os.symlink])
 def test_a_file_is_in_one_split_only(tmp_path, link):
     for folder in ("train", "test"):
-        write_pictures(tmp_path / folder, noise(2, 32, 32))
+        write_images(tmp_path / folder, noise(2, 32, 32))
     link(tmp_path / "train" / "001.png", tmp_path / "test" / "again.png")
     message = complaint("ImageFolder", tmp_path)
     assert str(tmp_path / "train" / "001.png") in message and str(tmp_path / "test" / "again.png") in message
 
 
-def test_channels_follow_the_training_pictures_or_the_wish(tmp_path):
-    write_pictures(tmp_path / "train", [noise(32, 32), np.full((32, 32, 3), (255, 0, 0), np.uint8)])
-    write_pictures(tmp_path / "test", [noise(32, 32)])
+def test_channels_follow_the_training_images_or_the_wish(tmp_path):
+    write_images(tmp_path / "train", [noise(32, 32), np.full((32, 32, 3), (255, 0, 0), np.uint8)])
+    write_images(tmp_path / "test", [noise(32, 32)])
     assert load_dataset("ImageFolder", tmp_path).shape == (3, 32, 32)
     grey = load_dataset("ImageFolder", tmp_path, channels=1)
     assert grey.shape == (1, 32, 32) and (grey.train[1] == 76).all()  # 0.299 * 255
@@ -291,7 +291,7 @@ def test_channels_follow_the_training_pictures_or_the_wish(tmp_path):
 def test_centre_is_kept_and_downsampling_averages(tmp_path):
     wide = np.zeros((64, 192), np.uint8)
     wide[:, 64:128] = np.indices((64, 64)).sum(0) % 2 * 255  # a chequered centre between black sides
-    write_pictures(tmp_path, [wide, wide.T.copy()])
+    write_images(tmp_path, [wide, wide.T.copy()])
     data = load_dataset("ImageFolder", tmp_path, image_size=16)
     for image in (data.train[0, 0], data.test[0, 0]):
         assert image.shape == (16, 16)
@@ -301,7 +301,7 @@ def test_centre_is_kept_and_downsampling_averages(tmp_path):
 def test_transparent_pixels_are_white(tmp_path):
     rgba = np.zeros((32, 32, 4), np.uint8)
     rgba[..., 0], rgba[:16, :, 3] = 200, 255  # red, opaque in the upper half only
-    write_pictures(tmp_path, [rgba, rgba])
+    write_images(tmp_path, [rgba, rgba])
     palette = Image.fromarray(np.indices((32, 32))[0].astype(np.uint8) // 16).convert("P")
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.save(tmp_path / "palette.png", transparency=1)
@@ -320,7 +320,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, ending):
     assert np.array_equal(data.train[0, 0], np.round(levels / 257))
 
 
-def test_black_and_white_and_rotated_pictures(tmp_path):
+def test_black_and_white_and_rotated_images(tmp_path):
     pixels = noise(32, 32)
     Image.fromarray(pixels).convert("1", dither=Image.Dither.NONE).save(tmp_path / "0.png")
     turned = Image.fromarray(pixels)
@@ -333,7 +333,7 @@ def test_black_and_white_and_rotated_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "gif"])
-def test_truncated_picture_is_named(tmp_path, ending):
+def test_truncated_image_is_named(tmp_path, ending):
     for i in range(3):
         Image.fromarray(noise(64, 64)).save(tmp_path / f"{i}.{ending}")
     damaged = tmp_path / f"1.{ending}"
@@ -343,34 +343,34 @@ def test_truncated_picture_is_named(tmp_path, ending):
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>"])
 def test_foreign_file_is_named(tmp_path, content):
-    write_pictures(tmp_path, noise(3, 32, 32))
+    write_images(tmp_path, noise(3, 32, 32))
     (tmp_path / "002.png").write_bytes(content)
     assert str(tmp_path / "002.png") in complaint("ImageFolder", tmp_path)
 
 
 def test_float_pixels_are_refused(tmp_path):
-    write_pictures(tmp_path, noise(2, 32, 32))
+    write_images(tmp_path, noise(2, 32, 32))
     Image.fromarray(np.zeros((32, 32), np.float32)).save(tmp_path / "depth.tiff")
     assert "depth.tiff" in complaint("ImageFolder", tmp_path)
 
 
-def test_pictures_beyond_train_images_are_not_read(tmp_path):
-    pictures = noise(6, 32, 32)
-    write_pictures(tmp_path, pictures)
+def test_images_beyond_train_images_are_not_read(tmp_path):
+    images = noise(6, 32, 32)
+    write_images(tmp_path, images)
     (tmp_path / "005.png").write_bytes(b"damaged")
     data = load_dataset("ImageFolder", tmp_path, train_images=4)
-    assert np.array_equal(data.train, pictures[1:5, None])
+    assert np.array_equal(data.train, images[1:5, None])
     assert "5" in complaint("ImageFolder", tmp_path, train_images=6)
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_too_few_pictures(tmp_path, count):
-    write_pictures(tmp_path, noise(count, 32, 32))
+def test_too_few_images(tmp_path, count):
+    write_images(tmp_path, noise(count, 32, 32))
     assert f"{tmp_path} holds {count} images" in complaint("ImageFolder", tmp_path)
 
 
 def test_empty_test_folder(tmp_path):
-    write_pictures(tmp_path / "train", noise(3, 32, 32))
+    write_images(tmp_path / "train", noise(3, 32, 32))
     (tmp_path / "test").mkdir()
     assert str(tmp_path / "test") in complaint("ImageFolder", tmp_path)
 
@@ -396,7 +396,7 @@ def test_channels_must_be_one_or_three(tmp_path):
 def write_classes(root, counts):
     """So many images of each class; those of the k-th have the level k."""
     for level, (name, count) in enumerate(sorted(counts.items())):
-        write_pictures(root / name, np.full((count, 8, 8), level, np.uint8))
+        write_images(root / name, np.full((count, 8, 8), level, np.uint8))
 
 
 def levels(images):
@@ -422,7 +422,7 @@ def test_class_folders_give_labels(tmp_path, split):
 
 def test_labels_of_a_test_split_without_some_class_are_those_of_training(tmp_path):
     write_classes(tmp_path / "train", {"a": 2, "b": 2, "c": 2})
-    write_pictures(tmp_path / "test" / "c", noise(2, 8, 8))
+    write_images(tmp_path / "test" / "c", noise(2, 8, 8))
     data = load_dataset("ImageFolder", tmp_path, image_size=8)
     assert data.class_names == ("a", "b", "c") and data.test_labels.tolist() == [2, 2]
 

@@ -16,11 +16,9 @@ from metrics.classifier import (
     FEATURES,
     Classifier,
     accuracy,
-    class_balance,
     classifier_distance,
     classifier_features,
     classifier_logits,
-    mean_confidence,
 )
 from metrics.counts import check_enough
 from metrics.fad import FAD_IMAGES, FadAutoencoder, fad, fad_features
@@ -193,16 +191,14 @@ def _prdc(features: Features) -> Values:
 
 
 def _classifier_metrics(features: Features) -> Values:
-    logits, real = (classifier_logits(each, features.network) for each in (features.generated, features.real))
-    return {
+    real_logits = classifier_logits(features.real, features.network)
+    values = {
         "classifier_frechet": classifier_distance(features.generated, features.real),
-        "classifier_accuracy": accuracy(real, features.real_labels),
-        **({} if features.labels is None else {"label_accuracy": accuracy(logits, features.labels)}),
-        "class_balance": class_balance(logits),
-        "confidence": mean_confidence(logits),
-        "confidence_real": mean_confidence(real),
-        **{f"classifier_{name}": value for name, value in _prdc(features).items()},
+        "classifier_accuracy": accuracy(real_logits, features.real_labels),
     }
+    if features.labels is not None:
+        values["label_accuracy"] = accuracy(classifier_logits(features.generated, features.network), features.labels)
+    return values | {f"classifier_{name}": value for name, value in _prdc(features).items()}
 
 
 def _memorisation(features: Features) -> Values:

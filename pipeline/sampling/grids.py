@@ -37,9 +37,9 @@ def grid(images: Tensor, columns: int, zoom: int = ZOOM) -> Tensor:
     return make_grid(enlarged, columns, padding=zoom, pad_value=GREY)
 
 
-def ungrid(picture: Tensor, height: int, width: int) -> Tensor:
+def ungrid(image: Tensor, height: int, width: int) -> Tensor:
     """The images of these sizes that `grid` has put together at its own zoom: uint8 `[rows, columns, 3, H, W]`."""
-    small = picture[:, ZOOM::ZOOM, ZOOM::ZOOM]  # each image with a margin of a pixel below and on the right
+    small = image[:, ZOOM::ZOOM, ZOOM::ZOOM]  # each image with a margin of a pixel below and on the right
     tiles = small.unflatten(2, (-1, width + 1)).unflatten(1, (-1, height + 1))  # -> [3,rows,H+1,columns,W+1]
     return tiles[:, :, :height, :, :width].permute(1, 3, 0, 2, 4).contiguous()
 

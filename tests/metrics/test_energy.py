@@ -291,18 +291,18 @@ def test_firing_rates_are_those_of_the_trajectory(autoencoder, denoiser, images)
 
 
 @use_backend("fast")
-def test_energy_figures_say_what_was_counted(autoencoder, denoiser, images):
+def test_energy_metrics_say_what_was_counted(autoencoder, denoiser, images):
     generator = generator_of(autoencoder, denoiser, sample_steps=4, temperature=0.5)
     uint8 = (images * 255).byte()
-    figures = {figure["name"]: figure for figure in energy_records(generator, uint8, seed=7)}
-    sample, encoding = figures["energy_sample"], figures["energy_encode"]
-    assert "4 denoiser passes" in sample["protocol"] and "mean of the 4" in figures["energy_denoiser_pass"]["protocol"]
+    records = {record["name"]: record for record in energy_records(generator, uint8, seed=7)}
+    sample, encoding = records["energy_sample"], records["energy_encode"]
+    assert "4 denoiser passes" in sample["protocol"] and "mean of the 4" in records["energy_denoiser_pass"]["protocol"]
     assert sample["drawn"] == generator.drawn == "temperature 0.5, 4 timesteps"
     assert (sample["num_generated"], sample["num_real"]) == (3, 0)
     assert (encoding["num_generated"], encoding["num_real"]) == (0, 3)
-    parts = 4 * figures["energy_denoiser_pass"]["value"] + figures["energy_decode"]["value"]
+    parts = 4 * records["energy_denoiser_pass"]["value"] + records["energy_decode"]["value"]
     assert sample["value"] == pytest.approx(parts)
-    dense = {name: figures[f"energy_{name}_without_spikes"]["value"] for name in ("sample", "denoiser_pass", "decode")}
+    dense = {name: records[f"energy_{name}_without_spikes"]["value"] for name in ("sample", "denoiser_pass", "decode")}
     assert dense["sample"] == pytest.approx(4 * dense["denoiser_pass"] + dense["decode"])
     changed = replace(generator, final_temperature=0.3, sample_steps=None, reveal_order="spread")
     assert changed.drawn == "temperature 0.5 changing to 0.3, all timesteps, spread order"

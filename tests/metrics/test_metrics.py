@@ -17,11 +17,9 @@ from metrics import manifold
 from metrics.classifier import (
     Classifier,
     accuracy,
-    class_balance,
     classifier_distance,
     classifier_features,
     classifier_logits,
-    mean_confidence,
 )
 from metrics.codebook import perplexity, usage
 from metrics.fad import FadAutoencoder, fad, fad_features, load_published, to_fad_range, to_fad_size
@@ -300,17 +298,17 @@ def test_wrong_weights_are_one_line(content, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("figure", "fewest"),
+    ("metric", "fewest"),
     [(fid, 2048), (paper_fid, 1280), (lambda a, b: kid(a, b, 0), 1000), (classifier_distance, 129)],
 )
-def test_distance_between_too_few_images_is_refused(figure, fewest, monkeypatch):
+def test_distance_between_too_few_images_is_refused(metric, fewest, monkeypatch):
     monkeypatch.setattr(fid_module, "KID_SUBSETS", 2)
     enough, few = random_features(fewest, 2), random_features(fewest - 1, 2)
     with pytest.raises(UserError, match=f"{fewest} generated images, not {fewest - 1}"):
-        figure(few, enough)
+        metric(few, enough)
     with pytest.raises(UserError, match=f"{fewest} real images, not {fewest - 1}"):
-        figure(enough, few)
-    figure(enough, enough)
+        metric(enough, few)
+    metric(enough, enough)
 
 
 def test_fid_and_frechet_distance_are_pinned():
@@ -407,8 +405,8 @@ def test_manifold_metrics_of_sets_far_apart_are_zero():
 def test_manifold_metrics_by_hand():
     real = np.array([[0.0], [1], [10], [-5]])  # balls ]-1,1[, ]0,2[, ]1,19[, ]-10,0[
     generated = np.array([[0.5], [0.25], [3], [30], [31]])  # balls ].25,.75[, ]0,.5[, ].5,5.5[, ]29,31[, ]30,32[
-    figures = manifold_metrics(generated, real, neighbours=1)
-    assert figures == pytest.approx((3 / 5, 1 / 4, (2 + 2 + 1) / 5, 3 / 4))
+    values = manifold_metrics(generated, real, neighbours=1)
+    assert values == pytest.approx((3 / 5, 1 / 4, (2 + 2 + 1) / 5, 3 / 4))
 
 
 def test_manifold_metrics_against_loops(monkeypatch):
@@ -519,14 +517,9 @@ def test_classifier_features_give_its_logits(shape):
     np.testing.assert_allclose(logits, expected.numpy(), atol=1e-5)
 
 
-def test_classifier_figures_by_hand():
-    logits = np.log(
-        np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8], [0.5, 0.2, 0.3]])
-    )  # classes 0, 0, 2, 0
+def test_accuracy_by_hand():
+    logits = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8], [0.5, 0.2, 0.3]])  # classes 0, 0, 2, 0
     assert accuracy(logits, torch.tensor([0, 1, 2, 2])) == 0.5
-    assert mean_confidence(logits) == pytest.approx((0.7 + 0.6 + 0.8 + 0.5) / 4)
-    assert class_balance(logits) == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(3))
-    assert class_balance(np.eye(3)) == pytest.approx(1) and class_balance(logits[:2]) == 0
 
 
 def test_classifier_distance_is_the_frechet_distance():

@@ -93,7 +93,7 @@ def test_gradient_passes_straight_through_the_codebook():
 
 
 def test_vqvae_learns():
-    """Reconstructs pictures of bright and dark cells far better than any single picture could."""
+    """Reconstructs images of bright and dark cells far better than any single image could."""
     torch.manual_seed(0)
     model = VQVAE(codebook_size=40, embedding_dim=3, hidden_channels=8)
     cells = (torch.rand(8, 1, 4, 4) < 0.5).float()

@@ -34,7 +34,7 @@ def codebook():
 
 @pytest.fixture
 def groups():
-    """Codes of 40 pictures, which are codes 0 to 2, and of 10, which are codes 4 and 5 in the middle."""
+    """Codes of 40 images, which are codes 0 to 2, and of 10, which are codes 4 and 5 in the middle."""
     generator = torch.Generator().manual_seed(0)
     low = torch.randint(0, 3, (40, *GRID), generator=generator)
     high = torch.where(torch.rand(10, *GRID, generator=generator) < 0.5, 4, 5)

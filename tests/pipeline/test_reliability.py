@@ -711,14 +711,12 @@ def whole_file(write):
 GOOD = {
     "checkpoint": whole_file(lambda file: torch.save({"weight": torch.ones(3)}, file)),
     "statistics": whole_file(lambda file: np.savez(file, names=np.array(["mean"]), mean=np.ones(3))),
-    "picture": whole_file(
-        lambda file: Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(file, "PNG")
-    ),
+    "image": whole_file(lambda file: Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(file, "PNG")),
     "options": b'{"epochs": 3, "seed": 42}',
 }
 
 
-def read_picture(path):
+def read_an_image(path):
     Image.fromarray(np.eye(16, dtype=np.uint8)).save(path.with_name("good.png"))
     return load_dataset("ImageFolder", path.parent, image_size=16)
 
@@ -726,7 +724,7 @@ def read_picture(path):
 READERS = {
     "checkpoint": ("model.pth", load_weights),
     "statistics": ("statistics.npz", lambda path: files.from_cache(path, cache._read)),
-    "picture": ("picture.png", read_picture),
+    "image": ("image.png", read_an_image),
     "options": ("config.json", lambda path: RunFolder(path.parent).read_config()),
 }
 
@@ -779,7 +777,7 @@ def test_a_folder_that_must_not_be_read(tmp_path, monkeypatch):
         load_dataset("ImageFolder", tmp_path)
 
 
-def test_pictures_of_any_shape(tmp_path):
+def test_images_of_any_shape(tmp_path):
     for i, shape in enumerate([(1, 1), (1, 3000), (3000, 1), (17, 5)]):
         Image.fromarray(np.full(shape, 60 * i, np.uint8)).save(tmp_path / f"{i}.png")
     assert load_dataset("ImageFolder", tmp_path, image_size=8).train.shape == (3, 1, 8, 8)

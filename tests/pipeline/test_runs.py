@@ -38,8 +38,8 @@ def test_a_run_leaves_everything(finished):
     assert images.shape == (5, 16, 16, 1) and images.dtype == np.uint8
     assert len(np.unique(images, axis=0)) == 5, "if all were the same, comparing samples would prove nothing"
     for name in ("reconstructions", "samples"):
-        pictures = [f"{name}_epoch_{epoch:03}.png" for epoch in (1, 2)]
-        assert sorted(path.name for path in (run / "samples").glob(f"{name}_*")) == pictures
+        previews = [f"{name}_epoch_{epoch:03}.png" for epoch in (1, 2)]
+        assert sorted(path.name for path in (run / "samples").glob(f"{name}_*")) == previews
     first, second = (EventAccumulator(str(run / "tensorboard" / stage)).Reload() for stage in ("vqsvae", "sdid"))
     assert {"vqsvae/loss", "vqsvae/mse"} <= set(first.Tags()["scalars"])
     assert [events.Tags()["images"] for events in (first, second)] == [["reconstructions"], ["samples"]]
@@ -56,21 +56,21 @@ def test_weights_are_plain_state_dicts(finished):
         assert type(weights) is type(network.state_dict()) and weights.keys() == network.state_dict().keys()
 
 
-def test_figures_say_what_they_are(finished):
-    figures = read_metrics(finished.path)
+def test_metrics_say_what_they_are(finished):
+    records = read_metrics(finished.path)
     parts = [f"energy_{part}{kind}" for part in ("encode", "decode", "denoiser_pass", "sample") for kind in KINDS]
-    assert figures.keys() == {"mse", "ssim", "codebook_usage", "codebook_perplexity", "firing_rate", *parts}
-    for figure in figures.values():
-        assert figure.keys() >= {"name", "value", "protocol", "split", "num_generated", "num_real", "seed"}
-        assert (figure["split"], figure["seed"]) == ("test", 42)
-        assert (figure["num_real"], figure["num_generated"]) in ((4, 0), (0, 4), (4, 4))
-        assert figure["protocol"] and isinstance(figure["value"], float)
+    assert records.keys() == {"mse", "ssim", "codebook_usage", "codebook_perplexity", "firing_rate", *parts}
+    for record in records.values():
+        assert record.keys() >= {"name", "value", "protocol", "split", "num_generated", "num_real", "seed"}
+        assert (record["split"], record["seed"]) == ("test", 42)
+        assert (record["num_real"], record["num_generated"]) in ((4, 0), (0, 4), (4, 4))
+        assert record["protocol"] and isinstance(record["value"], float)
 
 
 def test_a_run_ends_with_a_table_and_the_paths(finished):
     lines = finished.outcome.out.splitlines()
-    for name, figure in read_metrics(finished.path).items():
-        assert sum(line.startswith(f"{name} ") and f"{figure['value']:.4f}" in line for line in lines) == 1
+    for name, record in read_metrics(finished.path).items():
+        assert sum(line.startswith(f"{name} ") and f"{record['value']:.4f}" in line for line in lines) == 1
     paths = [line.strip() for line in lines[lines.index(f"the run is in {finished.path}:") + 1 :]]
     names = (
         *WEIGHTS,
@@ -84,8 +84,8 @@ def test_a_run_ends_with_a_table_and_the_paths(finished):
     assert finished.outcome.err == ""
 
 
-def test_pictures_show_what_they_say(finished, grey):
-    def picture(name):
+def test_images_show_what_they_say(finished, grey):
+    def image(name):
         return np.asarray(Image.open(finished.path / "samples" / name))
 
     def cells(pixels, rows, columns, size=16 * 3, gap=3):
@@ -95,14 +95,14 @@ def test_pictures_show_what_they_say(finished, grey):
         return [pixels[y : y + size : 3, x : x + size : 3] for y, x in starts]
 
     test = load_dataset("ImageFolder", grey[3], image_size=16).test
-    originals = cells(picture("reconstructions_epoch_002.png"), 2, 4)[:4]
+    originals = cells(image("reconstructions_epoch_002.png"), 2, 4)[:4]
     assert all(np.array_equal(tile[..., 0], image[0]) for tile, image in zip(originals, test, strict=True))
     images = read_images(finished.path)
-    tiles = cells(picture("grid.png"), 1, 5)
+    tiles = cells(image("grid.png"), 1, 5)
     assert all(np.array_equal(tile[..., :1], image) for tile, image in zip(tiles, images, strict=True))
-    tokens, *_, complete = np.split(np.array(cells(picture("trajectory.png"), 2, 12)), [1, 11, 12, 23])
+    tokens, *_, complete = np.split(np.array(cells(image("trajectory.png"), 2, 12)), [1, 11, 12, 23])
     assert (tokens == 0).all() and np.array_equal(complete[0][..., :1], images[0])
-    assert len(cells(picture("samples_epoch_001.png"), 2, 8)) == 16
+    assert len(cells(image("samples_epoch_001.png"), 2, 8)) == 16
 
 
 def test_colour_and_another_size(cli, colour, tmp_path):
@@ -367,14 +367,14 @@ def test_every_model_runs_resumes_and_is_read_back(options, cli, grey, tmp_path)
     assert stopped.status == 0 and "saved" in stopped.out
     (parts,) = tmp_path.glob("parts/*/*")
     assert cli("--resume", parts, "--max_minutes", 60).status == 0
-    log, figures = read_log(whole), read_metrics(whole)
+    log, records = read_log(whole), read_metrics(whole)
     losses = [line["loss"] for line in log]
     assert log[1]["mse"] < 0.8 * log[0]["mse"]
     assert [line["loss"] for line in read_log(parts)] == losses
     assert np.array_equal(read_images(whole), read_images(parts))
-    assert {"mse", "ssim", "energy_encode", "energy_sample"} <= figures.keys() and read_metrics(parts) == figures
+    assert {"mse", "ssim", "energy_encode", "energy_sample"} <= records.keys() and read_metrics(parts) == records
     (whole / "metrics.json").unlink()
-    assert cli("--checkpoint", whole / "model.pth", "--num_samples", 5).status == 0 and read_metrics(whole) == figures
+    assert cli("--checkpoint", whole / "model.pth", "--num_samples", 5).status == 0 and read_metrics(whole) == records
 
 
 def test_a_model_without_second_stage(cli, grey, tmp_path):

@@ -1,4 +1,4 @@
-"""scripts/evaluate.py: pictures in any form, and the mistakes one can make."""
+"""scripts/evaluate.py: images in any form, and the mistakes one can make."""
 
 import json
 import subprocess
@@ -19,20 +19,20 @@ from pipeline.evaluation.metrics import FeatureNetwork, Metric
 from scripts import evaluate
 
 
-def random_pictures(count, channels=3, size=16, seed=0):
+def random_images(count, channels=3, size=16, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, channels), dtype=np.uint8)
 
 
-def write_folder(folder, pictures):
+def write_folder(folder, images):
     folder.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(pictures):
-        Image.fromarray(picture.squeeze()).save(folder / f"{number:05d}.png")
+    for number, image in enumerate(images):
+        Image.fromarray(image.squeeze()).save(folder / f"{number:05d}.png")
     return folder
 
 
-def write_npz(path, pictures):
+def write_npz(path, images):
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, images=pictures)
+    np.savez(path, images=images)
     return path
 
 
@@ -78,18 +78,18 @@ def mistake(capsys, *arguments):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_folder_archive_and_memory_give_the_same_figure(channels, tmp_path, capsys):
-    generated, real = random_pictures(12, channels), random_pictures(9, channels, seed=1) // 4
+def test_folder_archive_and_memory_give_the_same_metric(channels, tmp_path, capsys):
+    generated, real = random_images(12, channels), random_images(9, channels, seed=1) // 4
     folders = [write_folder(tmp_path / name, images) for name, images in (("g", generated), ("r", real))]
     archives = [write_npz(tmp_path / f"{name}.npz", images) for name, images in (("g", generated), ("r", real))]
     in_memory = [torch.from_numpy(images).permute(0, 3, 1, 2) for images in (generated, real)]
     expected = distance(*(pixels(images, Pixels()) for images in in_memory))
     for sides in (archives, folders, (folders[0], archives[1])):
-        (figure,) = records(*sides)
-        assert figure["value"] == pytest.approx(expected) and expected > 1
-        assert (figure["num_generated"], figure["num_real"]) == (12, 9) and str(sides[0]) in figure["drawn"]
-    evaluate.main([str(archives[0]), str(archives[1]), "--output", str(tmp_path / "figures.json"), "--device", "cpu"])
-    assert json.loads((tmp_path / "figures.json").read_text()) == records(*archives)
+        (record,) = records(*sides)
+        assert record["value"] == pytest.approx(expected) and expected > 1
+        assert (record["num_generated"], record["num_real"]) == (12, 9) and str(sides[0]) in record["drawn"]
+    evaluate.main([str(archives[0]), str(archives[1]), "--output", str(tmp_path / "records.json"), "--device", "cpu"])
+    assert json.loads((tmp_path / "records.json").read_text()) == records(*archives)
     assert f"{expected:.4f}" in capsys.readouterr().out
 
 
@@ -97,9 +97,9 @@ def test_a_run_against_its_data_set(run, grey):
     with np.load(run / "samples" / "images.npz") as archive:
         images = torch.from_numpy(archive["images"]).permute(0, 3, 1, 2)
     test = load_dataset("ImageFolder", grey[3], image_size=16)
-    (figure,) = records(run, "--reference", "train")
-    assert figure["value"] == pytest.approx(distance(pixels(images, Pixels()), pixels(test.train, Pixels())))
-    assert (figure["split"], figure["num_real"]) == ("train", 120)
+    (record,) = records(run, "--reference", "train")
+    assert record["value"] == pytest.approx(distance(pixels(images, Pixels()), pixels(test.train, Pixels())))
+    assert (record["split"], record["num_real"]) == ("train", 120)
 
 
 def test_a_run_whose_data_set_is_elsewhere(run, grey):
@@ -114,41 +114,41 @@ def test_a_run_whose_data_set_is_elsewhere(run, grey):
 def test_samples_that_a_checkpoint_left_elsewhere(cli, run, grey, tmp_path):
     expected = records(run, "--reference", "train")
     assert cli("--checkpoint", run, "--result_path", tmp_path / "elsewhere", "--num_samples", 5).status == 0
-    (figure,) = records(tmp_path / "elsewhere", "--reference", "train")
-    assert figure["value"] == expected[0]["value"]
+    (record,) = records(tmp_path / "elsewhere", "--reference", "train")
+    assert record["value"] == expected[0]["value"]
 
 
-def test_figures_say_what_they_were_computed_with(run):
-    (figure,) = records(run, "--reference", "train")
-    assert figure["precision"] == "float32" and figure["threads"] == torch.get_num_threads()
-    assert figure["versions"]["torch"] and figure["processor"]
+def test_metrics_say_what_they_were_computed_with(run):
+    (record,) = records(run, "--reference", "train")
+    assert record["precision"] == "float32" and record["threads"] == torch.get_num_threads()
+    assert record["versions"]["torch"] and record["processor"]
 
 
-def test_pictures_against_a_data_set(tmp_path):
-    pictures = write_folder(tmp_path / "pictures", random_pictures(6, channels=1, size=28))
-    (figure,) = records(pictures, "--dataset_name", "Digits")
-    assert figure["num_real"] == 360 and figure["value"] > 0
+def test_images_against_a_data_set(tmp_path):
+    images = write_folder(tmp_path / "images", random_images(6, channels=1, size=28))
+    (record,) = records(images, "--dataset_name", "Digits")
+    assert record["num_real"] == 360 and record["value"] > 0
 
 
 def test_sizes_and_colours_must_be_alike(tmp_path, capsys):
     colour, grey = (
-        write_npz(tmp_path / "c.npz", random_pictures(6)),
-        write_npz(tmp_path / "g.npz", random_pictures(6, 1)),
+        write_npz(tmp_path / "c.npz", random_images(6)),
+        write_npz(tmp_path / "g.npz", random_images(6, 1)),
     )
-    small = write_npz(tmp_path / "s.npz", random_pictures(6, size=8))
+    small = write_npz(tmp_path / "s.npz", random_images(6, size=8))
     assert "have colours" in mistake(capsys, colour, grey)
     assert "[16, 16]" in mistake(capsys, colour, small)
     assert len(records(grey, colour)) == 1  # grey is repeated
 
 
-def test_odd_picture_is_named(tmp_path, capsys):
-    folder = write_folder(tmp_path / "folder", random_pictures(2))
+def test_odd_image_is_named(tmp_path, capsys):
+    folder = write_folder(tmp_path / "folder", random_images(2))
     Image.new("RGB", (16, 20)).save(folder / "odd.png")
     assert f"{folder / 'odd.png'} is 16x20" in mistake(capsys, folder, folder)
 
 
-def test_unreadable_picture_is_named(tmp_path, capsys):
-    folder = write_folder(tmp_path / "folder", random_pictures(2))
+def test_unreadable_image_is_named(tmp_path, capsys):
+    folder = write_folder(tmp_path / "folder", random_images(2))
     (folder / "broken.png").write_bytes((folder / "00000.png").read_bytes()[:60])
     assert "broken.png" in mistake(capsys, folder, folder)
 
@@ -158,7 +158,7 @@ def test_folder_without_images(tmp_path, capsys):
 
 
 def test_subfolders_are_searched(tmp_path):
-    images = random_pictures(7)
+    images = random_images(7)
     write_folder(tmp_path / "folder" / "a", images[:3])
     write_folder(tmp_path / "folder" / "b", images[3:])
     assert records(tmp_path / "folder", write_npz(tmp_path / "all.npz", images))[0]["num_generated"] == 7
@@ -197,9 +197,9 @@ def test_options_are_checked(tmp_path, capsys):
         evaluate.evaluate(evaluate.parse([str(tmp_path), str(tmp_path), "--device", "tpu?"]))
 
 
-@pytest.mark.parametrize("case", ["missing folder", "too few pictures", "wrong weights"])
+@pytest.mark.parametrize("case", ["missing folder", "too few images", "wrong weights"])
 def test_mistakes_on_the_command_line(case, tmp_path):
-    count = 10_000 - (case == "too few pictures")
+    count = 10_000 - (case == "too few images")
     generated = write_npz(tmp_path / "generated.npz", np.zeros((count, 2, 2, 1), dtype=np.uint8))
     real = write_npz(tmp_path / "real.npz", np.zeros((2048, 2, 2, 1), dtype=np.uint8))
     weights = tmp_path / "weights.pth"
@@ -209,5 +209,5 @@ def test_mistakes_on_the_command_line(case, tmp_path):
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 2 and process.stdout == ""
     assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
-    expected = {"missing folder": "nowhere", "too few pictures": "not 9999", "wrong weights": "--fid_weights PATH"}
+    expected = {"missing folder": "nowhere", "too few images": "not 9999", "wrong weights": "--fid_weights PATH"}
     assert expected[case] in process.stderr

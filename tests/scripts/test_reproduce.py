@@ -1,4 +1,4 @@
-"""scripts/reproduce.py and scripts/results_table.py: the matrix of runs, and what is made of their figures."""
+"""scripts/reproduce.py and scripts/results_table.py: the matrix of runs, and what is made of their records."""
 
 import json
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from PIL import Image
 from pipeline.evaluation.metrics import GENERATED_METRICS
 from scripts import reproduce, results_table
 
-FIGURE = {"drawn": "temperature 1", "split": "test", "num_generated": 5000, "num_real": 10000, "seed": 42}
+RECORD = {"drawn": "temperature 1", "split": "test", "num_generated": 5000, "num_real": 10000, "seed": 42}
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_options_of_budgets_and_variants_are_those_of_main(cli, tmp_path):
             assert outcome.status == 2 and "holds 0 images" in outcome.err
 
 
-def make_run(folder, dataset, figures, **options):
+def make_run(folder, dataset, records, **options):
     folder.mkdir(parents=True)
     config = {
         "dataset_name": dataset,
@@ -73,7 +73,7 @@ def make_run(folder, dataset, figures, **options):
     stages, speed = (("vqsvae", 1), ("vqsvae", 2), ("sdid", 1)), {"images": 3600, "images_per_second": 2}
     lines = [{"stage": stage, "epoch": epoch, **speed} for stage, epoch in stages]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    content = [{"name": name, "value": value, "protocol": protocol, **FIGURE} for name, value, protocol in figures]
+    content = [{"name": name, "value": value, "protocol": protocol, **RECORD} for name, value, protocol in records]
     (folder / "metrics.json").write_text(json.dumps(content))
 
 
@@ -125,10 +125,10 @@ def test_values_of_several_protocols_are_not_averaged(tmp_path, capsys):
     assert "fad has several protocols" in refused(capsys, tmp_path)
 
 
-def test_columns_are_figures_that_runs_have(finished):
+def test_columns_are_metrics_that_runs_have(finished):
     known = {"paper_fid", "fid", "kid", "fad"}
     assert known <= results_table.COLUMNS.keys() and known <= GENERATED_METRICS.keys()
-    named = {figure["name"] for figure in json.loads((finished.path / "metrics.json").read_text())}
+    named = {record["name"] for record in json.loads((finished.path / "metrics.json").read_text())}
     assert {"mse", "ssim", "energy_sample"} <= named & results_table.COLUMNS.keys()
 
 

@@ -1,4 +1,4 @@
-"""Which figures are computed of which images, what is said where one cannot be, and the choice of a temperature."""
+"""Which metrics are computed on which images, what is printed where one cannot be, and the choice of a temperature."""
 
 import itertools
 import json
@@ -86,24 +86,24 @@ def test_all_that_can_be_had_and_what_cannot_is_said_in_one_line(data, pooling, 
     ready = prepared(data)
     assert list(ready.metrics) == ["distance", "counts"] and ready.images_needed == 6
     assert capsys.readouterr().out == "no both, more: it cannot be downloaded\n"
-    figures = {figure["name"]: figure for figure in ready.compute(noise(8), "so")}
+    records = {record["name"]: record for record in ready.compute(noise(8), "so")}
     assert sorted(pooling) == ["fixed", "free"]  # each network is loaded once
     statistics = (feature_statistics(pooled(images, Pooling())) for images in (noise(8), data.test))
     (mu, sigma), (real_mu, real_sigma) = statistics
-    assert figures["distance"]["value"] == pytest.approx(frechet_distance(mu, sigma, real_mu, real_sigma))
+    assert records["distance"]["value"] == pytest.approx(frechet_distance(mu, sigma, real_mu, real_sigma))
     expected = {"protocol": "free", "drawn": "so", "split": "test", "num_generated": 8, "num_real": 7, "seed": 3}
-    assert figures["distance"].items() >= expected.items()
-    assert (figures["n"]["value"], figures["m"]["value"]) == (4, 5)
-    assert (figures["n"]["num_generated"], figures["n"]["num_real"]) == (4, 5)
+    assert records["distance"].items() >= expected.items()
+    assert (records["n"]["value"], records["m"]["value"]) == (4, 5)
+    assert (records["n"]["num_generated"], records["n"]["num_real"]) == (4, 5)
     (n, m) = ready.compute(noise(8), "so", ["counts"], whole=True)
     assert (n["value"], m["value"], n["num_generated"]) == (8, 5, 8)
 
 
 def test_against_the_training_split_where_the_protocol_leaves_it_open(data):
     ready = prepared(data, reference="train")
-    figures = {figure["name"]: figure for figure in ready.compute(noise(6), "so")}
-    assert (figures["distance"]["split"], figures["distance"]["num_real"]) == ("train", 9)
-    assert (figures["n"]["split"], figures["n"]["num_real"]) == ("test", 5)
+    records = {record["name"]: record for record in ready.compute(noise(6), "so")}
+    assert (records["distance"]["split"], records["distance"]["num_real"]) == ("train", 9)
+    assert (records["n"]["split"], records["n"]["num_real"]) == ("test", 5)
 
 
 def test_the_real_side_comes_from_the_cache_and_is_the_same(data, monkeypatch):
@@ -277,12 +277,12 @@ def test_a_sample_costs_a_pass_of_the_denoiser_at_each_timestep_and_a_decoding()
 
 def test_energy_in_microjoules():
     generator = generators()["snn-vq-vae"]
-    figures = {figure["name"]: figure for figure in energy_records(generator, noise(4), 0)}
+    records = {record["name"]: record for record in energy_records(generator, noise(4), 0)}
     counted = generator.cost(noise(4)).operations["sample"]
-    assert figures["energy_sample"]["value"] == pytest.approx((4.6 * counted.macs + 0.9 * counted.acs) / 1e6)
-    assert figures["energy_sample_without_spikes"]["value"] == pytest.approx(4.6 * counted.dense_macs / 1e6)
-    assert figures["energy_sample"]["macs"] == counted.macs and figures["energy_sample"]["acs"] == counted.acs
-    assert figures["firing_rate"]["layers"].keys() >= {"encode: encoder.snn_convs.2", "denoiser_pass: conv1.2"}
+    assert records["energy_sample"]["value"] == pytest.approx((4.6 * counted.macs + 0.9 * counted.acs) / 1e6)
+    assert records["energy_sample_without_spikes"]["value"] == pytest.approx(4.6 * counted.dense_macs / 1e6)
+    assert records["energy_sample"]["macs"] == counted.macs and records["energy_sample"]["acs"] == counted.acs
+    assert records["firing_rate"]["layers"].keys() >= {"encode: encoder.snn_convs.2", "denoiser_pass: conv1.2"}
 
 
 def test_reconstructions_are_scored_as_samples_are(data, monkeypatch):
@@ -292,11 +292,11 @@ def test_reconstructions_are_scored_as_samples_are(data, monkeypatch):
     table = {**evaluation.GENERATED_METRICS, "fad": evaluation.GENERATED_METRICS["distance"]}
     monkeypatch.setattr(evaluation, "GENERATED_METRICS", table)
     ready = prepared(data, metrics=["fad"])
-    (figure,) = reconstruction_records(generator, ready, ["fad"])
+    (record,) = reconstruction_records(generator, ready, ["fad"])
     reconstructed, real = (pooled(images, Pooling()) for images in (generator.reconstruct(data.test), data.test))
     expected = frechet_distance(*feature_statistics(reconstructed), *feature_statistics(real))
-    assert figure["name"] == "reconstruction_fad" and figure["value"] == pytest.approx(expected)
-    assert figure["num_generated"] == 7 and "reconstructions" in figure["drawn"]
+    assert record["name"] == "reconstruction_fad" and record["value"] == pytest.approx(expected)
+    assert record["num_generated"] == 7 and "reconstructions" in record["drawn"]
     monkeypatch.setattr(model_metrics, "FAD_IMAGES", 8)
     assert reconstruction_records(generator, ready, ["fad"]) == []
 

@@ -148,7 +148,7 @@ def test_a_cache_that_cannot_be_written_costs_one_warning(obstacle, tmp_path, mo
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_figures_do_not_need_a_cache(tmp_path, monkeypatch, capsys):
+def test_metrics_do_not_need_a_cache(tmp_path, monkeypatch, capsys):
     below_a_file(monkeypatch, tmp_path)
     data = make_data()
     network, _ = classifier(data, MACHINE, seed=0)

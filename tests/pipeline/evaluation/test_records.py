@@ -14,25 +14,25 @@ def read(run):
     return json.loads((run / "metrics.json").read_text(encoding="utf-8"))
 
 
-def test_each_figure_says_what_it_depends_on(finished):
-    for figure in read(finished.path):
-        assert figure["precision"] == "float32" and figure["threads"] == 1
-        assert figure["processor"] and figure["versions"].keys() == set(PACKAGES) and len(figure["weights"]) == 16
-    assert len({figure["weights"] for figure in read(finished.path)}) == 1
+def test_each_metric_says_what_it_depends_on(finished):
+    for record in read(finished.path):
+        assert record["precision"] == "float32" and record["threads"] == 1
+        assert record["processor"] and record["versions"].keys() == set(PACKAGES) and len(record["weights"]) == 16
+    assert len({record["weights"] for record in read(finished.path)}) == 1
 
 
-def test_a_later_call_keeps_the_figures_it_does_not_compute(cli, run):
-    before = {figure["name"]: figure for figure in read(run)}
+def test_a_later_call_keeps_the_metrics_it_does_not_compute(cli, run):
+    before = {record["name"]: record for record in read(run)}
     outcome = cli("--checkpoint", run, "--metrics", "mse,codebook", "--seed", 7)
     assert outcome.status == 0 and "dropped" not in outcome.out
-    after = {figure["name"]: figure for figure in read(run)}
+    after = {record["name"]: record for record in read(run)}
     assert len(read(run)) == len(before) == len(after)
     computed = {"mse", "codebook_usage", "codebook_perplexity"}
     assert {name for name in after if after[name] != before[name]} == computed
     assert {after[name]["seed"] for name in computed} == {7} and after["mse"]["value"] == before["mse"]["value"]
 
 
-def test_figures_of_another_protocol_or_split_stay(cli, run):
+def test_metrics_of_another_protocol_or_split_stay(cli, run):
     others = [{**read(run)[0], "protocol": "another"}, {**read(run)[0], "split": "train"}]
     (run / "metrics.json").write_text(json.dumps([*others, *read(run)]), encoding="utf-8")
     assert cli("--checkpoint", run, "--metrics", others[0]["name"].split("_")[0]).status == 0
@@ -40,11 +40,11 @@ def test_figures_of_another_protocol_or_split_stay(cli, run):
 
 
 @pytest.mark.parametrize("change", ["autoencoder", "denoiser", "unknown"])
-def test_figures_of_other_weights_are_dropped_with_a_word(change, cli, run):
+def test_metrics_of_other_weights_are_dropped_with_a_word(change, cli, run):
     """Also those of the other network, and those of before records named their weights."""
     if change == "unknown":
         keys = ("weights", "precision", "threads", "processor", "versions")
-        old = [{key: value for key, value in figure.items() if key not in keys} for figure in read(run)]
+        old = [{key: value for key, value in record.items() if key not in keys} for record in read(run)]
         (run / "metrics.json").write_text(json.dumps(old), encoding="utf-8")
     else:
         path = run / {"autoencoder": "model.pth", "denoiser": "diff_result/diff_model.pth"}[change]
@@ -53,7 +53,7 @@ def test_figures_of_other_weights_are_dropped_with_a_word(change, cli, run):
     outcome = cli("--checkpoint", run, "--metrics", "mse")
     (line,) = [line for line in outcome.out.splitlines() if "dropped metrics of other weights" in line]
     assert str(run / "metrics.json") in line and "ssim, codebook_usage" in line and " mse" not in line
-    assert [figure["name"] for figure in read(run)] == ["mse"]
+    assert [record["name"] for record in read(run)] == ["mse"]
 
 
 @pytest.mark.parametrize("content", ["{", '{"name": 1}', '[{"name": "mse", "value": 1}]', "[3]"])

@@ -143,7 +143,7 @@ def test_resumed_with_another_number_of_processes(together):
         assert weights_differ_by(run_in(together.folder / name) / "model.pth", model) < 1e-6
 
 
-def test_samples_and_figures_are_those_of_one_process(together):
+def test_samples_and_metrics_are_those_of_one_process(together):
     alone, shared = (together.folder / name for name in ("drawn alone", "drawn shared"))
     images, expected = (np.load(run / "samples" / "images.npz")["images"] for run in (shared, alone))
     assert len(images) == 5 and np.array_equal(images, expected)

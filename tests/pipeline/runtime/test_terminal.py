@@ -33,8 +33,8 @@ def test_in_a_shell_of_ascii(program, run, tmp_path):
     moved, table = run.rename(run.with_name("réseau")), tmp_path / "table.md"
     evaluates = program == "main.py"
     options = ("--checkpoint", moved, "--metrics", "energy") if evaluates else (moved, "--output", table)
-    figures = json.loads((moved / "metrics.json").read_text(encoding="utf-8"))
-    (moved / "metrics.json").write_text(json.dumps(figures, ensure_ascii=False), encoding="utf-8")
+    records = json.loads((moved / "metrics.json").read_text(encoding="utf-8"))
+    (moved / "metrics.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     environment = {**os.environ, **ASCII, "OMP_NUM_THREADS": "1"}
     process = subprocess.run([sys.executable, program, *options], cwd=ROOT, env=environment, capture_output=True)
     assert (process.returncode, process.stderr) == (0, b"")

@@ -35,16 +35,16 @@ def block_means(values, size):
     return [sum(values[i : i + size]) / size for i in range(0, len(values), size)]
 
 
-def train(model, iterations, loss_and_figure):
+def train(model, iterations, loss_and_value):
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-3)
-    figures = []
+    values = []
     for i in range(iterations):
-        loss, figure = loss_and_figure(slice(32 * i, 32 * i + 32))
+        loss, value = loss_and_value(slice(32 * i, 32 * i + 32))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        figures.append(figure.item())
-    return figures
+        values.append(value.item())
+    return values
 
 
 @pytest.mark.parametrize("reference", CURVES["seeds"], ids=lambda r: f"seed{r['seed']}")

@@ -54,9 +54,9 @@ def test_stopped_and_resumed_is_the_same(improved, cli, grey, tmp_path):
 
 def test_evaluated_from_its_folder(improved, cli):
     """The folder stands for its model.pth; weights in half precision are read as well."""
-    figures = read_metrics(improved)
+    records = read_metrics(improved)
     (improved / "metrics.json").unlink()
-    assert cli("--checkpoint", improved, *IMPROVED[-2:]).status == 0 and read_metrics(improved) == figures
+    assert cli("--checkpoint", improved, *IMPROVED[-2:]).status == 0 and read_metrics(improved) == records
 
 
 def test_a_packed_copy(improved, cli, tmp_path, capsys):
@@ -367,8 +367,8 @@ def test_filling_in_keeps_the_rest(improved, cli, tmp_path):
     Image.fromarray(mask).save(tmp_path / "mask.png")
     outcome = cli("--checkpoint", improved, "--stage", "inpaint", "--mask", tmp_path / "mask.png", "--num_samples", 3)
     assert (outcome.status, outcome.err) == (0, "") and "inpainted.png" in outcome.out
-    picture = np.array(Image.open(improved / "samples" / "inpainted.png"))[:, :, 0]
-    tiles = [[picture[3 + 51 * y :: 3, 3 + 51 * x :: 3][:16, :16] for x in range(3)] for y in range(6)]
+    image = np.array(Image.open(improved / "samples" / "inpainted.png"))[:, :, 0]
+    tiles = [[image[3 + 51 * y :: 3, 3 + 51 * x :: 3][:16, :16] for x in range(3)] for y in range(6)]
     original, seen, *fillings = np.array(tiles)
     assert (seen[:, mask > 0] == 128).all() and (seen[:, mask == 0] == original[:, mask == 0]).all()
     assert all((filling[:, mask == 0] == original[:, mask == 0]).all() for filling in fillings)
@@ -378,7 +378,7 @@ def test_filling_in_keeps_the_rest(improved, cli, tmp_path):
 def test_mistakes_with_masks(improved, cli, tmp_path, grey):
     Image.new("L", (5, 5), 255).save(tmp_path / "small.png")
     Image.new("L", (16, 16)).save(tmp_path / "black.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     cases = {"middle": "left, right", "small.png": "16x16", "black.png": "no white pixel", "text.png": "not one of PNG"}
     for name, expected in cases.items():
         mask = tmp_path / name if "." in name else name
