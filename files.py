@@ -87,7 +87,7 @@ def from_cache(name: str, read: Callable[[Path], Value]) -> Value | None:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
     except Exception as error:  # damage shows in the archive, a checksum or the contents, each with its own error
-        _warn(f"{path} is damaged ({type(error).__name__}): it is made again")
+        _warn(f"{path} is damaged ({type(error).__name__}): recreating it")
         return None
 
 
@@ -100,7 +100,8 @@ def to_cache(name: str, content: bytes) -> Path | None:
         return path
     except OSError as error:
         folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        _warn(f"nothing can be kept in {folder} ({error.strerror}), so the next run does it again: set XDG_CACHE_HOME")
+        cause = f"cannot write to the cache in {folder} ({error.strerror})"
+        _warn(f"{cause}, so the next run repeats this work: set XDG_CACHE_HOME")
         return None
 
 

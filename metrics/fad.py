@@ -78,7 +78,7 @@ def load_published(folder: Path, name: str) -> tuple[FadAutoencoder, Statistics]
             reference = stored["mu"].astype(np.float64), stored["sigma"].astype(np.float64)
     except Exception as error:  # unpickling a wrong or damaged file can raise anything
         raise UserError(
-            f"cannot use {weights} with {statistics} ({type(error).__name__}): put back the published files"
+            f"cannot use {weights} with {statistics} ({type(error).__name__}): restore the published files"
         ) from error
     return network.eval(), reference
 

@@ -44,7 +44,7 @@ def assemble(typed: dict[str, Any]) -> Call:
         raise UserError(f"{made} already exists: {ways}, or choose another --result_path")
     saved = {} if made == run.model else run.read_config()
     if "resume" in typed and not saved:
-        raise UserError(f"{run.path} is not the folder of a run: it has no config.json")
+        raise UserError(f"{run.path} is not a run folder: it has no config.json")
     lasting = with_role(Role.RESUMED if "resume" in typed else Role.SETTING)
     kept = {key: as_read(key, saved[key]) for key in lasting if key in saved}
     preset = (DEFAULTS | kept | typed)["preset"]
@@ -76,15 +76,15 @@ def _merge(layers: Mapping[str, Mapping[str, Any]]) -> Options:
 def _check_combination(typed: Mapping[str, Any]) -> None:
     """Refuse options that contradict each other."""
     if "resume" in typed and "checkpoint" in typed:
-        raise UserError("--resume trains on and --checkpoint evaluates: give one of them")
+        raise UserError("--resume continues training and --checkpoint evaluates: use one of them")
     if "start_from" in typed and ("resume" in typed or "checkpoint" in typed):
         raise UserError("--start_from begins a new run: leave out --resume and --checkpoint")
     if "new_denoiser" in typed and not {"start_from", "resume"} & set(typed):
         raise UserError("--new_denoiser is for --start_from, which names the run whose autoencoder is taken: give both")
     if "checkpoint" in typed and typed.get("stage") in ("vqsvae", "sdid"):
-        raise UserError("--checkpoint evaluates a trained model: to train on, use --resume with its run folder")
+        raise UserError("--checkpoint evaluates a trained model: to continue training, use --resume RUN")
     if "resume" in typed and "result_path" in typed:
-        raise UserError("--resume goes on in the folder of the run: leave out --result_path")
+        raise UserError("--resume continues in the run folder: omit --result_path")
 
 
 def _started_from(start: Path | None) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _started_from(start: Path | None) -> dict[str, Any]:
         return {}
     config = RunFolder(start).read_config()
     if not config:
-        raise UserError(f"--start_from {start} is not the folder of a run: it has no config.json")
+        raise UserError(f"--start_from {start} is not a run folder: it has no config.json")
     if not config.get("images_per_prototype"):  # 0 once stood for a denoiser without prototypes
         config["images_per_prototype"] = DEFAULTS["images_per_prototype"]
     return {key: as_read(key, config.get(key, DEFAULTS[key])) for key in with_role(Role.NETWORKS)}
@@ -128,7 +128,7 @@ def _check_fixed(options: Options, run: RunFolder, saved: Mapping[str, Any]) -> 
         if key in saved and as_written(values[key]) != as_written(as_read(key, saved[key]))
     ]
     if changed:
-        raise UserError(f"{run.path} was made with other options: leave out {', '.join(changed)}")
+        raise UserError(f"{run.path} was made with different options: omit {', '.join(changed)}")
 
 
 def _check_owners(options: Options) -> None:

@@ -82,7 +82,7 @@ class Networks:
         if not start or self.options.run.new_denoiser:
             return True
         if not from_rank_0(start.config.is_file):
-            raise UserError(f"{start.path}, which stage 2 is to begin with, is gone: put it back")
+            raise UserError(f"{start.path}, which stage 2 is to begin with, is missing: restore it")
         if from_rank_0(lambda: start.model.is_file() and not start.denoiser.is_file()):
             return False
         self._load_pretrained(denoiser.load_pretrained, start.denoiser)
@@ -122,7 +122,7 @@ class Networks:
         denoiser = self._load(path, f"a denoiser of the kind {name}", build, kind.options_of)
         codes, wanted = autoencoder.codebook_size, denoiser.codebook_size
         if codes != wanted:
-            raise UserError(f"{path} is for {wanted} codes, {self.autoencoder_path} has {codes}: take both of one run")
+            raise UserError(f"{path} is for {wanted} codes, {self.autoencoder_path} has {codes}: use those of one run")
         return denoiser
 
     def has_trained_denoiser(self) -> bool:
@@ -149,7 +149,7 @@ class Networks:
         if "prototype" not in CONDITIONS[self.options.denoiser.condition]:
             return 0
         if share > images:
-            raise UserError(f"there are {images} training images: say --images_per_prototype {images} at most")
+            raise UserError(f"there are {images} training images: use --images_per_prototype {images} or less")
         return images // share
 
     def _classes(self, data: ImageData) -> int:
@@ -167,7 +167,7 @@ class Networks:
         try:
             load(weights)
         except RuntimeError as error:
-            raise UserError(f"{path} is of another network: leave out the options that shape it") from error
+            raise UserError(f"{path} is of a different network: omit the options that change its shape") from error
 
     def _load(self, path: Path, kind: str, build: Callable[..., Network], shape_of: Callable[[dict], dict]) -> Network:
         weights = from_rank_0(partial(load_weights, path))

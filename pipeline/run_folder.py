@@ -116,7 +116,7 @@ class RunFolder:
         try:
             lock.acquire()
         except Timeout as error:
-            raise UserError(f"another process is at work in {self.path}: wait for its end, or use a copy") from error
+            raise UserError(f"another process is using {self.path}: wait until it ends, or use a copy") from error
         except (OSError, NotImplementedError):
             pass  # a file system without locks
         else:
@@ -140,7 +140,7 @@ class RunFolder:
         try:
             config = dict(**json.loads(self.config.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{self.config} cannot be read ({error}): put back the file that the run wrote") from error
+            raise UserError(f"{self.config} cannot be read ({error}): restore the file that the run wrote") from error
         return {"condition": "prototype" if config.get("images_per_prototype") else "none"} | config
 
     @property
@@ -180,7 +180,7 @@ class RunFolder:
             return {}
         state = load_checkpoint(self.last)
         if "stage" not in state:
-            raise UserError(f"{self.last} is not what a training saved: put back the file that the run wrote")
+            raise UserError(f"{self.last} is not what a training saved: restore the file that the run wrote")
         if state.get("version") != LAST_VERSION:
             versions = f"version {state.get('version', 1)}, this program reads version {LAST_VERSION}"
             raise UserError(f"{self.last} has {versions}: resume it with git commit {config.get('git_commit')}")
@@ -191,7 +191,7 @@ class RunFolder:
             if there[key] != value
         ]
         if other:
-            raise UserError(f"{self.last} is of a run with {', '.join(other)}: put back the file that the run wrote")
+            raise UserError(f"{self.last} is of a run with {', '.join(other)}: restore the file that the run wrote")
         return state
 
     @property

@@ -52,7 +52,7 @@ class Session:
             shapes = f"{data.shape}, those of the run were {tuple(self.recorded['image_shape'])}"
             raise UserError(f"the images in {o.data_path} are {shapes} (channels, height, width): correct --data_path")
         if (change := self.data_change(data)) and self.options.run.resume:
-            raise UserError(f"{change}; a training cannot continue on other data: correct --data_path, or start anew")
+            raise UserError(f"{change}; training cannot continue on different data: correct --data_path")
         return data
 
     @property
@@ -65,7 +65,11 @@ class Session:
         before, now = self.recorded["data"] or {}, data.fingerprint
         changed = [split for split in before if before[split] != now[split]]
         counts = [f"{split} ({now[split]['count']} images, then {before[split]['count']})" for split in changed]
-        return f"{self.options.data.data_path} has other images than the run: {', '.join(counts)}" if counts else None
+        return (
+            f"{self.options.data.data_path} has different images from the run's: {', '.join(counts)}"
+            if counts
+            else None
+        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -79,7 +83,7 @@ class Session:
         height, width = (side // self.options.autoencoder.downsampling for side in self.image_shape[1:])
         most, steps = height * width, self.options.sampling.sample_steps
         if steps is not None and steps > most:
-            raise UserError(f"images of this size have {most} timesteps: say --sample_steps {most} instead of {steps}")
+            raise UserError(f"images of this size have {most} timesteps: use --sample_steps {most} instead of {steps}")
         return height, width
 
     @property

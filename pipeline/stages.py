@@ -25,7 +25,7 @@ def execute(session: Session) -> None:
     o = session.options.run
     trains = o.stage in ("all", "vqsvae", "sdid") and not o.checkpoint
     if trains and not train(session):
-        print(f"--max_minutes {o.max_minutes:g} are over: saved; {session.run.resume_hint}")
+        print(f"--max_minutes {o.max_minutes:g} reached: saved; {session.run.resume_hint}")
         return
     if o.stage == "sample":
         sample(session)

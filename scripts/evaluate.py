@@ -98,7 +98,7 @@ def load_data_of(run_folder: Path, data_path: Path | None) -> ImageData:
     run = RunFolder(run_folder).trained
     config = run.read_config()
     if not config:
-        reason = f"{run_folder} is not the folder of a run, it has no config.json"
+        reason = f"{run_folder} is not a run folder, it has no config.json"
         raise UserError(f"{reason}: name one, or say what is real: REAL or --dataset_name")
     try:
         name, data_path = config["dataset_name"], data_path or config.get("data_path", "data")

@@ -27,7 +27,7 @@ def pack(run: RunFolder, copy: RunFolder) -> None:
     """Write the copy. Raises UserError where the run is not whole."""
     config = run.read_config()
     if not config:
-        raise UserError(f"{run.path} is not the folder of a run: it has no config.json")
+        raise UserError(f"{run.path} is not a run folder: it has no config.json")
     for source, target in ((run.model, copy.model), (run.denoiser, copy.denoiser)):
         save_weights(target, {name: halved(value) for name, value in load_weights(source).items()})
     kept = {key for key in with_role(Role.SETTING) if not key.endswith(("_path", "_weights"))}

@@ -31,7 +31,7 @@ def open_run(folder: Path, data_path: Path | None) -> Session:
     run = RunFolder(folder)
     trained = run.trained
     if not any(path.exists() for path in (trained.config, trained.model, run.metrics)):
-        raise UserError(f"{folder} is not the folder of a run: it has no config.json, model.pth or metrics.json")
+        raise UserError(f"{folder} is not a run folder: it has no config.json, model.pth or metrics.json")
     options: dict[str, Any] = {"result_path": folder} if trained is not run else {}
     options |= {"data_path": data_path} if data_path else {}
     return open_session(checkpoint=trained.model, stage="sample", **options)

@@ -107,7 +107,7 @@ def read_run(run: RunFolder) -> Row:
     options, values, epochs = run.trained.read_config(), run.read_records(), run.trained.read_log()
     if not {"dataset_name", "model"} <= options.keys():
         missing = f"{run.trained.config} does not say which model the values in {run.path} are of"
-        raise UserError(f"{missing}: put back the file that the run wrote, or leave the folder out")
+        raise UserError(f"{missing}: restore the file that the run wrote, or leave the folder out")
     drawn = [metric["drawn"] for metric in values if metric["name"] in COLUMNS and "drawn" in metric][:1]
     counts = " + ".join(map(str, Counter(line["stage"] for line in epochs).values()))
     hours = sum(line["images"] / line["images_per_second"] for line in epochs) / 3600

@@ -149,7 +149,7 @@ def test_nothing_to_work_with(stage, mistake, small, tmp_path):
 def test_resume_of_something_else(there, mistake, tmp_path):
     folder = tmp_path if there else tmp_path / "none"
     for resumed in (folder, folder / "last.pth"):
-        assert f"{folder} is not the folder of a run" in mistake("--resume", resumed)
+        assert f"{folder} is not a run folder" in mistake("--resume", resumed)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "[]"])
@@ -396,7 +396,7 @@ def test_images_that_are_all_the_same(mistake, small, tmp_path):
 def test_odd_sizes_that_work(options, cli, small, tmp_path):
     outcome = cli(*small, "--epochs", 1, "--diffusion_epochs", 1, "--result_path", tmp_path, *options)
     lines = outcome.err.splitlines()
-    assert outcome.status == 0 and all("the codebook collapses" in line for line in lines), "it has seen a few images"
+    assert outcome.status == 0 and all("the codebook is collapsing" in line for line in lines), "too few images"
 
 
 def test_out_of_memory(mistake, small, tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ def own_cuda_device(wanted: torch.device) -> torch.device:
     number, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if wanted.index is not None or number >= cards:
         each = "each of several processes takes a CUDA device of its own"
-        raise UserError(f"--device {wanted}: {each}; say --device cuda and start at most {cards} on this machine")
+        raise UserError(f"--device {wanted}: {each}; use --device cuda and start at most {cards} on this machine")
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device

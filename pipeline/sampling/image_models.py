@@ -124,7 +124,7 @@ class CodeDiffusion:
         if labels is None:
             return replace(self, guidance=guidance, labels=())
         if conditions.labels is None:
-            raise UserError("this denoiser knows no labels: leave them out, or train with --condition label")
+            raise UserError("this denoiser is not conditioned on labels: omit them, or train with --condition label")
         chosen = find_labels(labels, conditions.labels.present, self.class_names)
         return replace(self, guidance=guidance, labels=chosen)
 

@@ -28,7 +28,7 @@ def hidden_pixels(mask: str, height: int, width: int) -> Tensor:
         return MASKS[mask](y[:, None], x).expand(height, width)
     path, names = expand(mask), ", ".join(MASKS)
     if not os.path.isfile(path):
-        raise UserError(f"--mask {mask} is no file: name one of {names}, or an image that is white where to fill in")
+        raise UserError(f"--mask {mask} is not a file: name one of {names}, or an image that is white where to inpaint")
     masks = read_images(find_images(path), channels=1)
     if len(masks) != 1:
         raise UserError(f"--mask {mask} holds {len(masks)} images: name a file with one, or one of {names}")
@@ -37,5 +37,5 @@ def hidden_pixels(mask: str, height: int, width: int) -> Tensor:
         shape = "x".join(map(str, reversed(hidden.shape)))
         raise UserError(f"--mask {mask} has {shape} pixels, the images have {width}x{height}: resize it")
     if not hidden.any():
-        raise UserError(f"--mask {mask} has no white pixel: there is nothing to fill in")
+        raise UserError(f"--mask {mask} has no white pixel: there is nothing to inpaint")
     return hidden

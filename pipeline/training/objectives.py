@@ -40,7 +40,7 @@ def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: 
         show(run, "vqsvae", "reconstructions", grid(rows, len(shown)), epoch)
         share = usage(codes, model.codebook_size)
         if share < max(FEWEST_CODES, 1.5 / model.codebook_size) and processes.is_rank_0():
-            cause = f"warning: epoch {epoch}: the codebook collapses, {share:.1%} of its codes are used"
+            cause = f"warning: epoch {epoch}: the codebook is collapsing: only {share:.1%} of its codes are used"
             print(f"{cause}; if this lasts, begin a new run with a smaller --codebook_size or --lr", file=sys.stderr)
         return {"codebook_usage": share}
 

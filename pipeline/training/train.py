@@ -21,7 +21,7 @@ def check(session: Session) -> None:
     """Find whatever is wrong with data, options and folder before hours are spent. Raises UserError."""
     o, run = session.options, session.run
     if session.data.variance == 0:
-        raise UserError("all training images are of one and the same colour: nothing can be learned from them")
+        raise UserError("all training images are one uniform colour: there is nothing to learn")
     run.read_log()
     run.read_records()
     stage, size = o.run.stage, o.autoencoder.codebook_size
@@ -114,5 +114,5 @@ def _train(session: Session, trainer: Trainer) -> bool:
         try:
             trainer.restore(session.last)
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise UserError(f"{session.run.last} does not fit its config.json: put back both as written") from error
+            raise UserError(f"{session.run.last} does not fit its config.json: restore both") from error
     return trainer.train()

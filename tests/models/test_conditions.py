@@ -295,7 +295,7 @@ def test_runs_without_labels_say_so(cli, grey, finished, tmp_path):
     outcome = cli("--checkpoint", finished.path, "--stage", "sample", "--labels", "1")
     assert outcome.status == 2 and "sdid has no --labels" in outcome.err
     model = SpikingDiffusion.load(finished.path, device="cpu", precision="float32")
-    with pytest.raises(UserError, match="knows no labels"):
+    with pytest.raises(UserError, match="not conditioned on labels"):
         model.sample(2, labels=1)
     with pytest.raises(UserError, match="guidance needs a denoiser with a condition"):
         model.sample(2, guidance=1)

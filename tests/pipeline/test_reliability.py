@@ -198,7 +198,7 @@ def test_two_processes_in_one_folder(cli, run, start):
     assert ready.wait(30)
     for second in (("--resume", run), ("--checkpoint", run / "model.pth")):
         outcome = cli(*second)
-        assert outcome.status == 2 and f"another process is at work in {run}" in outcome.err
+        assert outcome.status == 2 and f"another process is using {run}" in outcome.err
     os.kill(first.pid, signal.SIGKILL)
     first.join()
     assert (run / ".lock").exists()
@@ -660,7 +660,7 @@ def test_a_collapsing_codebook_is_warned_about(size, share, cli, small, tmp_path
     options = ("--codebook_size", size, "--epochs", 1, "--stage", "vqsvae")
     outcome = cli(*small, *options, "--result_path", tmp_path)
     assert outcome.status == 0 and outcome.err.count("\n") == 1
-    assert f"warning: epoch 1: the codebook collapses, {share} of its codes" in outcome.err
+    assert f"warning: epoch 1: the codebook is collapsing: only {share} of its codes" in outcome.err
     assert read_log(run_in(tmp_path))[0]["codebook_usage"] == 1 / size
 
 

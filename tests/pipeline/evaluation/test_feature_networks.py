@@ -144,7 +144,7 @@ def test_a_cache_that_cannot_be_written_costs_one_warning(obstacle, tmp_path, mo
     for name in ("one", "another", "another"):
         assert cached(name, lambda name=name: {"a": np.array(name)}) == {"a": name}
     warned = capsys.readouterr().err
-    assert warned.startswith("warning: nothing can be kept in ") and warned.count("\n") == 1
+    assert warned.startswith("warning: cannot write to the cache in ") and warned.count("\n") == 1
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -225,7 +225,7 @@ def test_kernels_are_kept_and_damage_is_replaced(kernels, cache, monkeypatch, ca
     path.unlink()  # this process has loaded the file: to change that one would end it
     path.write_bytes(damaged)
     assert fused_lif._load().moments_float32
-    assert capsys.readouterr().err == f"warning: {path} is damaged (ValueError): it is made again\n"
+    assert capsys.readouterr().err == f"warning: {path} is damaged (ValueError): recreating it\n"
     assert len(path.read_bytes()) == len(whole) and path.read_bytes() != damaged
     assert list(cache.iterdir()) == [path]
 
@@ -235,7 +235,7 @@ def test_kernels_do_not_need_a_cache(kernels, obstacle, tmp_path, monkeypatch, c
     obstacle(monkeypatch, tmp_path)
     monkeypatch.setattr(fused_lif.tempfile, "tempdir", str(tmp_path))
     assert fused_lif._load().moments_float32
-    assert capsys.readouterr().err.count("warning: nothing can be kept in ") == 1
+    assert capsys.readouterr().err.count("warning: cannot write to the cache in ") == 1
     assert not list(tmp_path.glob("tmp*"))
 
 

@@ -132,7 +132,7 @@ def test_other_data_than_those_of_the_training(run, page, grey, tmp_path):
     other = shutil.copytree(grey[3], tmp_path / "other")
     next((other / "train").iterdir()).unlink()
     html, _ = page(tmp_path / "page.html", run, options=("--data_path", other))
-    assert html.count("has other images than the run: train (119 images, then 120)") == 2
+    assert html.count("has different images from the run's: train (119 images, then 120)") == 2
 
 
 @pytest.mark.parametrize("model", ["snn-vae", "vq-vae"])
@@ -182,7 +182,7 @@ def test_mistakes(arguments, run, tmp_path, capsys):
         report.main([str(names[word]) for word in arguments])
     err = capsys.readouterr().err
     assert exit_.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
-    assert "is not the folder of a run" in err or "--output" in err
+    assert "is not a run folder" in err or "--output" in err
 
 
 def test_a_run_that_was_moved_away_from_its_feature_networks(run, page, tmp_path):

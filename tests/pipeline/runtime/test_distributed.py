@@ -152,7 +152,7 @@ def test_samples_and_metrics_are_those_of_one_process(together):
 
 def test_one_process_prints_and_the_prior_is_trained_as_well(together):
     epochs = lines_of(together.out, "stage ")
-    warnings = lines_of(together.err, "warning: epoch 1: the codebook collapses")
+    warnings = lines_of(together.err, "warning: epoch 1: the codebook is collapsing")
     assert len(epochs) == 8 and len(warnings) == len(together.err.splitlines()) <= 1
     assert together.out.count("(vae)") == 1 and together.out.count("the run is in") == 6
     assert len(np.load(run_in(together.folder / "prior", "snn-vae") / "samples" / "images.npz")["images"]) == 3

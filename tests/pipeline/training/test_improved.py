@@ -91,7 +91,7 @@ def test_what_is_no_run_is_not_packed(tmp_path, capsys):
         (("--model", "vq-vae", "--downsampling", 2), "vq-vae has no --downsampling"),
         (("--preset", "improved", "--denoiser_channels", 24), "--denoiser_channels must be a multiple of 16, got 24"),
         (("--preset", "improved", "--images_per_prototype", 121), "there are 120 training images"),
-        (("--preset", "improved", "--image_size", 12), "have 36 timesteps: say --sample_steps 36 instead of 40"),
+        (("--preset", "improved", "--image_size", 12), "have 36 timesteps: use --sample_steps 36 instead of 40"),
         (("--images_per_prototype", 5), "sdid has no --images_per_prototype"),
         (("--preset", "improved", "--denoiser", "sdid"), "is for residual: sdid has no --condition"),
     ],
@@ -194,7 +194,7 @@ def test_start_that_is_gone(improved, cli, grey, tmp_path):
     before = (run / "last.pth").read_bytes()
     outcome = cli("--resume", run)
     assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
-    assert f"{start}, which stage 2 is to begin with, is gone" in outcome.err
+    assert f"{start}, which stage 2 is to begin with, is missing" in outcome.err
     assert (run / "last.pth").read_bytes() == before
 
 
@@ -219,7 +219,7 @@ def test_both_networks_trained_on(improved, cli, grey, tmp_path):
 def test_mistakes_at_the_beginning(options, expected, improved, cli, grey, tmp_path):
     outcome = cli(*grey, "--start_from", improved, *options, "--result_path", tmp_path)
     assert (outcome.status, outcome.err.count("\n")) == (2, 1) and expected in outcome.err
-    assert cli(*grey, "--start_from", tmp_path).err.count("is not the folder of a run") == 1
+    assert cli(*grey, "--start_from", tmp_path).err.count("is not a run folder") == 1
 
 
 # ---- learning rate and averaged weights ----
