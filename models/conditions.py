@@ -1,4 +1,4 @@
-"""What a denoiser may be told of an image besides its tokens: a prototype, a label, both, or nothing."""
+"""What a denoiser can be conditioned on: the prototype of an image, its label, both, or nothing."""
 
 from collections.abc import Iterable
 from functools import reduce

@@ -34,7 +34,7 @@ class Denoiser(nn.Module, ABC):
 
     @property
     def conditions(self) -> Conditions:
-        """What it may be told of an image besides its tokens."""
+        """What the denoiser can be conditioned on."""
         return Conditions(self.prototypes, self.labels)
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Files written whole, so that no reader ever meets half of one, and checkpoints read without trusting them."""
+"""Files are written atomically, so that no reader sees a partial one; checkpoints are read without trusting them."""
 
 import io
 import json
@@ -48,7 +48,7 @@ def save_weights(path: Path, content: Any) -> None:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Read the state dict of a network, by whatever program it was saved; see `load_checkpoint`.
+    """Read the state dict of a network, whichever program saved it; see `load_checkpoint`.
 
     A dictionary around it (WRAPPERS) is removed, as are the prefixes that DistributedDataParallel ("module.") and
     torch.compile ("_orig_mod.") give to the names. Raises UserError if there is no state dict in the file.
@@ -86,7 +86,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _check_sums(path: Path) -> None:
-    """Raise BadZipFile where a checksum does not fit: torch.load reads the archive without looking at them."""
+    """Raise BadZipFile if a checksum is wrong: torch.load does not verify them."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\3\4":
             return  # the format of PyTorch before 1.6, which has none

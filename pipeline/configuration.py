@@ -1,4 +1,4 @@
-"""How the options of a call come about: defaults, preset, the run at hand, command line, each overriding the last."""
+"""How the options of a call are resolved: defaults, preset, saved run, command line, each overriding the previous."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,12 +27,12 @@ class Call(NamedTuple):
 
 
 def resolve(arguments: list[str] | None, description: str = "") -> Call:
-    """Options and run folder of a command line; raises UserError where they do not fit each other."""
+    """Options and run folder of a command line. Raises UserError if they are inconsistent."""
     return assemble(vars(build_parser(description).parse_args(arguments)))
 
 
 def assemble(typed: dict[str, Any]) -> Call:
-    """The same from values by option name, as a call of the library gives them."""
+    """The same from a dictionary of option values, as the library passes them."""
     if unknown := set(typed) - set(DEFAULTS):
         raise UserError(f"there is no option {', '.join(sorted(unknown))}")
     _check_combination(typed)
@@ -88,7 +88,7 @@ def _check_combination(typed: Mapping[str, Any]) -> None:
 
 
 def _started_from(start: Path | None) -> dict[str, Any]:
-    """The options that a new run takes over from the one it starts from."""
+    """The options that a new run inherits from the one it starts from."""
     if start is None:
         return {}
     config = RunFolder(start).read_config()
@@ -117,7 +117,7 @@ def _made(typed: Mapping[str, Any], run: RunFolder) -> Path | None:
 
 
 def _check_fixed(options: Options, run: RunFolder, saved: Mapping[str, Any]) -> None:
-    """Refuse other values for what the run at hand has fixed."""
+    """Refuse changes to options that the saved run has fixed."""
     fixed = with_role(Role.TRAINING if options.run.resume else Role.IDENTITY)
     if options.run.resume and run.denoiser.exists():
         fixed.append("epochs")  # stage 1 is over
@@ -148,7 +148,7 @@ def _check_owners(options: Options) -> None:
 
 
 def _check_values(options: Options) -> None:
-    """Refuse values that can be known to be wrong before anything is loaded."""
+    """Refuse values that are known to be wrong before anything is loaded."""
     condition, typed = options.denoiser.condition, {key for key, origin in options.origins.items() if origin == TYPED}
     if "images_per_prototype" in typed and "prototype" not in CONDITIONS[condition]:
         raise UserError("--images_per_prototype is for --condition prototype or both: leave it out, or say which")
@@ -166,7 +166,7 @@ def _check_values(options: Options) -> None:
 
 
 def _results_folder(options: Options, run: RunFolder) -> RunFolder:
-    """Where results go: the run folder, or the folder that an evaluation names for them."""
+    """Where results are written: the run folder, or the --result_path of an evaluation."""
     if not (options.run.checkpoint and options.run.result_path):
         return run
     results = RunFolder(options.run.result_path)

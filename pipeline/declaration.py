@@ -1,4 +1,4 @@
-"""What is declared of an option, and how its text is read; the options themselves are in options.py."""
+"""The declaration of an option, and parsers of option values; the options themselves are in options.py."""
 
 import argparse
 from collections.abc import Callable, Collection
@@ -11,10 +11,10 @@ from image_files import expand
 
 
 class Role(IntEnum):
-    """How firmly a saved run holds on to an option's value; each level includes what is said of those after it."""
+    """How firmly a saved run fixes an option's value; each level also has the properties of those after it."""
 
     IDENTITY = 0  # part of the trained model: whoever uses the run must share it
-    NETWORKS = 1  # taken over by a new run that starts from this one
+    NETWORKS = 1  # inherited by a new run that starts from this one
     TRAINING = 2  # cannot change when the training is resumed
     SETTING = 3  # later calls on the run have it as their default
     RESUMED = 4  # of one call, and of the calls that resume it
@@ -30,7 +30,7 @@ class Limits(TypedDict):
 
 
 class Declaration(NamedTuple):
-    """What is declared of an option besides its name, type and default."""
+    """Everything about an option except its name, type and default."""
 
     help: str
     role: Role

@@ -1,4 +1,4 @@
-"""The networks of a run: new ones that a training begins with, and trained ones read from their files."""
+"""The networks of a run: new ones to be trained, and trained ones loaded from files."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -29,7 +29,7 @@ from pipeline.runtime.seeds import derive_seed
 
 
 class Networks:
-    """Makes and loads what the options ask for.
+    """Builds and loads the networks that the options specify.
 
     Trained ones are those of `--checkpoint`, else those of the run folder; the denoiser is found beside the
     autoencoder. Stage 2 alone, begun with `--start_from`, has the autoencoder of that run until it has a copy. Where
@@ -46,13 +46,13 @@ class Networks:
             self.autoencoder_path = self.start.model
 
     def new_autoencoder(self, channels: int, image_size: int) -> Autoencoder:
-        """What stage 1 begins with, still on the CPU."""
+        """A new autoencoder for stage 1, still on the CPU."""
         o = self.options.autoencoder
         options = _chosen(model_options(o.model), vars(o), channels=channels, image_size=image_size)
         return build_model(o.model, **options)
 
     def new_denoiser(self, grid: tuple[int, int], data: ImageData) -> Denoiser:
-        """What stage 2 begins with, still on the CPU, for a `grid` (h, w) of codes of the images in `data`."""
+        """A new denoiser for stage 2, still on the CPU, for a `grid` (h, w) of codes of the images in `data`."""
         o = self.options.denoiser
         options = _chosen(
             denoiser_options(o.denoiser),
@@ -69,14 +69,14 @@ class Networks:
             raise UserError(f"--{error}") from error
 
     def begin_autoencoder(self, autoencoder: nn.Module) -> None:
-        """Give a new autoencoder the weights in `--start_from`, if that is given."""
+        """Initialise a new autoencoder from `--start_from`, if given."""
         if self.start:
             self._load_pretrained(autoencoder.load_state_dict, self.start.model)
 
     def begin_denoiser(self, denoiser: Denoiser) -> bool:
-        """Give a new denoiser the weights in `--start_from`, if that is given; False if that run has only stage 1.
+        """Initialise a new denoiser from `--start_from`, if given; False if that run has only stage 1.
 
-        With `--new_denoiser` it keeps its own.
+        With `--new_denoiser` it keeps its random initial weights.
         """
         start = self.start
         if not start or self.options.run.new_denoiser:
@@ -102,7 +102,7 @@ class Networks:
             denoiser.load_state_dict(from_rank_0(fitted))
 
     def load_autoencoder(self, channels: int) -> Autoencoder:
-        """The trained autoencoder, shaped after its weights, for images of so many channels."""
+        """The trained autoencoder, whose shape is inferred from its weights, for images with this many channels."""
         path, model = self.autoencoder_path, self.options.autoencoder.model
         kind = f"the autoencoder {model}, which a run keeps in model.pth"
         build = partial(build_model, model, **self._not_in_weights(model))
@@ -130,7 +130,7 @@ class Networks:
         return from_rank_0(self.trained.denoiser.is_file)
 
     def digest(self) -> str:
-        """Stands for the trained weights of this folder, those of both networks where both are there."""
+        """Identifies the trained weights in this folder, of both networks if both are there."""
         paths = (self.autoencoder_path, self.trained.denoiser)
         return digest(*(load_weights(path) for path in paths if path.is_file()))
 
@@ -144,7 +144,7 @@ class Networks:
         return _chosen(names.intersection(model_options(model)), vars(self.options.autoencoder))
 
     def _prototypes(self, images: int) -> int:
-        """How many the denoiser has."""
+        """Number of prototypes of the denoiser."""
         share = self.options.denoiser.images_per_prototype
         if "prototype" not in CONDITIONS[self.options.denoiser.condition]:
             return 0
@@ -153,7 +153,7 @@ class Networks:
         return images // share
 
     def _classes(self, data: ImageData) -> int:
-        """How many it is told the labels of."""
+        """Number of classes whose labels the denoiser is conditioned on."""
         if "label" not in CONDITIONS[self.options.denoiser.condition]:
             return 0
         if data.class_names is None:
@@ -162,7 +162,7 @@ class Networks:
         return len(data.class_names)
 
     def _load_pretrained(self, load: Callable[[dict[str, Tensor]], Any], path: Path) -> None:
-        """Have a network `load` the weights of another run's."""
+        """Load another run's weights with `load`."""
         weights = from_rank_0(partial(load_weights, path))
         try:
             load(weights)
@@ -180,6 +180,6 @@ class Networks:
 
 
 def _chosen(names: Iterable[str], options: dict[str, Any], **others: Any) -> dict[str, Any]:
-    """The options with these names, of which `others` take precedence; a network's defaults stand for the rest."""
+    """The options with these names; `others` take precedence, and options of neither keep the network's defaults."""
     known = options | others
     return {name: known[name] for name in names if name in known}

@@ -1,6 +1,6 @@
 """Every option of the command line, declared once: name, type, default, bounds, help, and its role in a saved run.
 
-Each section is a frozen dataclass, and every part of the program is handed only its own. The parser, the help text,
+Each section is a frozen dataclass, and every part of the program receives only its own. The parser, the help text,
 config.json, the presets and the checks on a run that is resumed or evaluated all follow from these declarations.
 """
 
@@ -101,14 +101,14 @@ class RunOptions:
         absent="none",
     )
     save_every: float = option(
-        10.0, "save every M minutes, besides after each epoch", Role.RESUMED, low=1e-9, metavar="M"
+        10.0, "save every M minutes, in addition to after each epoch", Role.RESUMED, low=1e-9, metavar="M"
     )
-    report: bool = option(True, "write report.html, a page that shows the run, at its end", Role.CALL)
+    report: bool = option(True, "write report.html, which summarises the run", Role.CALL)
     seed: int = option(42, "random seed", Role.TRAINING, low=0, high=2**32 - 1, metavar="N")
     device: str = option("auto", "cpu, cuda or cuda:N; auto: CUDA if there is one", Role.CALL)
     compile: bool = option(False, "train through torch.compile", Role.CALL)
     precision: str = option(
-        "auto", "of the networks; auto: bf16 where the processor has fast instructions for it", choices=PRECISIONS
+        "auto", "numerical precision; auto: bf16 where the hardware has fast instructions for it", choices=PRECISIONS
     )
 
 
@@ -119,7 +119,7 @@ class DataOptions:
     dataset_name: str = option(
         "Digits", "data set; Digits needs no download", Role.IDENTITY, choices=DATASETS, common=True
     )
-    data_path: Path = option(Path("data"), "where data sets are, or are downloaded to", metavar="DIR", common=True)
+    data_path: Path = option(Path("data"), "where data sets are stored or downloaded to", metavar="DIR", common=True)
     train_images: int | None = option(
         None,
         "use N training images: the first N, of ImageFolder evenly from its folders",
@@ -127,7 +127,7 @@ class DataOptions:
         absent="all",
         **COUNT,
     )
-    held_out: int = option(0, "keep N of them, evenly spread, out of training", Role.NETWORKS, low=0, metavar="N")
+    held_out: int = option(0, "hold out N of them, evenly spread, from training", Role.NETWORKS, low=0, metavar="N")
     image_size: int | None = option(
         None,
         "side of ImageFolder's images in pixels, a multiple of 4",
@@ -220,15 +220,15 @@ class DenoiserOptions:
     )
     condition: str = option(
         "none",
-        "what the residual denoiser is told of a whole image: its prototype, the nearest of a set of average images; "
-        "its label; or both",
+        "what the residual denoiser is conditioned on: the image's prototype (the nearest of a set of average images), "
+        "its label, or both",
         Role.NETWORKS,
         choices=CONDITIONS,
         of=("residual",),
     )
     images_per_prototype: int = option(
         50,
-        "one prototype for every N training images, where there are any",
+        "with prototypes: one for every N training images",
         Role.NETWORKS,
         low=1,
         high=10**9,
@@ -251,7 +251,7 @@ class TrainingOptions:
     lr_schedule: str = option("constant", "learning-rate schedule of each stage", Role.TRAINING, choices=LR_SCHEDULES)
     ema_decay: float = option(
         0.0,
-        "decay of the exponential moving average (EMA) of the weights, which is then what is kept; 0: no average",
+        "decay of the exponential moving average (EMA) of the weights, which is saved instead of them; 0: no EMA",
         Role.TRAINING,
         low=0,
         high=0.999999,
@@ -293,14 +293,14 @@ class SamplingOptions:
     )
     reveal_order: str = option(
         "random",
-        "order in which tokens are revealed; spread: few at first, far apart from each other",
+        "order in which tokens are revealed; spread: few at first, and far apart",
         choices=REVEAL_ORDERS,
         of=CODES,
     )
     guidance: float = option(
         0.0,
-        "classifier-free guidance: how much stronger the condition acts, in two denoiser passes instead of one; it is "
-        "that of the label if there is one; 0: off",
+        "classifier-free guidance scale of the label, or of the prototype if there is no label; doubles the denoiser "
+        "passes; 0: off",
         low=0,
         high=100,
         metavar="W",
@@ -308,7 +308,7 @@ class SamplingOptions:
     )
     labels: tuple[str, ...] | None = option(
         None,
-        "classes that --stage sample and --stage inpaint draw: names or numbers, or all",
+        "classes to draw in --stage sample and --stage inpaint: names or numbers, or all",
         Role.CALL,
         metavar="A,B",
         absent="any",
@@ -328,7 +328,7 @@ class SamplingOptions:
     eval_batch_size: int = option(64, "batch size of encoding and sampling", **COUNT)
     mask: str = option(
         "right",
-        f"what --stage inpaint hides: {', '.join(MASKS)}, or an image file that is white there",
+        f"region that --stage inpaint hides: {', '.join(MASKS)}, or an image file, white where hidden",
         Role.RESUMED,
         metavar="M",
         of=CODES,
@@ -342,7 +342,7 @@ class EvaluationOptions:
 
     metrics: tuple[str, ...] | None = option(
         None,
-        f"metrics to compute, out of {', '.join(METRICS)}; all: all that are available",
+        f"metrics to compute: {', '.join(METRICS)}; all: all that are available",
         Role.RESUMED,
         metavar="A,B",
         absent="all",
@@ -364,7 +364,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """All options of a call, in sections, and where each value came from, by the option's name."""
+    """All options of a call, in sections, and the origin of each value by option name."""
 
     run: RunOptions
     data: DataOptions

@@ -1,4 +1,4 @@
-"""From text to the values of options: the command line, the help, and config.json."""
+"""Option values from text and back: the command line, its help, and config.json."""
 
 import argparse
 from argparse import SUPPRESS, BooleanOptionalAction
@@ -17,12 +17,12 @@ TITLES = {"autoencoder": "autoencoder (stage 1)", "denoiser": "denoiser (stage 2
 
 
 def as_written(value: Any) -> Any:
-    """An option's value as config.json holds it; a path is absolute there, whatever folder a later call is made in."""
+    """An option's value as stored in config.json; paths are absolute, so that later calls may run in any folder."""
     return str(value.absolute()) if isinstance(value, Path) else value
 
 
 def as_read(name: str, value: Any) -> Any:
-    """An option's value from config.json. Raises UserError where it is not one that the option can have."""
+    """An option's value from config.json. Raises UserError if the value is invalid."""
     value = tuple(value) if isinstance(value, list) else value
     try:
         value = reader(name)(value) if isinstance(value, str) else value
@@ -35,7 +35,7 @@ def as_read(name: str, value: Any) -> Any:
 
 
 def reader(name: str) -> Callable[[str], Any]:
-    """What turns an option's text into its value; it raises ArgumentTypeError or ValueError."""
+    """The function that parses an option's value; it raises ArgumentTypeError or ValueError."""
     declared, kind = DECLARATIONS[name], KINDS[name]
     if isinstance(kind, UnionType) and not declared.parse:
         kind = next(each for each in get_args(kind) if each is not type(None))
@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(description: str) -> Parser:
-    """The parser of all options; what it returns holds only those that were typed.
+    """The parser of all options; its result contains only those that were typed.
 
     In the help, the options that most people need come first, then the others by section.
     """
@@ -91,7 +91,7 @@ def _add(group: argparse._ArgumentGroup, key: str) -> None:
 
 
 def as_shown(default: Any) -> str:
-    """A default in the help."""
+    """A default as the help shows it."""
     if isinstance(default, bool):
         return "on" if default else "off"
     return f"{default:g}" if isinstance(default, float) else str(default)

@@ -1,4 +1,4 @@
-"""What every stage of a call works with: options, run folder, device, data, and the trained networks."""
+"""What every stage of a call works with: options, run folder, device, data and trained networks."""
 
 from functools import cached_property, partial
 from typing import Any
@@ -61,7 +61,7 @@ class Session:
         return self._given is not None or "data" in vars(self)
 
     def data_change(self, data: ImageData) -> str | None:
-        """How the data differ from those the run was trained on, in words; None if they do not, or it is unknown."""
+        """How the data differ from those the run was trained on; None if they do not, or if that is unknown."""
         before, now = self.recorded["data"] or {}, data.fingerprint
         changed = [split for split in before if before[split] != now[split]]
         counts = [f"{split} ({now[split]['count']} images, then {before[split]['count']})" for split in changed]
@@ -104,21 +104,21 @@ class Session:
     def load_model(self, draws: bool = True) -> ImageModel:
         """The trained model; one that does not draw needs no denoiser.
 
-        Raises UserError if its files are not there or do not fit each other.
+        Raises UserError if its files are missing or inconsistent.
         """
         model = self.read_model(draws)
         self.run.check_writable()
         return model
 
     def read_model(self, draws: bool = True) -> ImageModel:
-        """The same in a folder where nothing will be written."""
+        """The same, for a folder that may be read-only."""
         autoencoder = self.load_autoencoder()
         if isinstance(autoencoder, VQAutoencoder):
             return self.code_diffusion(autoencoder, self.networks.load_denoiser(autoencoder) if draws else None)
         return PriorSampling(autoencoder, self.machine, self.options.run.seed, self.options.sampling.eval_batch_size)
 
     def code_diffusion(self, autoencoder: VQAutoencoder, denoiser: Denoiser | None) -> CodeDiffusion:
-        """Both networks with the sampling options; at temperature 1 where one is still to be chosen."""
+        """Both networks with the sampling options; at temperature 1 if it is still to be chosen."""
         o = self.options.sampling
         names = self.recorded["class_names"]
         model = CodeDiffusion(

@@ -21,7 +21,7 @@ COMPLETIONS = 4  # of each image
 
 
 def execute(session: Session) -> None:
-    """Run the stages that were asked for; stop after one that ran out of time."""
+    """Run the requested stages; stop after one that ran out of time."""
     o = session.options.run
     trains = o.stage in ("all", "vqsvae", "sdid") and not o.checkpoint
     if trains and not train(session):
@@ -41,7 +41,7 @@ def execute(session: Session) -> None:
 
 
 def train(session: Session) -> bool:
-    """Train the stages that were asked for; False if one ran out of time."""
+    """Train the requested stages; False if one ran out of time."""
     stage = session.options.run.stage
     check(session)
     if stage == "all":
@@ -53,7 +53,7 @@ def train(session: Session) -> bool:
 
 
 def sample(session: Session) -> None:
-    """Draw images and write them; of classes that are asked for, in turn."""
+    """Draw images and write them; requested classes take turns."""
     model, count = with_temperature(session, session.load_model()), session.options.sampling.num_samples
     classes = len(model.labels) if isinstance(model, CodeDiffusion) else 0
     if count is not None and count < classes:
@@ -64,7 +64,7 @@ def sample(session: Session) -> None:
 def inpaint(session: Session) -> None:
     """Inpaint the hidden part of test images and write one image that shows all of them.
 
-    Each is completed COMPLETIONS times, as one class if one is asked for; or once as each of several.
+    Each image is completed COMPLETIONS times, or once per class if several are requested.
     """
     o = session.options
     if not session.has_codes:

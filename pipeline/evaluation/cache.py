@@ -1,4 +1,4 @@
-"""What is computed once for a data set and kept between runs, in the user's cache folder."""
+"""Arrays computed once for a data set and kept between runs, in the user's cache folder."""
 
 import io
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def cached(name: str, compute: Callable[[], Arrays]) -> Arrays:
-    """The arrays kept under `name`, which must say all they depend on; else computed, and kept where that is possible.
+    """The arrays cached under `name`, which must identify everything they depend on; computed and cached if absent.
 
     A file that is damaged (each array in it has a checksum) is replaced, with a warning.
     """

@@ -1,4 +1,4 @@
-"""The evaluation of a run: which images have to be drawn, the metrics, and metrics.json."""
+"""The evaluation of a run: draw images if needed, compute the metrics, write metrics.json."""
 
 import sys
 
@@ -15,7 +15,7 @@ from pipeline.session import Session
 
 
 def evaluate(session: Session) -> None:
-    """Compute the metrics that are asked for and write them to metrics.json.
+    """Compute the requested metrics and write them to metrics.json.
 
     Images are drawn only if one of these needs them, or at the end of a training. Metrics of the autoencoder alone need
     no denoiser.
@@ -46,7 +46,7 @@ def evaluate(session: Session) -> None:
 
 
 def prepare_evaluation(session: Session) -> Evaluation:
-    """Raises UserError if a metric that is asked for by name cannot be computed."""
+    """Raises UserError if a metric requested by name cannot be computed."""
     o = session.options
     if "codebook" in (o.evaluation.metrics or ()) and not session.has_codes:
         raise UserError(f"--metrics codebook: {o.autoencoder.model} has no codes")
@@ -54,9 +54,9 @@ def prepare_evaluation(session: Session) -> Evaluation:
 
 
 def check_evaluation(session: Session) -> None:
-    """Raise UserError if the evaluation after a training could not do what is asked for.
+    """Raise UserError if the evaluation after training could not compute what was requested.
 
-    Its networks are let go of, so that the training has the memory.
+    Its networks are released, so that training has the memory.
     """
     if session.options.evaluation.metrics is not None:
         prepare_evaluation(session)

@@ -1,4 +1,4 @@
-"""Feature networks: trained once for each data set; and their features of real images, computed once."""
+"""Feature networks, trained once for each data set, and their features of real images, computed once."""
 
 import math
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class FadNetwork(NamedTuple):
 
 
 def classifier(data: ImageData, machine: Machine, seed: int = NETWORK_SEED) -> tuple[Classifier, str]:
-    """A classifier trained on `data`'s training split, and its protocol. Raises UserError where it has no classes."""
+    """A classifier trained on `data`'s training split, and its protocol. Raises UserError if there are no classes."""
     if data.train_labels is None:
         raise UserError(f"{data.name} has no classes for a classifier to learn: leave out the metrics that need one")
     classes = int(data.train_labels.max()) + 1
@@ -56,8 +56,8 @@ def classifier(data: ImageData, machine: Machine, seed: int = NETWORK_SEED) -> t
 def fad_network(data: ImageData, fad_weights: Path | None, machine: Machine, seed: int = NETWORK_SEED) -> FadNetwork:
     """The published network and statistics from the folder `fad_weights` where it has them for `data`, else our own.
 
-    Our own has the same architecture, for the channels of `data`, and learns the training split. Raises UserError
-    as `load_published` does, or where there is nothing to learn from.
+    Our own has the same architecture, with the channels of `data`, and is trained on its training split. Raises
+    UserError as `load_published` does, or if there are no training images.
     """
     published = load_published(fad_weights, data.name) if fad_weights else None
     if published:
@@ -74,7 +74,7 @@ def reference_features(
 ) -> np.ndarray:
     """`extract(images, network)`, float32 [N,D] of images uint8 [N,C,H,W], computed once.
 
-    `name` is data set and split, for the name of the file; what is kept is found by the images and the weights.
+    `name`, data set and split, is part of the file name; the cache key also depends on the images and the weights.
     """
     key = f"{extract.__name__}-{name}-{len(images)}-{digest(images)}-{digest(network.state_dict())}"
     return cached(key, lambda: {"features": extract(images, network)})["features"]

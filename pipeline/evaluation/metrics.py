@@ -58,9 +58,9 @@ class FeatureNetwork(Generic[Network]):
     Attributes:
         network: the network.
         extract: images uint8 `[N,C,H,W]` and the network to features `[N,D]`.
-        protocol: what has to be stated of it.
+        protocol: what has to be reported with it.
         fixed: the numbers of generated and real images, where the protocol fixes them; the split is then test.
-        reference: statistics of the test split that came with the network; of FAD alone.
+        reference: statistics of the test split that come with the network; only for FAD.
     """
 
     network: Network
@@ -73,7 +73,7 @@ class FeatureNetwork(Generic[Network]):
 class Features:
     """Features of generated and of real images, each extracted when first used; `seed` is for KID's subsets.
 
-    Of the generated images, as many as the protocol says, or with `whole` all. `labels [N]` are those that they were
+    The number of generated images is that of the protocol, or with `whole` all. `labels [N]` are those that they were
     drawn with; None where they were drawn without, or the data set has no classes.
     """
 
@@ -166,7 +166,7 @@ class Metric(NamedTuple):
         real: the smallest number of real images.
         values: computes its values, by name.
         split: the reference split that its protocol fixes, whatever `--reference` says.
-        protocol: what has to be stated of it besides its network.
+        protocol: what has to be reported besides its network.
     """
 
     network: str
@@ -216,7 +216,7 @@ def _distance_of_class(features: Features, label: int) -> float | None:
 
 
 def _accuracy_of_class(features: Features, label: int) -> float | None:
-    """Share of the images drawn with this label that are classified so; None where there is none."""
+    """Fraction of the images drawn with this label that are classified as it; None if there are no such images."""
     generated, _ = features.of_class(label)
     logits = classifier_logits(generated, features.network)
     return accuracy(logits, torch.full((len(logits),), label)) if len(logits) else None
@@ -251,7 +251,7 @@ GENERATED_METRICS = {
 
 
 class Evaluation:
-    """The metrics of generated images that can be computed here, which is found out before any image is drawn.
+    """The available metrics of generated images, determined before any image is drawn.
 
     Args:
         options: which metrics, the reference split, and the feature networks' weights. Where no metrics are named, all
@@ -286,7 +286,7 @@ class Evaluation:
         return max((metric.generated for metric in self.metrics.values()), default=0)
 
     def _obstacle(self, metric: Metric) -> str | None:
-        """Why a metric cannot be computed, if so."""
+        """Why a metric cannot be computed; None if it can."""
         try:
             if self.num_samples is not None:
                 check_enough("this", metric.generated, generated=range(self.num_samples))
@@ -297,7 +297,7 @@ class Evaluation:
         return None
 
     def _load(self, name: str) -> FeatureNetwork[Any]:
-        """The feature network of this name; loaded once, refused with the same words each time."""
+        """The feature network of this name; loaded once. Raises the same UserError each time if it is not available."""
         if name not in self.networks:
             try:
                 self.networks[name] = LOADERS[name](self.options, self.data, self.machine)
@@ -316,7 +316,7 @@ class Evaluation:
         whole: bool = False,
         labels: Tensor | None = None,
     ) -> list[dict]:
-        """Records of generated `images`, uint8 `[N,C,H,W]`; `drawn` says how or from where they were drawn.
+        """Metric records of generated `images`, uint8 `[N,C,H,W]`; `drawn` says how they were drawn.
 
         Of all available metrics, or of those in `metrics`; empty in processes other than rank 0. `whole` and `labels`
         as in `Features`.

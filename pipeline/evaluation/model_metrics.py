@@ -46,7 +46,7 @@ def reconstruction_records(model: ImageModel, evaluation: Evaluation, wanted: Co
 def energy_records(model: ImageModel, test: Tensor, seed: int) -> list[dict]:
     """Energy in µJ per image of each part and of a whole sample, with and without spikes, and the mean firing rate.
 
-    Encoding is counted on ENERGY_IMAGES test images, what takes part in a sample on as many samples.
+    Encoding is measured on ENERGY_IMAGES test images, everything that produces a sample on as many samples.
     """
     images = test[:ENERGY_IMAGES]
     cost = model.cost(images)

@@ -11,13 +11,13 @@ from pipeline.runtime.processes import on_rank_0
 def make_record(
     name: str, value: float, protocol: str, *, split: str, real: int, generated: int = 0, **more: Any
 ) -> dict:
-    """One metric as metrics.json holds it, with everything that is needed to compare it."""
+    """One metric as stored in metrics.json, with everything needed to compare it."""
     counts = {"num_generated": generated, "num_real": real}
     return {"name": name, "value": value, "protocol": protocol, "split": split, **counts, **more}
 
 
 def context(machine: Machine) -> dict[str, Any]:
-    """What the value of a metric depends on besides its protocol, the images and the weights."""
+    """What a metric's value depends on besides protocol, images and weights."""
     return {"precision": machine.precision, **describe_machine(machine.device), "versions": versions()}
 
 

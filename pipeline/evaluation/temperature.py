@@ -1,4 +1,4 @@
-"""The choice of a sampling temperature on training images that no training has seen, never on the test split."""
+"""Choosing a sampling temperature on held-out training images, never on the test split."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ IMAGES = 500  # drawn at each, from the same noise, so that they differ by the t
 
 
 def check_held_out(data: ImageData) -> None:
-    """Raise UserError where too few images are held out to choose a temperature on."""
+    """Raise UserError if too few images are held out to choose a temperature."""
     if len(data.held_out) <= FEATURES:
         fewest = f"more than {FEATURES} images that no training sees, not {len(data.held_out)}"
         raise UserError(f"--temperature auto needs {fewest}: train with --held_out 1000, or choose a temperature")
@@ -30,9 +30,9 @@ def check_held_out(data: ImageData) -> None:
 def choose_temperature(
     model: CodeDiffusion, data: ImageData, fad_weights: Path | None, run: RunFolder, weights: str
 ) -> float:
-    """Of TEMPERATURES the one whose samples are nearest to the held-out images, by the Fréchet autoencoder distance.
+    """The one of TEMPERATURES with the smallest Fréchet autoencoder distance between samples and held-out images.
 
-    Writes all distances to temperature.json, with what they depend on: a later call for which that is the same draws no
+    Writes all distances to temperature.json, with what they depend on: a later call with the same settings draws no
     images. `weights` is the digest of the model's. Raises UserError where too few images are held out.
     """
     check_held_out(data)
@@ -63,7 +63,7 @@ def choose_temperature(
 
 
 def _chosen_before(path: Path, depends_on: dict[str, Any]) -> float | None:
-    """The temperature in the file, if it was chosen for the same networks, settings and images."""
+    """The temperature in the file, if it was chosen with the same networks, settings and images."""
     try:
         content = dict(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:

@@ -12,9 +12,9 @@ from pipeline.session import Session
 
 
 def draw(session: Session, model: ImageModel, count: int, reuse: bool = False) -> Tensor:
-    """Draw `count` images, uint8 `[N,C,H,W]`, and write them; with a denoiser, also how the first came about.
+    """Draw `count` images, uint8 `[N,C,H,W]`, and write them; with a denoiser, also the trajectory of the first.
 
-    Where classes are asked for, the samples are of these in turn. With `reuse`, the images of an earlier call are
+    If classes are requested, the samples cycle through them. With `reuse`, the images of an earlier call are
     returned if they were drawn with the same settings.
     """
     folder = session.run.samples

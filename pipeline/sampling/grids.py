@@ -1,4 +1,4 @@
-"""Images for people: grids of images, originals over reconstructions, a denoising trajectory."""
+"""Images for viewing: grids, originals over reconstructions, a denoising trajectory."""
 
 import colorsys
 import io
@@ -68,7 +68,7 @@ def named_rows(image: Tensor, names: Sequence[str]) -> Tensor:
 
 
 def encode_png(image: Tensor) -> bytes:
-    """The PNG file of a image, uint8 `[C,H,W]` with C = 1 or 3."""
+    """The PNG file of an image, uint8 `[C,H,W]` with C = 1 or 3."""
     pixels = image.permute(1, 2, 0).numpy()  # [C,H,W] -> [H,W,C]
     buffer = io.BytesIO()
     Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
@@ -76,7 +76,7 @@ def encode_png(image: Tensor) -> bytes:
 
 
 def save_png(path: Path, image: Tensor) -> None:
-    """Write a image, uint8 `[C,H,W]`."""
+    """Write an image, uint8 `[C,H,W]`."""
     write_whole(path, encode_png(image))
 
 
@@ -98,7 +98,7 @@ def code_colours(codebook_size: int) -> Tensor:
 
 
 def trajectory_images(tokens: Tensor, image: Tensor, codebook_size: int) -> Tensor:
-    """Two rows over L moments, uint8 `[2,L,3,H,W]`: the tokens (mask black), and what they mean in the finished image.
+    """Two rows over L moments, uint8 `[2,L,3,H,W]`: tokens (mask black), and the image they determine.
 
     Args:
         tokens: `[L,h,w]`, from all masked to finished; the mask token is `codebook_size`.

@@ -1,4 +1,4 @@
-"""What a trained model is to the evaluation: something that reconstructs images, draws new ones, and costs energy."""
+"""Trained models as the evaluation uses them: they reconstruct images, draw new ones, and cost energy."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ Parts = dict[str, tuple[Autoencoder | Denoiser, Callable[[], Any]]]
 class Cost:
     """Synaptic operations of each part of a model and of a whole sample, per image, and firing rates of its layers.
 
-    `layers` has the operations of each part by layer. `protocols` says of each part what it was counted on.
+    `layers` has the operations of each part by layer, `protocols` what each part was counted on.
     """
 
     operations: dict[str, Operations]
@@ -42,11 +42,11 @@ class Cost:
 
 
 class ImageModel(Protocol):
-    """The two kinds of model below. Images are uint8 `[N,C,H,W]`; sample i is the same whatever it is drawn with."""
+    """Interface of the two models below. Images are uint8 `[N,C,H,W]`; sample i does not depend on its batch."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What samples depend on besides the weights and the temperature, as JSON can hold it."""
+        """What samples depend on besides weights and temperature, as JSON values."""
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images through the autoencoder."""
@@ -62,7 +62,7 @@ class ImageModel(Protocol):
         """How it draws, in words."""
 
     def cost(self, images: Tensor) -> Cost:
-        """What a few real images cost, and as many samples."""
+        """The cost of a few real images, and of as many samples."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class CodeDiffusion:
 
     @property
     def diffusion(self) -> AbsorbingDiffusion:
-        """Of as many timesteps as an image has codes."""
+        """With as many timesteps as an image has codes."""
         return AbsorbingDiffusion(self.autoencoder.codebook_size, math.prod(self.grid))
 
     @property
@@ -113,9 +113,9 @@ class CodeDiffusion:
         }
 
     def asked(self, labels: Sequence[int | str] | None, guidance: float | None = None) -> "CodeDiffusion":
-        """The same model, asked for samples of these classes (see `find_labels`), or of any for None.
+        """The same model, set to draw these classes (see `find_labels`), or any for None.
 
-        Without a guidance it keeps its own. Raises UserError if it lacks the conditions, or has no such class.
+        `guidance` None keeps its own. Raises UserError if it lacks the conditions, or has no such class.
         """
         conditions = self._denoiser.conditions
         guidance = self.guidance if guidance is None else guidance
@@ -129,7 +129,7 @@ class CodeDiffusion:
         return replace(self, guidance=guidance, labels=chosen)
 
     def name_of(self, label: int) -> str:
-        """Of a class."""
+        """Name of a class."""
         return self.class_names[label] if self.class_names else str(label)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -161,16 +161,16 @@ class CodeDiffusion:
         return f"temperature {self.temperature:g}{chosen}{final}, {steps}{guided}{asked}"
 
     def trajectory(self) -> Tensor:
-        """How sample 0 came about, uint8 `[2,L,3,H,W]`: its codes, and the image decided so far, at L moments."""
+        """Trajectory of sample 0, uint8 `[2,L,3,H,W]`: its codes, and the image determined so far, at L moments."""
         diffusion, (codes, noise) = self.diffusion, self._draw_codes(range(1))
         moments = torch.linspace(diffusion.num_timesteps + 1, 1, TRAJECTORY_MOMENTS).round().int().tolist()
         tokens = torch.cat([diffusion.trajectory(codes, noise, t) for t in moments])
         return trajectory_images(tokens, decode_codes(self.autoencoder, codes, self.machine)[0], diffusion.mask_token)
 
     def inpaint(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """Images with the pixels `hidden`, bool `[H,W]`, filled in; image i by the noise of sample i.
+        """Images with the pixels `hidden`, bool `[H,W]`, inpainted; image i with the noise of sample i.
 
-        The codes that are kept are those whose encoder sees no hidden pixel, so nothing of what was there is known.
+        Only codes whose receptive field contains no hidden pixel are kept, so nothing leaks from the hidden region.
         """
         diffusion = self.diffusion
         unknown = self.autoencoder.affected_codes(hidden)
@@ -210,8 +210,8 @@ class CodeDiffusion:
     def cost(self, images: Tensor) -> Cost:
         """See ImageModel; a sample is a pass of the denoiser at each timestep of the schedule, and a decoding.
 
-        With guidance it is two passes at each, one of them without the last condition. The denoiser sees what the
-        sampler has there. A pass is the mean of them.
+        With guidance there are two passes per timestep, one of them without the last condition. The denoiser's inputs
+        are those of the sampler. `denoiser_pass` is the mean over passes.
         """
         model, denoiser, device, samples = self.autoencoder, self._denoiser, self.machine.device, range(len(images))
         pixels, (codes, noise) = to_float(images.to(device)), self._draw_codes(samples)
@@ -326,7 +326,7 @@ def _sums(layers: dict[str, dict[str, Operations]]) -> dict[str, Operations]:
 def _measure(
     model: Autoencoder | Denoiser, call: Callable[[], Any], images: int
 ) -> tuple[dict[str, Operations], dict[str, float]]:
-    """Both in one run: neurons take no part in the count."""
+    """Operations and firing rates in one run, as neurons are not counted."""
     counted: list[dict[str, Operations]] = []
     model.eval()
     with use_backend("reference"):

@@ -1,4 +1,4 @@
-"""Classes that are asked for, by name or number."""
+"""Classes chosen by name or number."""
 
 from collections.abc import Sequence
 

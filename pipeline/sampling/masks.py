@@ -1,4 +1,4 @@
-"""Which pixels of an image are hidden, to be filled in."""
+"""Which pixels of an image are hidden for inpainting."""
 
 import os
 

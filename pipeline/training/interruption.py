@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C while a training runs: noted, so that it can save before it ends."""
+"""SIGTERM and Ctrl-C during training: recorded, so that it can save before it ends."""
 
 import signal
 from types import FrameType
@@ -7,9 +7,9 @@ SIGNALS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "termin
 
 
 class Interrupted(Exception):
-    """A signal has ended what it found running, in good order; the message is one line that says how to resume.
+    """Training was stopped cleanly by a signal; the message is one line that says how to resume.
 
-    `status` is the exit status of a program that a signal ends, 128 and its number.
+    `status` is the exit status of a program stopped by a signal: 128 plus its number.
     """
 
     def __init__(self, number: int, resume_hint: str):
@@ -18,10 +18,10 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Context in which the first signal is only noted, as `signal`, and the second acts at once.
+    """Context in which the first signal is only recorded, as `signal`, and the second takes effect at once.
 
-    Whoever looks at `signal` ends in good order; Interrupted is raised then, at the end of the context. A signal that
-    was ignored before, as by nohup, is ignored here, too.
+    Code that checks `signal` stops cleanly, and Interrupted is raised at the end of the context. A signal that was
+    ignored before, as with nohup, stays ignored.
     """
 
     def __init__(self, resume_hint: str):

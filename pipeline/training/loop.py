@@ -42,7 +42,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Progress:
-    """Where a stage stands: whole epochs done, steps done in the next; that epoch's seconds and sums so far."""
+    """Progress of a stage: completed epochs, steps of the next, and that epoch's seconds and loss sums so far."""
 
     epoch: int = 0
     step: int = 0
@@ -53,7 +53,7 @@ class Progress:
 class Trainer(Generic[Network]):
     """Trains one network on examples in memory; the order of examples and all noise follow from the seed.
 
-    Several processes take a share of every batch each, and the same step together.
+    Several processes each take a share of every batch and make the same step together.
 
     Args:
         stage: its number (1 or 2) and name, for seeds, log and progress bar.
@@ -102,11 +102,11 @@ class Trainer(Generic[Network]):
 
     @property
     def title(self) -> str:
-        """Stage and epoch, for people."""
+        """Stage and epoch, as displayed."""
         return f"stage {self.number} ({self.name}) epoch {self.progress.epoch + 1}/{self.schedule.epochs}"
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `save` wrote to last.pth."""
+        """Restore the state that `save` wrote to last.pth."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:
@@ -117,7 +117,7 @@ class Trainer(Generic[Network]):
             self._save_kept()
 
     def save(self) -> None:
-        """Write last.pth, then the weights. UserError, and nothing is written, if loss or weights are not finite."""
+        """Write last.pth, then the weights. Raises UserError, and writes nothing, if loss or weights are non-finite."""
         progress, states = self.progress, {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self._check_finite(progress.sums, states["model"])
         if self.average:
@@ -135,7 +135,7 @@ class Trainer(Generic[Network]):
         save_weights(self.checkpoint, self.kept.state_dict())
 
     def train(self) -> bool:
-        """Train to the last epoch; False if the time was over before.
+        """Train to the last epoch; False if time ran out.
 
         Saves every `save_every` minutes, after each epoch and at the end. Raises Interrupted, after saving, if a signal
         came, and UserError, without saving, if loss or weights are not finite.
@@ -152,14 +152,14 @@ class Trainer(Generic[Network]):
         return True
 
     def _agree(self, interruption: Interruption, over: bool, due: bool = False) -> list[int]:
-        """Whether the time is over, or a save due, in any of the processes; a signal to one is one to all."""
+        """Whether time is up, or a save is due, in any process; a signal to one process counts for all."""
         signal, *news = processes.most(interruption.signal or 0, over, due)
         if signal:
             interruption.signal = signal
         return news
 
     def _train_epoch(self, deadline: float, interruption: Interruption) -> bool:
-        """The rest of the current epoch; False if a signal came, or the time was over, before its end."""
+        """Train the rest of the current epoch; False if it was stopped by a signal or by the time limit."""
         schedule, progress, count = self.schedule, self.progress, len(self.examples)
         batches = self._shuffled("order", progress.epoch).split(schedule.batch_size)
         generator = torch.Generator(self.machine.device)
@@ -195,7 +195,7 @@ class Trainer(Generic[Network]):
         return True
 
     def _end_epoch(self) -> None:
-        """Preview and log of an epoch whose steps are done: whatever is saved as done has both."""
+        """Preview and log entry of a completed epoch, before it is saved as completed."""
         progress, count = self.progress, len(self.examples)
         self._check_finite(progress.sums, self.model.state_dict())
         means = {name: value.item() / count for name, value in progress.sums.items()}
@@ -220,7 +220,7 @@ class Trainer(Generic[Network]):
                 raise UserError(f"{where}; {good}: begin a new run with a lower --lr, or try --precision float32")
 
     def _shuffled(self, purpose: str, index: int = 0) -> Tensor:
-        """The numbers of all examples in a random order, `[N]` on the machine's device."""
+        """Indices of all examples in random order, `[N]` on the machine's device."""
         generator = self._seed(torch.Generator(), purpose, index)
         return torch.randperm(len(self.examples), generator=generator).to(self.machine.device)
 
@@ -229,7 +229,7 @@ class Trainer(Generic[Network]):
         return generator.manual_seed(derive_seed(self.schedule.seed, purpose, self.number, index))
 
     def _done(self, step: float) -> float:
-        """The share of the schedule that is done before this step of the current epoch."""
+        """Fraction of the schedule completed before this step of the current epoch."""
         return (self.progress.epoch + step / self.steps) / self.schedule.epochs
 
     def _set_lr(self) -> None:
@@ -242,7 +242,7 @@ class Trainer(Generic[Network]):
         return self.schedule.freezes_norms(self._done(step))
 
     def _fix_norms(self) -> None:
-        """Hold batch norm's statistics from now on, where it is time."""
+        """Freeze the batch-norm statistics from the scheduled step on."""
         step = self.progress.step
         if self._norms_fixed(step):
             if not self._norms_fixed(step - 1):
@@ -252,7 +252,7 @@ class Trainer(Generic[Network]):
                 norm.eval()
 
     def _calibrate_average(self) -> None:
-        """Statistics of the averaged weights' own, until they are fixed and `update_parameters` copies them."""
+        """Recalibrate the averaged weights, until statistics are frozen and `update_parameters` copies them."""
         if not self._norms_fixed(self.progress.step - 1):
             self._calibrate(self.kept)
 

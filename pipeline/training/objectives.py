@@ -1,4 +1,4 @@
-"""What each network learns from, and what is shown of it after each epoch."""
+"""The loss of each network, and its preview after each epoch."""
 
 import sys
 from dataclasses import replace
@@ -74,8 +74,8 @@ def sdid_trainer(
 ) -> Trainer:
     """Stage 2: the denoiser on `codes [N,h,w]`; previews are what `model` draws with it.
 
-    A denoiser with conditions, which may need the `labels [N]`, is told them for most images, but not for all:
-    inpainting is not told, and guidance compares both.
+    Each condition, which may need the `labels [N]`, is dropped for some images: inpainting has none, and guidance
+    compares predictions with and without it.
     """
     run, diffusion = place.run, model.diffusion
 

@@ -1,4 +1,4 @@
-"""How long and how one stage is trained: epochs, learning rates, and when batch norm is frozen."""
+"""The schedule of one stage: epochs, learning rates, and when batch norm is frozen."""
 
 import math
 from collections.abc import Callable
@@ -31,5 +31,5 @@ class Schedule:
         return self.lr * LR_SCHEDULES[self.lr_schedule](done)
 
     def freezes_norms(self, done: float) -> bool:
-        """Whether batch norm's statistics do not change any more then."""
+        """Whether the batch-norm statistics are frozen at that point."""
         return self.fixed_norm > 0 and done >= 1 - self.fixed_norm

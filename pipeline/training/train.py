@@ -18,7 +18,7 @@ from pipeline.training.schedules import Schedule
 
 
 def check(session: Session) -> None:
-    """Find whatever is wrong with data, options and folder before hours are spent. Raises UserError."""
+    """Check data, options and run folder before hours are spent. Raises UserError."""
     o, run = session.options, session.run
     if session.data.variance == 0:
         raise UserError("all training images are one uniform colour: there is nothing to learn")
@@ -35,7 +35,7 @@ def check(session: Session) -> None:
 
 
 def begin(session: Session) -> None:
-    """Record options and data in the run folder; stage 2 on another run's autoencoder gets a copy of it."""
+    """Record options and data in the run folder; copy the autoencoder of another run, if stage 2 uses it."""
     o, run, networks = session.options, session.run, session.networks
     options = {key: as_written(value) for key, value in o.values().items() if key not in ("resume", "checkpoint")}
     data = session.data
@@ -49,7 +49,7 @@ def begin(session: Session) -> None:
 
 
 def _check_denoiser(session: Session) -> None:
-    """Raise UserError if stage 2 could not begin as asked; print a line if it is trained from scratch after all."""
+    """Raise UserError if stage 2 could not start; print a line if the denoiser has to be trained from scratch."""
     denoiser = session.networks.new_denoiser(session.code_grid, session.data)
     if session.last.get("stage") != "sdid" and not session.networks.begin_denoiser(denoiser):
         print(f"{session.options.run.start_from} has no denoiser: the new one is trained from scratch")
@@ -72,7 +72,7 @@ def train_autoencoder(session: Session) -> bool:
 
 
 def _has_stage_1(session: Session) -> bool:
-    """Whether a resumed run has its autoencoder already: it is at stage 2, or stage 1 was all it had to train."""
+    """Whether a resumed run has finished stage 1: it is at stage 2, or it had only stage 1 to train."""
     alone = session.options.run.resume and not session.last and from_rank_0(session.run.model.is_file)
     return bool(alone) or session.last.get("stage") == "sdid"
 
