@@ -66,7 +66,7 @@ class Session:
         changed = [split for split in before if before[split] != now[split]]
         counts = [f"{split} ({now[split]['count']} images, then {before[split]['count']})" for split in changed]
         return (
-            f"{self.options.data.data_path} has different images from the run's: {', '.join(counts)}"
+            f"{self.options.data.data_path} has different images from those of the run: {', '.join(counts)}"
             if counts
             else None
         )

@@ -72,16 +72,16 @@ def networks(args: argparse.Namespace) -> tuple[VQSVAE, SDID]:
         steps = args.spike_steps or 16
         return VQSVAE(spike_steps=steps), SDID(spike_steps=steps, denoiser_channels=args.denoiser_channels or 64)
     run = RunFolder(args.run)
-    spike_steps = run.read_config()["spike_steps"]
-    return load(VQSVAE, run.model, spike_steps), load(SDID, run.denoiser, spike_steps)
+    config = run.read_config()
+    return load(VQSVAE, run.model, config), load(SDID, run.denoiser, config)
 
 
-def load(kind: type[Trained], path: Path, spike_steps: int) -> Trained:
+def load(kind: type[Trained], path: Path, config: dict[str, Any]) -> Trained:
     """A trained network of the paper's. Raises UserError for another one's weights."""
     weights = load_weights(path)
     try:
         options: dict[str, Any] = kind.options_of(weights)
-        network = kind(**options, spike_steps=spike_steps)
+        network = kind(**options, spike_steps=config["spike_steps"])
         network.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{path} is not of the paper's networks: name another --run") from error
@@ -286,7 +286,7 @@ def in_own_process(arguments: list[str], mode: str) -> dict:
     return {way: json.loads(last)[way] for way in WAYS[mode]}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
     print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -302,7 +302,8 @@ def main() -> None:
     parser.add_argument("--spike_steps", type=int, help="of fresh networks [16]")
     parser.add_argument("--denoiser_channels", type=int, help="of the first block of a fresh denoiser [64]")
     parser.add_argument("--repeats", type=int, default=7, help="of each task; a third of them for sampling")
-    args = parser.parse_args()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = parser.parse_args(arguments)
     try:
         machine = {**describe_machine(find_device(args.device)), "cores": os.cpu_count(), "versions": versions()}
         if args.scaling:
@@ -310,7 +311,7 @@ def main() -> None:
         elif args.figure:
             measured = {"machine": machine, **draw_figure(args)}
         elif args.mode == "all":
-            modes = in_own_process(sys.argv[1:], "reference") | in_own_process(sys.argv[1:], "fast")
+            modes = in_own_process(arguments, "reference") | in_own_process(arguments, "fast")
             measured = {"machine": machine, **modes}
             for base in ("reference", "dense"):
                 ratio = {name: round(modes["fast"][name] / modes[base][name], 2) for name in REFERENCE_BATCH}

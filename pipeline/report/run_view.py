@@ -86,7 +86,7 @@ class RunView:
     def __init__(self, session: Session, number: int):
         self.session, self.options = session, session.options
         self.trained = session.networks.trained
-        self.name, self.line = str(session.run.path), line_of(number)
+        self.name, self.line = str(session.run.path).encode("utf-8", "backslashreplace").decode(), line_of(number)
 
     @cached_property
     def is_known(self) -> bool:

@@ -132,7 +132,7 @@ def test_other_data_than_those_of_the_training(run, page, grey, tmp_path):
     other = shutil.copytree(grey[3], tmp_path / "other")
     next((other / "train").iterdir()).unlink()
     html, _ = page(tmp_path / "page.html", run, options=("--data_path", other))
-    assert html.count("has different images from the run's: train (119 images, then 120)") == 2
+    assert html.count("has different images from those of the run: train (119 images, then 120)") == 2
 
 
 @pytest.mark.parametrize("model", ["snn-vae", "vq-vae"])

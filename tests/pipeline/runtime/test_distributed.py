@@ -131,7 +131,7 @@ def test_averaged_weights_are_those_of_one_process(together):
 def test_time_that_is_over_in_one_process_stops_all_at_the_same_step(together):
     last = load_checkpoint(run_in(together.folder / "stopped shared") / "last.pth")
     assert len(together.shared["stopped"]) == STOPPED == 14 + last["step"]
-    assert together.out.count("--max_minutes 30 are over") == 1
+    assert together.out.count("--max_minutes 30 reached") == 1
 
 
 def test_resumed_with_another_number_of_processes(together):
