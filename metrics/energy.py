@@ -65,11 +65,6 @@ class Operations:
         return Operations(runs * self.macs, runs * self.acs, runs * self.dense_macs)
 
 
-def count(model: nn.Module, call: Callable[[], Any], images: int, spike_steps: int = 1) -> Operations:
-    """Operations per image of `call()`: the sum of `count_layers`."""
-    return sum(count_layers(model, call, images, spike_steps).values(), Operations(0, 0, 0))
-
-
 def count_layers(model: nn.Module, call: Callable[[], Any], images: int, spike_steps: int = 1) -> dict[str, Operations]:
     """Operations per image of each layer that `call()` runs, by its name in `model`, in the order in which they run.
 
@@ -119,7 +114,7 @@ def _synaptic_operations(layer: nn.Module, spikes: Tensor) -> int:
 def firing_rates(model: nn.Module, call: Callable[[], Any]) -> dict[str, float]:
     """Mean spikes per neuron and spike step in `call()`, by the name in `model` of each layer of neurons that ran.
 
-    Needs the same mode and backend as `count`. Raises ValueError if there are neurons and none ran.
+    Needs the same mode and backend as `count_layers`. Raises ValueError if there are neurons and none ran.
     """
     with torch.no_grad(), OutputMonitor(model, BaseNode, lambda spikes: spikes.float().mean().item()) as monitor:
         call()
