@@ -36,11 +36,14 @@ lint: install
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# One thread for each of several processes: the networks of the tests gain nothing from more threads.
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadscope
+
 test: lint
-	$(RUN) -m pytest
+	$(PYTEST)
 
 # As on a processor with no more than AVX2, which rounds sums otherwise: all tests but those that compute next to nothing.
 test-portable: install
-	env -u DNNL_DEFAULT_FPMATH_MODE ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(RUN) -m pytest \
+	env -u DNNL_DEFAULT_FPMATH_MODE ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) \
 	  $(patsubst %,--ignore=tests/%.py,pipeline/report/test_report scripts/test_benchmark scripts/test_reproduce test_cli \
 	  test_datasets)

@@ -162,7 +162,7 @@ def test_options_that_contradict_the_run(mistake, run):
     before = [path.read_bytes() for path in files(run)]
     for option, value in (("--lr", 0.5), ("--codebook_size", 9), ("--seed", 1), ("--epochs", 3), ("--train_images", 5)):
         line = mistake("--resume", run, option, value)
-        assert option in line and "leave out" in line
+        assert option in line and "omit" in line
     for option, value in (("--dataset_name", "MNIST"), ("--spike_steps", 2), ("--image_size", 20)):
         assert option in mistake("--checkpoint", run / "model.pth", option, value)
     assert before == [path.read_bytes() for path in files(run)]
@@ -175,7 +175,7 @@ def test_metrics_that_a_model_has_not(mistake, grey, tmp_path):
 
 def test_options_that_exclude_each_other(mistake, run):
     assert "--checkpoint" in mistake("--resume", run, "--checkpoint", run / "model.pth")
-    assert "leave out --result_path" in mistake("--resume", run, "--result_path", run.parent)
+    assert "omit --result_path" in mistake("--resume", run, "--result_path", run.parent)
     auto = ("--temperature", "auto", "--final_temperature", 0.7)
     assert "leave out --final_temperature" in mistake("--checkpoint", run, *auto)
     for stage in ("vqsvae", "sdid"):
@@ -387,7 +387,7 @@ def test_images_that_are_all_the_same(mistake, small, tmp_path):
         (tmp_path / "data" / split).mkdir(parents=True)
         Image.fromarray(np.full((16, 16), 7, np.uint8)).save(tmp_path / "data" / split / "one.png")
     line = mistake(*small, "--data_path", tmp_path / "data", "--result_path", tmp_path / "result")
-    assert "same colour" in line and not (tmp_path / "result").exists()
+    assert "uniform colour" in line and not (tmp_path / "result").exists()
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_an_error_of_the_program_keeps_its_traceback(cli, run, monkeypatch):
 # ---- whole runs in a process of their own ----
 
 
-def test_a_users_first_minutes(tmp_path):
+def test_a_users_first_minutes(tmp_path, cli, monkeypatch):
     """The bundled data set: train, move the run, evaluate it; as typed in a shell, without one warning."""
     network = [option for option in SMALL if option not in ("--device", "cpu", "--precision", "float32")]
     arguments = (*network, *LIVELY, "--train_images", 100, "--epochs", 1, "--diffusion_epochs", 1)
@@ -435,8 +435,9 @@ def test_a_users_first_minutes(tmp_path):
     records = (tmp_path / run / "metrics.json").read_text()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / run).rename(tmp_path / "elsewhere" / "run")
-    evaluated = shell("--checkpoint", "elsewhere/run/model.pth", "--num_samples", 5, folder=tmp_path)
-    assert (evaluated.returncode, evaluated.stderr) == (0, "") and "stage" not in evaluated.stdout
+    monkeypatch.chdir(tmp_path)
+    evaluated = cli("--checkpoint", "elsewhere/run/model.pth", "--num_samples", 5)
+    assert (evaluated.status, evaluated.err) == (0, "") and "stage" not in evaluated.out
     assert (tmp_path / "elsewhere" / "run" / "metrics.json").read_text() == records
 
 

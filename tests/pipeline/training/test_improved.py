@@ -210,9 +210,9 @@ def test_both_networks_trained_on(improved, cli, grey, tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--denoiser_channels", 32), "another network"),
+        (("--denoiser_channels", 32), "a different network"),
         (("--stage", "sdid", "--codebook_size", 9), "model.pth has 8 codes"),
-        (("--stage", "sdid", "--denoiser_channels", 32), "another network"),
+        (("--stage", "sdid", "--denoiser_channels", 32), "a different network"),
         (("--resume", "there"), "begins a new run"),
     ],
 )
