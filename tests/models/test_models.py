@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffusion.absorbing import AbsorbingDiffusion
-from metrics.energy import count
+from metrics.energy import count_layers
 from models import (
     AUTOENCODERS,
     DENOISERS,
@@ -154,8 +154,8 @@ def test_every_weight_of_the_residual_denoiser_meets_spikes():
     model = ResidualSDID(codebook_size=10, spike_steps=3, denoiser_channels=32, denoiser_blocks=2, grid=(4, 4)).eval()
     tokens = torch.randint(0, 11, (6, 4, 4))
     with use_backend("reference"):
-        operations = count(model, lambda: model(tokens, torch.ones(6).long()), 6, 3)
-    assert operations.macs == 0 < operations.acs < 3 * operations.dense_macs
+        layers = count_layers(model, lambda: model(tokens, torch.ones(6).long()), 6, 3)
+    assert all(each.macs == 0 < each.acs < 3 * each.dense_macs for each in layers.values())
     with pytest.raises(ValueError, match="multiple of 16"):
         ResidualSDID(denoiser_channels=24)
 
