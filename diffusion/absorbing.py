@@ -1,8 +1,8 @@
 """Absorbing-state discrete diffusion over grids of codes (arXiv 2308.10187; D3PM, arXiv 2107.03006).
 
 A token is masked by timestep t with probability t/T and then stays masked; a denoiser learns to predict masked tokens.
-Nothing here depends on networks, images or processes: a denoiser is a function that is passed in, and all noise is
-drawn beforehand, separately for each example.
+Nothing here depends on networks, images or processes: a denoiser is a function passed in as an argument, and all noise
+is drawn beforehand, separately for each example.
 """
 
 import math
@@ -24,12 +24,12 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 PredictAt = Callable[..., Tensor]
 """Tokens `[N,h,w]`, timesteps `[N]` and positions, bool `[N,h,w]` with P set, to the logits there `[P,K]`.
 
-A condition `[N,...]` is the fourth argument, if there is one.
+If there is a condition `[N,...]`, it is the fourth argument.
 """
 
 
 class TrainingNoise(NamedTuple):
-    """All that is random in the loss of N examples: timesteps `t` int64 `[N]` in 1..T, and which tokens are masked.
+    """All random quantities in the loss of N examples: timesteps `t` int64 `[N]` in 1..T, and which tokens are masked.
 
     `mask` is bool `[N,h,w]`.
     """
@@ -39,7 +39,7 @@ class TrainingNoise(NamedTuple):
 
 
 class SamplingNoise(NamedTuple):
-    """All that is random in N samples: when each token is revealed, and the uniform number that determines its code.
+    """All random quantities in N samples: when each token is revealed, and the uniform number that determines its code.
 
     `reveal_times` int64 `[N,h,w]` in 1..T, `uniforms` float64 `[N,h,w]` in [0,1).
     """
@@ -90,9 +90,8 @@ class AbsorbingDiffusion:
         """Batch mean of the loss in bits per token, from `cross_entropy [N]` in nats and timesteps `t [N]`.
 
         "elbo": `CE / t * T / (T ln 2)`, the evidence lower bound. "reweighted_elbo": `(1 - t/T) CE / (T ln 2)`, the
-        release's default, kept although its weight is 0 at t = T, so that the first prediction of sampling is never
-        trained directly. "cross_entropy" and "spread_cross_entropy": `CE / (T ln 2)`, equal weights for all masked
-        tokens.
+        release's default; since its weight is 0 at t = T, the first prediction of sampling is never trained directly.
+        "cross_entropy" and "spread_cross_entropy": `CE / (T ln 2)`, equal weights for all masked tokens.
         """
         total = self.num_timesteps
         weighted = {
@@ -116,12 +115,12 @@ class AbsorbingDiffusion:
         sample_steps: int | None = None,
         reveal_order: str = "random",
     ) -> SamplingNoise:
-        """The noise of the samples with these indices, on a `grid` (h, w); that of sample i follows from `seed` and i.
+        """Noise for the samples with these indices on a `grid` (h, w); that of sample i depends only on `seed` and i.
 
-        Tokens are revealed at `sample_steps` of the timesteps, by default all T. "random": at independent times,
-        uniform on 1..T, as the forward process masks them. "spread": in `spread_order`, few at first; with fewer
-        timesteps than tokens, tokens that are revealed together then depend less on each other. Raises ValueError for
-        `sample_steps` outside 1..T.
+        Tokens are revealed at `sample_steps` of the timesteps, by default at all T. Orders are "random": at independent
+        times, uniform on 1..T, as the forward process masks them; and "spread": in `spread_order`, few at first. If
+        there are fewer timesteps than tokens, tokens revealed together depend less on each other in the latter. Raises
+        ValueError for `sample_steps` outside 1..T.
         """
         generators = [np.random.default_rng((seed, i)) for i in samples]
         if reveal_order == "random":
@@ -164,8 +163,8 @@ class AbsorbingDiffusion:
     ) -> Tensor:
         """Draw codes int64 `[N,h,w]`; tokens of `given [N,h,w]` that are not masked are kept.
 
-        The temperature changes linearly from `temperature` at t = T to `final_temperature` at t = 0; None: it does not
-        change. `condition [N,...]` is passed on to the denoiser.
+        The temperature changes linearly from `temperature` at t = T to `final_temperature` at t = 0, or is constant
+        if that is None. `condition [N,...]` is passed on to the denoiser.
 
         In the reverse process a masked token is revealed with probability 1/t at each t = T..1, hence at a time uniform
         on 1..T. A timestep that reveals nothing in an image changes nothing and is skipped: images of one batch are at
@@ -196,7 +195,7 @@ class AbsorbingDiffusion:
         temperature: float = 1.0,
         final_temperature: float | None = None,
     ) -> Tensor:
-        """Reference sampler: every timestep T..1, the whole grid at each. Gives the same codes as `sample`."""
+        """Reference sampler: the whole grid at every timestep T..1. Gives the same codes as `sample`."""
         temperatures = self._temperatures(noise.reveal_times, temperature, final_temperature)
         tokens = torch.full_like(noise.reveal_times, self.mask_token)
         for t in range(self.num_timesteps, 0, -1):

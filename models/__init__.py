@@ -1,4 +1,4 @@
-"""The networks, and the tables of them that the command line offers.
+"""The networks, and the tables from which the command line chooses one by name.
 
 Constructor parameters have the names of the command line's options (pipeline/options.py).
 """
@@ -26,22 +26,22 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def model_options(name: str) -> tuple[str, ...]:
-    """Names of an autoencoder's options; raises ValueError, which names the valid ones, for an unknown name."""
+    """Names of an autoencoder's options. Raises ValueError, which lists the valid names, for an unknown one."""
     return _options(AUTOENCODERS, name)
 
 
 def denoiser_options(name: str) -> tuple[str, ...]:
-    """Names of a denoiser's options; raises ValueError, which names the valid ones, for an unknown name."""
+    """Names of a denoiser's options. Raises ValueError, which lists the valid names, for an unknown one."""
     return _options(DENOISERS, name)
 
 
 def build_model(name: str, **options: Any) -> Autoencoder:
-    """A new autoencoder; raises ValueError, which names the valid ones, for an unknown name or option."""
+    """A new autoencoder. Raises ValueError, which lists the valid choices, for an unknown name or option."""
     return _build(AUTOENCODERS, name, options)
 
 
 def build_denoiser(name: str, **options: Any) -> Denoiser:
-    """A new denoiser; raises ValueError, which names the valid ones, for an unknown name or option."""
+    """A new denoiser. Raises ValueError, which lists the valid choices, for an unknown name or option."""
     return _build(DENOISERS, name, options)
 
 

@@ -12,13 +12,13 @@ from models.prototypes import Prototypes
 from models.quantizer import Codebook
 
 NOT_GIVEN = -1
-"""In place of an index: the image is not conditioned on this."""
+"""Stands in for an index where an image does not have the condition."""
 
 
 class Conditions:
-    """The conditions of a denoiser, of which there are J: 0, 1 or 2. The prototype comes before the label.
+    """The J conditions of a denoiser (J = 0, 1 or 2); the prototype, if any, comes before the label.
 
-    The conditions of N images are int64 `[N,J]`: the index of a prototype, or a label, or NOT_GIVEN.
+    The conditions of N images are int64 `[N,J]`: prototype index and label, either of which may be NOT_GIVEN.
     """
 
     def __init__(self, prototypes: Prototypes | None, labels: Labels | None):
@@ -34,21 +34,21 @@ class Conditions:
         return reduce(torch.add, parts)
 
     def of(self, codes: Tensor, labels: Tensor | None = None, *, codebook: Codebook) -> Tensor | None:
-        """The conditions `[N,J]` of images with these `codes [N,h,w]` and `labels [N]`; None if there are none.
+        """The conditions `[N,J]` of images with these `codes [N,h,w]` and `labels [N]`; None if J is 0.
 
-        Raises ValueError without `labels` where they are a condition.
+        Raises ValueError if labels are a condition and none are passed.
         """
         columns = []
         if self.prototypes:
             columns.append(self.prototypes.nearest(codes, codebook))
         if self.labels:
             if labels is None:
-                raise ValueError("the denoiser is conditioned on labels, and there are none")
+                raise ValueError("the denoiser is conditioned on labels, but none were passed")
             columns.append(labels.to(self.labels.counts.device))
         return torch.stack(columns, 1) if columns else None
 
     def fit(self, codes: Tensor, labels: Tensor | None, codebook: Codebook, seed: int) -> None:
-        """Find the prototypes, and count what occurs, among the training images; arguments as of `of`."""
+        """Fit the prototypes and count how often each condition occurs in the training images; arguments as in `of`."""
         if self.prototypes:
             self.prototypes.fit(codes, codebook, seed)
         if self.labels:
@@ -57,10 +57,11 @@ class Conditions:
             self.labels.fit(conditions)
 
     def draw(self, seed: int, samples: Iterable[int], labels: Iterable[int] | None = None) -> Tensor | None:
-        """Conditions `[N,J]` for the samples with these indices; those of sample i follow from `seed` and i.
+        """Conditions `[N,J]` for the samples with these indices; None if J is 0.
 
-        They are the conditions of a training image, drawn uniformly from all, or with `labels` from those of the
-        sample's label. None if there are none. Raises ValueError for a label that no training image has.
+        Each sample takes the conditions of a training image, drawn uniformly from all of them, or, given `labels`, from
+        those with the sample's label. The draw of sample i depends only on `seed`, i and its label. Raises ValueError
+        for a label that no training image has.
         """
         if not self:
             return None
@@ -74,10 +75,10 @@ class Conditions:
         return torch.from_numpy(np.stack(np.unravel_index(drawn, counts.shape), 1))
 
     def without_last(self, conditions: Tensor) -> Tensor:
-        """Conditions `[N,J]` of which the last, the label if there is one, is not given."""
+        """The same conditions `[N,J]` with the last one dropped, which is the label if there is one."""
         return torch.cat((conditions[:, :-1], torch.full_like(conditions[:, -1:], NOT_GIVEN)), 1)
 
 
 def _of_label(counts: np.ndarray, label: int | None) -> np.ndarray:
-    """Counts `[L]` or `[G,L]`, those of other labels set to 0 if a label is given."""
+    """Counts `[L]` or `[G,L]`; given a label, those of all others are set to 0."""
     return counts if label is None else np.where(np.arange(counts.shape[-1]) == label, counts, 0)

@@ -2,10 +2,10 @@
 //
 // Spikes are [G, R, C]: G grids (spike steps times images) of R positions. A table [P, K] names the K neighbours of
 // each of the P output positions among the R; R stands for padding. The events of an output are the numbers k C + c
-// of its neighbours' spikes; those of all G P outputs are kept as lists behind each other (compressed sparse rows).
+// of its neighbours' spikes; those of all G P outputs are stored as consecutive lists (compressed sparse rows).
 // The output is the sum of a row of weights [K C, O] for each event; the gradient of such a row is the sum of the
 // gradients of the outputs that have the event. Both are the same loop, over TILE columns at a time, which stay in
-// the second-level cache. Every sum is taken in one order, whatever the number of threads.
+// the L2 cache. The order of summation does not depend on the number of threads.
 // event_conv.py is its only caller.
 #include <algorithm>
 #include <vector>
@@ -44,7 +44,7 @@ template <class T, class V> struct Sum {
     void write(T* to) const { std::memcpy(to, parts, sizeof(parts)); }
 };
 
-// Of bfloat16, two a word: the lower half belongs to even columns, the upper to odd ones.
+// The same for bfloat16, two to a word: the lower halves are even columns, the upper ones odd columns.
 struct PairedSum {
     static constexpr int LANES = BYTES / 4, COUNT = TILE / 2 / LANES;
     floats even[COUNT] = {}, odd[COUNT] = {};
@@ -82,7 +82,7 @@ inline bool is_one(float v) { return v == 1; }
 inline bool is_one(double v) { return v == 1; }
 inline bool is_one(bfloat16 v) { return v.bits == 0x3f80; }
 
-// Lengths of lists, at starts[1] and on, to where the lists begin and end.
+// Turns the lengths of lists, from starts[1] on, into where they begin and end.
 void accumulate(int64_t* starts, long lists) {
     starts[0] = 0;
     for (long i = 0; i < lists; ++i) starts[i + 1] += starts[i];
@@ -188,8 +188,8 @@ void forward(const int64_t* offsets, const int32_t* events, const T* tiles, long
         }
 }
 
-// Gradient [K C, O] of the weights, from that of the output [rows, O]. A block of rows at a time, whose gradients,
-// as tiles, stay in the second-level cache, and whose lists are turned round: event to rows.
+// Gradient [K C, O] of the weights, from that of the output [rows, O]. Works on a block of rows at a time, whose
+// gradients stay in the L2 cache as tiles, and whose lists are inverted: from events to rows.
 template <class T, class A>
 void backward(const int64_t* offsets, const int32_t* events, const T* grad_out, long rows, long width, long outputs,
               A* grad, int threads) {

@@ -1,9 +1,9 @@
-"""Convolutions of spikes on the CPU that add up the weights of what fired and pass over the rest.
+"""Event-driven convolutions on the CPU: they add up the weights of the inputs that fired and skip the rest.
 
 In the trained denoiser 2 to 8 % of a convolution's inputs are spikes; a dense convolution multiplies zeros for the
-rest. Where the share of spikes is small enough, `event_conv.cpp` computes the layer and the gradient of its weights
-from a list of the spikes. The gradient of the spikes themselves has no zeros and stays dense. Results differ from the
-dense ones by rounding alone and do not depend on the number of threads.
+rest. If the share of spikes is small enough, `event_conv.cpp` computes the layer and its weight gradient from a list of
+the spikes. The gradient with respect to the spikes is not sparse and stays dense. Results differ from those of dense
+convolutions by rounding alone and do not depend on the number of threads.
 """
 
 import functools
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from models.fused_lif import NAMES, available, call
 
 TILE = 64  # columns, as in event_conv.cpp
-NARROWEST = 64  # channels; in layers with fewer, of inputs or outputs, lists cost more than they save
+NARROWEST = 64  # input and output channels; in narrower layers, listing the spikes costs more than it saves
 LARGEST_SHARE = {
-    torch.bfloat16: 0.06 if torch.cpu._is_amx_tile_supported() else 0.2,  # dense products there are five times faster
+    torch.bfloat16: 0.06 if torch.cpu._is_amx_tile_supported() else 0.2,  # AMX makes dense products five times faster
     torch.float32: 0.2,
     torch.float64: 0.2,
 }
-"""Share of spikes up to which events are faster. Constants, so that a run repeats itself; see docs/performance.md."""
+"""Share of spikes up to which events are faster: constants, so that runs are reproducible; see docs/performance.md."""
 
 
 class Events:
-    """For P outputs in each of G grids, the list of the spikes that each depends on.
+    """For each of P outputs in each of G grids, the list of the spikes that it depends on.
 
-    Spikes are `[G,R,C]`; `table [P,K]` names the K neighbours of each output among the R positions, and R itself stands
-    for zero padding. A spike in channel c of neighbour k has the number k C + c, the row of its weights.
+    Spikes are `[G,R,C]`; `table [P,K]` has the indices of each output's K neighbours among the R positions, where R
+    stands for zero padding. A spike in channel c of neighbour k has the number k C + c, the row of its weights.
     """
 
     def __init__(self, spikes: Tensor, starts: Tensor, table: Tensor):
@@ -54,7 +54,7 @@ class Events:
         return out
 
     def weight_gradient(self, grad: Tensor) -> Tensor:
-        """Gradient `[K*C,C']` of the rows of weights, in float32 at least, from that of the outputs, `[G*P,C']`."""
+        """Gradient `[K*C,C']` of the rows of weights, at least float32, given that of the outputs, `[G*P,C']`."""
         result = torch.zeros(self.width, grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
         sizes = (self.outputs, *result.shape)
         call(f"event_backward_{NAMES[grad.dtype]}", self.offsets, self.numbers, grad, *sizes, result)
@@ -64,10 +64,10 @@ class Events:
 def find_events(spikes: Tensor, table: Tensor) -> Events | None:
     """The events of contiguous spikes `[G,R,C]`; see `Events` for the table.
 
-    None where a dense convolution is faster, or where an input is neither 0 nor 1.
+    None if a dense convolution is faster, or if an input is neither 0 nor 1.
     """
     rows = spikes.shape[:2].numel()
-    starts = torch.empty(rows + 1, dtype=torch.int64)  # of the list of each row's spikes
+    starts = torch.empty(rows + 1, dtype=torch.int64)  # where the list of each row begins
     binary = call(f"event_count_{NAMES[spikes.dtype]}", spikes, rows, spikes.shape[2], starts)
     if not binary or starts[-1] > LARGEST_SHARE[spikes.dtype] * spikes.numel():
         return None
@@ -76,9 +76,9 @@ def find_events(spikes: Tensor, table: Tensor) -> Events | None:
 
 @functools.lru_cache
 def _neighbours(height: int, width: int, kernel: int, stride: int, padding: int, output_padding: int | None) -> Tensor:
-    """The table of a convolution of a grid, `[h',w',kernel^2]`; of a transposed one if it has an `output_padding`.
+    """The table of a convolution over a grid, `[h',w',kernel^2]`; of a transposed one if `output_padding` is given.
 
-    A transposed convolution is one of stride 1 of a grid with gaps between its positions, the kernel turned round.
+    A transposed convolution is a convolution of stride 1, with a flipped kernel, over a grid with gaps.
     """
     rows = torch.arange(height * width).view(height, width)
     if output_padding is None:
@@ -108,9 +108,9 @@ class _EventConv(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            how = (conv.stride, conv.padding, conv.dilation, ctx.transposed, conv.output_padding, conv.groups)
+            geometry = (conv.stride, conv.padding, conv.dilation, ctx.transposed, conv.output_padding, conv.groups)
             dense = torch.ops.aten.convolution_backward
-            grad_x = dense(grad, x, weight.to(x.dtype), None, *how, (True, False, False))[0]
+            grad_x = dense(grad, x, weight.to(x.dtype), None, *geometry, (True, False, False))[0]
         if ctx.needs_input_grad[1]:
             rows = ctx.events.weight_gradient(grad.permute(0, 2, 3, 1).flatten(0, 2))
             grad_weight = rows.view(*weight.shape[2:], x.shape[1], -1).permute(3, 2, 0, 1)
@@ -124,15 +124,15 @@ def _worthwhile(conv: nn.Conv2d | nn.ConvTranspose2d, spikes: Tensor) -> bool:
 
 
 def _as_computed(spikes: Tensor) -> Tensor:
-    """In the type that autocast has convolutions compute in."""
+    """The spikes in the type in which convolutions compute under autocast."""
     return spikes.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else spikes
 
 
-@torch.compiler.disable  # the tracer cannot look into the library
+@torch.compiler.disable  # the compiler cannot trace into the library
 def convolve(conv: nn.Conv2d | nn.ConvTranspose2d, spikes: Tensor) -> Tensor | None:
-    """A convolution without its bias: spikes `[G,C,H,W]` to `[G,C',H',W']`; None where it should be a dense one.
+    """A convolution without its bias: spikes `[G,C,H,W]` to `[G,C',H',W']`; None if a dense one should be used.
 
-    For square kernels, without dilation and groups.
+    Kernels must be square, without dilation or groups.
     """
     if not _worthwhile(conv, spikes):
         return None
@@ -147,7 +147,7 @@ def convolve(conv: nn.Conv2d | nn.ConvTranspose2d, spikes: Tensor) -> Tensor | N
 
 @torch.compiler.disable
 def convolve_at(conv: nn.Conv2d, spikes: Tensor, rows: Tensor) -> Tensor | None:
-    """`spiking.convolve_at`, without gradients: spikes `[S,R,C]` to `[S,P,C']`; None where it should be a dense one."""
+    """`spiking.convolve_at`, without gradients: spikes `[S,R,C]` to `[S,P,C']`; None if a dense one should be used."""
     if torch.is_grad_enabled() or not _worthwhile(conv, spikes):
         return None
     spikes = _as_computed(spikes).contiguous()

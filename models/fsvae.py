@@ -4,10 +4,10 @@ Its latents are spikes. Those of spike step t follow a Bernoulli distribution co
 spiking network represents its probability by k binary outputs, one of which is picked at random as the sample.
 
 Unlike in FSVAE, the linear layers have no batch norm, as in the release of arXiv 2308.10187: a spike step then does not
-depend on statistics of later ones, so that latents in training and in sampling have the same distribution. The layers
-are silent at first. In a trial on Fashion-MNIST (batches of 32, hidden_channels = 8), latents fired after 100 training
-steps, and the prior, whose first input has no spikes, after 900. With batch norm it fires earlier, but the
-reconstruction error at step 1,000 is the same.
+depend on statistics of later ones, so that latents in training and in sampling have the same distribution. Initially
+no neuron of these layers fires. In a trial on Fashion-MNIST (batches of 32, hidden_channels = 8), latents fired after
+100 training steps, and the prior, whose first input has no spikes, after 900. With batch norm, it fires earlier, but
+the reconstruction error at step 1,000 is the same.
 """
 
 import math
@@ -49,9 +49,9 @@ class BernoulliNetwork(nn.Module):
         self.latent_dim = latent_dim
 
     def from_rest(self) -> Callable[[Tensor], Tensor]:
-        """A function that runs the next spike step at each call: inputs `[N,inputs]` to candidates `[N,L,k]`.
+        """A function that computes one spike step per call: inputs `[N,inputs]` to candidates `[N,L,k]`.
 
-        Between calls it keeps the membrane potentials, which are the whole state of the neurons.
+        Between calls it keeps the membrane potentials, the entire state of the neurons.
         """
         potentials: list[Tensor | float] = [0.0] * len(self.layers)
 
@@ -69,7 +69,7 @@ def choose(candidates: Tensor, picks: Tensor) -> Tensor:
 
 
 class FSVAE(nn.Module):
-    """Images to spiking latents and back, and a spiking prior of the latents.
+    """Images to spiking latents and back, and a spiking prior over the latents.
 
     Args:
         channels: channels of the images.
@@ -109,7 +109,7 @@ class FSVAE(nn.Module):
 
     @staticmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, int]:
-        """All options but `spike_steps`, inferred from a model's weights. Raises KeyError for another network's."""
+        """All options but `spike_steps`, inferred from its weights. Raises KeyError for those of another network."""
         hidden, channels = weights["encoder.snn_convs.0.weight"].shape[:2]
         embedding_dim = len(weights["encoder.snn_convs.6.weight"])
         latent_dim, features = weights["to_latent.0.weight"].shape
@@ -123,7 +123,7 @@ class FSVAE(nn.Module):
         )
 
     def noise(self, seed: int, samples: Iterable[int]) -> Tensor:
-        """The picks of the samples with these indices, int64 `[S,N,L]` in 0..k-1, each from a generator of its own."""
+        """Picks int64 `[S,N,L]` in 0..k-1 for these samples; those of sample i depend only on `seed` and i."""
         shape = (self.spike_steps, self.latent_dim)
         picks = [np.random.default_rng((seed, i)).integers(self.candidates, size=shape) for i in samples]
         return torch.from_numpy(np.stack(picks, 1))

@@ -1,7 +1,7 @@
 """Batch norm and LIF over all spike steps in one compiled pass on the CPU.
 
 On the CPU, SpikingJelly's multi-step LIF is a loop of tensor operations over the spike steps, each of which reads and
-writes the whole activation. `fused_lif.cpp` keeps the membrane potential in registers instead; outputs and gradients
+writes all activations. `fused_lif.cpp` keeps the membrane potential in registers instead; outputs and gradients
 are the same. The system's C++ compiler compiles it, and the kernels of event_conv.py with it, on first use; the library
 is cached if the cache is writable. Without a compiler, `available()` warns once and the networks run on SpikingJelly's
 neuron.
@@ -30,13 +30,13 @@ SOURCES = [FOLDER / name for name in ("bfloat16.h", "fused_lif.cpp", "event_conv
 FLAGS = (
     *("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-std=c++17", "-fopenmp", "-shared", "-fPIC"),
-    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),  # others refuse it
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),  # other compilers reject it
 )
 NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
 def _processor() -> str:
-    """The processor's features, on which `-march=native` depends: different machines may share a cache folder."""
+    """The processor's features, on which `-march=native` depends: machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))
@@ -65,7 +65,7 @@ def _load() -> ctypes.CDLL:
 
 
 def _checksum(content: bytes) -> bytes:
-    """The checksum that is appended to a cached library, where loaders ignore it."""
+    """The checksum at the end of a cached library, where the loader ignores it."""
     return hashlib.sha256(content).digest()
 
 
@@ -97,7 +97,7 @@ def available() -> bool:
 
 
 def call(name: str, *arguments: Tensor | int | bool | None) -> int:
-    """Run a kernel on as many threads as torch has; tensors are handed over as they lie in memory."""
+    """Run a kernel on as many threads as torch uses; it gets the address of each tensor's data."""
     converted: list[ctypes.c_bool | ctypes.c_long | ctypes.c_void_p] = []
     for argument in arguments:
         if isinstance(argument, bool):
@@ -123,7 +123,7 @@ def _total(sums: Tensor, rows: int, reduction: Reduction) -> tuple[Tensor, int]:
 def moments(x: Tensor, reduction: Reduction = SINGLE_PROCESS) -> tuple[Tensor, Tensor, int]:
     """Mean and biased variance of each channel, float64 `[C]`, of channels-last `x [B,C,H,W]`, and the count B*H*W.
 
-    With a `reduction`, of the `x` of all processes together.
+    With a `reduction`, over the `x` of all processes.
     """
     channels = x.shape[1]
     positions = x.numel() // channels
@@ -137,8 +137,8 @@ def moments(x: Tensor, reduction: Reduction = SINGLE_PROCESS) -> tuple[Tensor, T
 class _NormLIF(torch.autograd.Function):
     """Normalise with given statistics, then fire; differentiates through batch statistics when `training`.
 
-    `offset` was left out of `x` and of `mean`, from both of which it would cancel in training mode. The gradient of `x`
-    needs sums over all examples, which `reduction` extends to all processes.
+    `x` and `mean` do not include the bias `offset`, which in training mode would cancel. The gradient with respect to
+    `x` needs sums over all examples, which `reduction` extends to all processes.
     """
 
     @staticmethod
@@ -194,12 +194,12 @@ def norm_lif(
 
     Args:
         x: `[S*N,C,H,W]`, the spike step varying slowest, or `[N,C,H,W]` when `constant` over the spike steps.
-        offset: bias `[C]` of the convolution that made `x` without it.
+        offset: bias `[C]` of the preceding convolution, which `x` does not include.
         norm: its parameters and running statistics are used and, in training mode, updated as if a `constant`
             input had been normalised at each of the S steps. For a SyncBatchNorm, which torch itself supports on
             GPUs only, statistics are over all processes: it must have an attribute `reduction`.
-        readout: weights `[S]`; given, only `sum_s readout[s] * spikes[s]` is computed.
-        dtype: type of the result; None for that of `x`.
+        readout: weights `[S]`; if given, only `sum_s readout[s] * spikes[s]` is computed.
+        dtype: type of the result, by default that of `x`.
 
     Returns:
         Spikes `[S*N,C,H,W]`, or the readout `[N,C,H,W]`; channels-last.

@@ -12,8 +12,8 @@ class Labels(nn.Module):
     A label enters as a spike in one of L channels, at every spike step. A transposed convolution as large as the grid
     turns it into currents at every position; its weights are initially zero.
 
-    The buffer `counts`, set by `fit`, has the number of training images of each label, int64 `[L]`. If the denoiser
-    also has G prototypes, it has those of each pair of prototype and label, `[G,L]`.
+    The buffer `counts`, set by `fit`, is the number of training images of each label, int64 `[L]`, or, if the denoiser
+    also has G prototypes, of each pair of prototype and label, `[G,L]`.
 
     Args:
         classes: number of classes L.
@@ -33,7 +33,7 @@ class Labels(nn.Module):
 
     @property
     def present(self) -> list[int]:
-        """The labels that training images have."""
+        """The labels that occur among the training images."""
         return self.counts.view(-1, self.embed.in_channels).sum(0).nonzero().flatten().tolist()
 
     def forward(self, labels: Tensor) -> Tensor:

@@ -11,16 +11,16 @@ from models.quantizer import Codebook, nearest_rows
 from models.spiking import full_precision
 
 MAX_ITERATIONS = 10  # of k-means
-CHUNK = 4096  # grids whose embeddings are in memory at a time
+CHUNK = 4096  # grids whose embeddings are held in memory at a time
 
 
 class Prototypes(nn.Module):
-    """Conditions a denoiser on one of G prototypes, average grids of codes: the one nearest to the image.
+    """Conditions a denoiser on one of G prototypes, which are average grids of codes.
 
-    In training it is the nearest prototype. For a sample, a prototype is drawn in proportion to its frequency among the
-    training images, so that the global structure, which is hard to sample code by code, is fixed from the start
-    (compare representation-conditioned generation, arXiv 2312.03701). Its codes enter as one-hot spikes through a
-    convolution whose weights are initially zero.
+    In training it is the prototype nearest to the image. For a sample, a prototype is drawn in proportion to its
+    frequency among the training images, so that the global structure, which is hard to sample code by code, is fixed
+    from the start (compare representation-conditioned generation, arXiv 2312.03701). Its codes enter as one-hot spikes
+    through a convolution whose weights are initially zero.
 
     Buffers, set by `fit`: the prototypes `grids`, int32 `[G,h,w]`, and `counts`, int64 `[G]`, the number of training
     images nearest to each.
@@ -29,7 +29,7 @@ class Prototypes(nn.Module):
         count: number of prototypes G.
         codebook_size: number of codes K.
         channels: channels C of the output currents.
-        patch: side of the square of codes that becomes one position.
+        patch: side of the patch of codes that becomes one position.
         grid: height h and width w of the grid of codes.
     """
 
@@ -51,7 +51,7 @@ class Prototypes(nn.Module):
         return self.embed(spikes.permute(0, 3, 1, 2).to(self.embed.weight))  # [N,h,w,K] -> [N,K,h,w]
 
     def fit(self, codes: Tensor, codebook: Codebook, seed: int) -> None:
-        """Set the prototypes from `codes [N,h,w]`, N >= G: the codes nearest to the mean embeddings of G clusters.
+        """Set the prototypes to the codes nearest to the mean embeddings of G clusters of `codes [N,h,w]`, N >= G.
 
         The clusters are found by k-means on the embeddings, average-pooled over 2x2 codes.
         """

@@ -19,7 +19,7 @@ from models.spiking import (
 COMMITMENT = 0.25
 
 READOUTS = {"both": None, "rate": 1.0, "potential": 0.0}
-"""How encoder spikes become vectors, and the fixed value of `alpha`; None: it is learned."""
+"""How encoder spikes become vectors: the fixed value of `alpha`, or None if it is learned."""
 
 SPIKE_GENERATORS = ("adaptive", "repeat", "poisson")
 """How embeddings become the decoder's input; see `SpikingQuantizer.generate_spikes`."""
@@ -44,8 +44,8 @@ def codebook_loss(quantized: Tensor, encoded: Tensor) -> Tensor:
 def poisson_spikes(rates: Tensor, spike_steps: int, generator: torch.Generator | None = None) -> Tensor:
     """Spikes `[S,N,D,h,w]`, each 1 with probability `clip(rates, 0, 1)`, for `rates [N,D,h,w]`.
 
-    A spike has the gradient of its probability (straight-through estimator). With a `generator` each is drawn
-    independently; without one the thresholds are fixed and shared by all images, so that no image depends on its batch.
+    A spike has the gradient of its probability (straight-through estimator). With a `generator`, each is drawn
+    independently; without one, thresholds are fixed and shared by all images, so that no image depends on its batch.
     """
     if generator is None:
         shape, generator = (spike_steps, 1, *rates.shape[1:]), torch.Generator().manual_seed(0)
@@ -68,8 +68,8 @@ class Codebook(nn.Module):
     With `revive_codes`, embeddings that a training batch does not use are replaced by encoded vectors of that batch
     (dead-code restart, as in Jukebox, arXiv 2005.00341); the first batch thus initialises the codebook with data.
 
-    `reduction` combines the processes that train together: codes are dead if no process uses them, and all processes
-    restart them at vectors of the first.
+    `reduction` combines the processes that train together: a code is dead if no process uses it, and all processes
+    restart it at a vector of the first process.
     """
 
     def __init__(self, codebook_size: int, embedding_dim: int, revive_codes: bool = False):
@@ -121,9 +121,10 @@ class Codebook(nn.Module):
 class SpikingQuantizer(Codebook):
     """Maps encoder spikes to the nearest of `codebook_size` embeddings and back to spikes.
 
-    `alpha` is the weight of the firing rate, and `1 - alpha` that of the membrane potential. It is neither clamped nor
-    excluded from weight decay, as in the release. There are two ablations: `readout`, one of READOUTS, fixes `alpha` so
-    that only one of them is read; `spike_generator` is one of SPIKE_GENERATORS. Raises ValueError for other values.
+    `alpha` is the weight of the firing rate, and `1 - alpha` that of the membrane potential. As in the release, it is
+    neither clamped nor excluded from weight decay. Two arguments are for ablations: `readout`, one of READOUTS, may fix
+    `alpha` so that only one of the two is read; `spike_generator` is one of SPIKE_GENERATORS. Raises ValueError for
+    other values.
     """
 
     def __init__(
@@ -152,9 +153,9 @@ class SpikingQuantizer(Codebook):
     def generate_spikes(self, embedded: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Embeddings `[N,D,h,w]` to the decoder's input.
 
-        "adaptive": spikes `[S,N,D,h,w]` of a convolution, batch norm and LIF whose input is the embeddings at every
-        step. "poisson": spikes as in `poisson_spikes`, drawn by `generator`. "repeat": no spikes, but the embeddings
-        themselves, `[N,D,h,w]`, as the decoder's input at every step.
+        "adaptive": spikes `[S,N,D,h,w]` of a convolution, batch norm and LIF that receive the embeddings at every step.
+        "poisson": spikes as in `poisson_spikes`, drawn by `generator`. "repeat": not spikes but the embeddings
+        themselves, `[N,D,h,w]`, which the decoder receives at every step.
         """
         if self.spike_generator == "adaptive":
             return self.poisson(embedded)

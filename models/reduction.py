@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class Reduction(NamedTuple):
-    """Two functions of a tensor; a layer has SINGLE_PROCESS until it is given those of several processes.
+    """Two functions of a tensor; a layer uses SINGLE_PROCESS unless it is given those of several processes.
 
-    `total` is its sum over the processes, `first` the tensor of the first process. Either may change its argument.
+    `total` is its sum over the processes, `first` the tensor of the first process. Either may modify its argument.
     """
 
     total: Callable[[Tensor], Tensor]

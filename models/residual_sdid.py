@@ -10,7 +10,7 @@ from models.prototypes import Prototypes
 from models.spiking import Firing, apply_head, is_reference
 
 HEADS = 16  # groups of channels, each with its own mixing matrix
-THRESHOLD_BIAS = 1.0  # initial bias of batch norm; in a single step, a current of 2 makes a neuron fire
+THRESHOLD_BIAS = 1.0  # initial bias of batch norm; a neuron at rest fires at a current of 2
 BRANCH_SCALE = 0.3  # scale of the initial weights at the end of each residual branch
 
 
@@ -34,7 +34,7 @@ class MixingBlock(nn.Module):
             self.project.weight.mul_(BRANCH_SCALE)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Currents `[S,N,C,h,w]`, or `[N,C,h,w]` where they are the same at each spike step, to `[S,N,C,h,w]`."""
+        """Currents `[S,N,C,h,w]`, or `[N,C,h,w]` if they are the same at each spike step, to `[S,N,C,h,w]`."""
         x = x + self._mix_positions(self.fire_positions(x))
         hidden = self.expand(self.fire_channels(x).flatten(0, 1)).unflatten(0, x.shape[:2])
         return x + self.project(self.fire_hidden(hidden).flatten(0, 1)).unflatten(0, x.shape[:2])
@@ -42,7 +42,7 @@ class MixingBlock(nn.Module):
     def _mix_positions(self, spikes: Tensor) -> Tensor:
         """Mix the positions of spikes `[S,N,C,h,w]`: a matrix product for each head.
 
-        It equals the grouped convolution `mix`, as which it runs on the reference backend.
+        Equivalent to the grouped convolution `mix`, which the reference backend runs instead.
         """
         (steps, samples, channels), (height, width) = spikes.shape[:3], spikes.shape[3:]
         positions = height * width
@@ -58,20 +58,20 @@ class MixingBlock(nn.Module):
 
 
 class ResidualSDID(Denoiser):
-    """A residual network of `MixingBlock`.
+    """A residual network of blocks of the class `MixingBlock`.
 
     Tokens enter as one-hot spikes over K + 1 channels. A strided convolution embeds each patch of tokens as currents of
-    one position; learned position embeddings are added, and the currents of what the image is conditioned on. After the
-    blocks, a linear layer maps mean firing rates to the logits of each patch. There is no timestep embedding: the
-    number of masked tokens already tells the timestep.
+    one position, to which learned position embeddings and the currents of the conditions are added. After the blocks, a
+    linear layer maps mean firing rates to the logits of each patch. There is no timestep embedding: the number of
+    masked tokens already indicates the timestep.
 
     Args:
         codebook_size: number of codes K.
         spike_steps: S.
         denoiser_channels: channels of all blocks, a multiple of HEADS. Raises ValueError if it is not.
         denoiser_blocks: number of blocks.
-        prototypes: number of prototypes it can be conditioned on, which have to be fitted (`Conditions.fit`); or 0.
-        classes: number of classes whose labels it can be conditioned on, which have to be fitted, too; or 0.
+        prototypes: number of prototypes it can be conditioned on; they must be fitted (`Conditions.fit`). 0 for none.
+        classes: number of classes whose labels it can be conditioned on; their counts must be fitted, too. 0 for none.
         grid: height and width of the grid of codes. Patches are 2x2 tokens, or single tokens if a side is odd.
     """
 
@@ -106,7 +106,7 @@ class ResidualSDID(Denoiser):
 
     @staticmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, int | tuple[int, int]]:
-        """All options but `spike_steps`, inferred from a model's weights. Raises KeyError for another network's."""
+        """All options but `spike_steps`, inferred from its weights. Raises KeyError for those of another network."""
         width, channels, patch, _ = weights["embed.weight"].shape
         height, columns = weights["position"].shape[1:]
         blocks = sum(name.endswith(".mix.weight") for name in weights)
@@ -122,11 +122,11 @@ class ResidualSDID(Denoiser):
         )
 
     def load_pretrained(self, weights: dict[str, Tensor]) -> None:
-        """Initialise from the weights of another denoiser, whose conditions may be others.
+        """Initialise from the weights of another denoiser, which may have other conditions.
 
-        A condition that the weights lack keeps its initial ones, zeros; one that this denoiser lacks is left out. What
-        is fitted to the training images, prototypes and counts, is not loaded. Raises RuntimeError if anything else
-        differs.
+        A condition that is missing from the weights keeps its initial zeros; one that this denoiser lacks is ignored.
+        Prototypes and counts, which are fitted to the training images, are not loaded. Raises RuntimeError if anything
+        else differs.
         """
         conditions, fitted = ("prototypes.", "labels."), (".grids", ".counts")
         own = {name: value for name, value in self.state_dict().items() if name.startswith(conditions)}

@@ -13,8 +13,8 @@ from models.spiking import SpikingStack, apply_head, bias_of, convolve_at, full_
 class SDID(Denoiser):
     """The paper's denoiser: five spiking blocks and a convolution to the logits. It takes no condition.
 
-    Its input is two planes, the index of each token (the mask token is `codebook_size`) and the timestep. Both are
-    numbers that are not normalised, as in the release.
+    Its input is two planes: the index of each token (the mask token is `codebook_size`) and the timestep, both as plain
+    numbers without normalisation, as in the release.
 
     Args:
         codebook_size: number of codes K.
@@ -38,7 +38,7 @@ class SDID(Denoiser):
 
     @staticmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, int]:
-        """All options but `spike_steps`, inferred from a model's weights. Raises KeyError for another network's."""
+        """All options but `spike_steps`, inferred from its weights. Raises KeyError for those of another network."""
         return dict(codebook_size=len(weights["conv6.0.weight"]), denoiser_channels=len(weights["conv1.0.weight"]))
 
     @property
@@ -97,7 +97,7 @@ def _dilate(mask: Tensor) -> Tensor:
 def _neighbours(held: Tensor, wanted: Tensor) -> Tensor:
     """For each position set in `wanted [N,h,w]`, the rows of its 3x3 neighbours among those set in `held`: `[P,9]`.
 
-    A neighbour outside the grid has the index one past the last row, which `convolve_at` takes for zeros.
+    A neighbour outside the grid has the index one past the last row, which `convolve_at` treats as zeros.
     """
     rows = torch.where(held, held.flatten().cumsum(0).view_as(held) - 1, 0)
     padded = F.pad(rows, (1, 1, 1, 1), value=int(held.sum()))

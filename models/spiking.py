@@ -47,7 +47,7 @@ def is_reference() -> bool:
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """Context without autocast on the device of `x`, for sums and distances that need the full precision."""
+    """Context that disables autocast on the device of `x`, for sums and distances that need full precision."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -55,8 +55,8 @@ class LIF(neuron.LIFNode):
     """SpikingJelly's multi-step LIF as the paper uses it: tau 2, threshold 1, hard reset to 0, ATan surrogate.
 
     `H = V + (X - V) / 2`, spike `[H >= 1]`, `V = H (1 - spike)`. Starts from rest at every call. The membrane potential
-    is at least float32, even where `X` is bfloat16: SpikingJelly's fused kernels expect that, whereas the state that a
-    SpikingJelly neuron keeps itself would have the type of `X`.
+    is at least float32, even if `X` is bfloat16: SpikingJelly's fused kernels expect that, whereas the state that a
+    SpikingJelly neuron keeps by itself would have the type of `X`.
     """
 
     def __init__(self):
@@ -74,7 +74,7 @@ Block = tuple[Convolution, nn.BatchNorm2d, LIF]
 
 
 def lif_step(current: Tensor, potential: Tensor | float) -> tuple[Tensor, Tensor]:
-    """One spike step of `LIF`: input current and membrane potential, of one shape, to spikes and the new potential.
+    """One spike step of `LIF`: input current and membrane potential of the same shape to spikes and the new potential.
 
     For networks whose next input depends on their output. At rest the potential is 0.
     """
@@ -110,8 +110,8 @@ def weighted_sum(weights: Tensor, spikes: Tensor) -> Tensor:
 def apply_head(head: Convolution, x: Tensor, weights: Tensor) -> Tensor:
     """Output of a convolution without neurons, summed over the spike steps with `weights [S]`: `[N,C',H',W']`.
 
-    `x` is the spikes `[S,N,C,H,W]`, and the convolution runs at every step; or their weighted sum `[N,C,H,W]`, and it
-    runs once, which is the same because it is linear (its bias counts `sum(weights)` times).
+    If `x` is the spikes `[S,N,C,H,W]`, the convolution runs at every step; if it is their weighted sum `[N,C,H,W]`, it
+    runs once, which is equivalent because it is linear (its bias counts `sum(weights)` times).
     """
     if x.dim() == 5:
         return weighted_sum(weights, head(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
@@ -156,7 +156,7 @@ class Firing(nn.Module):
         self.spike_steps = spike_steps
 
     def forward(self, x: Tensor, readout: Tensor | None = None) -> Tensor:
-        """Currents `[S,N,C,H,W]`, or `[N,C,H,W]` where they are the same at each step, to spikes `[S,N,C,H,W]`.
+        """Currents `[S,N,C,H,W]`, or `[N,C,H,W]` if they are the same at each step, to spikes `[S,N,C,H,W]`.
 
         With `readout` weights `[S]`: to `sum_s readout[s] * spikes[s]`, `[N,C,H,W]`.
         """
@@ -226,7 +226,7 @@ class SpikingStack(nn.Sequential):
 
 
 def bias_of(conv: Convolution) -> Tensor:
-    """The bias `[C]`: all convolutions of these networks have one, but for those whose input is one-hot."""
+    """The bias `[C]` of a convolution that has one."""
     assert conv.bias is not None
     return conv.bias
 
@@ -234,16 +234,16 @@ def bias_of(conv: Convolution) -> Tensor:
 def convolve(conv: Convolution, x: Tensor) -> Tensor:
     """A convolution or transposed convolution, without its bias.
 
-    Batch norm removes the bias again, so its gradient is zero, and computing that zero is slow on the CPU.
+    In front of batch norm the bias cancels, so its gradient is zero, and computing that zero is slow on the CPU.
     """
     if isinstance(conv, nn.ConvTranspose2d):
-        padding = cast(tuple[int, int], conv.padding)  # a transposed convolution has none by name
+        padding = cast(tuple[int, int], conv.padding)  # never a string in a transposed convolution
         return F.conv_transpose2d(x, conv.weight, None, conv.stride, padding, conv.output_padding)
     return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
 
 
 def convolve_spikes(conv: Convolution, x: Tensor) -> Tensor:
-    """`convolve` of spikes, which costs what they cost where they are few."""
+    """`convolve` for spikes: event-driven where this is faster."""
     currents = event_conv.convolve(conv, x)
     return convolve(conv, x) if currents is None else currents
 
@@ -251,9 +251,10 @@ def convolve_spikes(conv: Convolution, x: Tensor) -> Tensor:
 def convolve_at(conv: Convolution, x: Tensor, rows: Tensor) -> Tensor:
     """A 3x3 convolution without its bias at chosen positions: features `[S,R,C]`, `rows [P,9]` to `[S,P,C']`.
 
-    `rows` names the neighbours of each position among the R features; row R stands for zero padding. A few spike steps
-    at a time, so that gathered neighbours are still in the cache when they are multiplied. Positions are rounded up to
-    a multiple of 64: oneDNN keeps the bfloat16 kernel of each size it has met, gigabytes over some thousand images.
+    `rows` has the indices of each position's neighbours among the R features; R stands for zero padding. A few spike
+    steps are computed at a time, so that gathered neighbours are still in the cache when they are multiplied. The
+    number of positions is rounded up to a multiple of 64, because oneDNN caches a bfloat16 kernel for every size it
+    meets: gigabytes over some thousand images.
     """
     positions = len(rows)
     rows = F.pad(rows, (0, 0, 0, -positions % 64), value=x.shape[1])

@@ -1,4 +1,4 @@
-"""What the vector-quantised autoencoders have in common: images to codes and back, and the loss."""
+"""The base class of the vector-quantised autoencoders: images to codes and back, and the loss."""
 
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
@@ -55,7 +55,10 @@ class VQAutoencoder(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, Any]:
-        """All options that shape the weights, inferred from them. Raises KeyError for another network's weights."""
+        """All options that determine the shapes of the weights, inferred from these.
+
+        Raises KeyError for the weights of another network.
+        """
 
     def encode(self, images: Tensor) -> Tensor:
         """Images `[N,C,H,W]` in [0,1] to codes int64 `[N,h,w]`, h = H / downsampling."""
@@ -85,7 +88,7 @@ class VQAutoencoder(nn.Module, ABC):
         return VQOutput((y + 0.5).clamp(0, 1), quantized.codes, loss, quantized.loss, mse)
 
     def _error(self, y: Tensor, pixels: Tensor) -> Tensor:
-        """Mean squared error of the decoder's output `y` before clipping, but for what `clipped_error` ignores."""
+        """Mean squared error of the decoder's output `y` before clipping, except for what `clipped_error` ignores."""
         if self.clipped_error:
             beyond = ((pixels <= -0.5) & (y < pixels)) | ((pixels >= 0.5) & (y > pixels))
             y = torch.where(beyond, pixels, y)

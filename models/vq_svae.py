@@ -62,7 +62,7 @@ class VQSVAE(VQAutoencoder):
     """The spiking autoencoder.
 
     Args:
-        channels: of the images.
+        channels: channels of the images.
         codebook_size: number of embeddings K.
         embedding_dim: their dimension D.
         spike_steps: S.
@@ -103,14 +103,14 @@ class VQSVAE(VQAutoencoder):
             clipped_error=clipped_error,
         )
         self.spike_steps, self.downsampling = spike_steps, downsampling
-        if clipped_error:  # torch takes the outputs of a transposed convolution for its inputs: far too large
+        if clipped_error:  # torch confuses inputs and outputs of a transposed convolution: weights are far too large
             with torch.no_grad():
                 decoder.head.weight.mul_(hidden_channels**-0.5)
                 bias_of(decoder.head).zero_()
 
     @staticmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, int]:
-        """All options that shape the weights, inferred from them. Raises KeyError for another network's weights."""
+        """See VQAutoencoder."""
         hidden, channels = weights["encoder.snn_convs.0.weight"].shape[:2]
         codebook_size, embedding_dim = weights["vq_layer.embeddings.weight"].shape
         return dict(channels=channels, codebook_size=codebook_size, embedding_dim=embedding_dim, hidden_channels=hidden)

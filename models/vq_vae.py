@@ -8,7 +8,7 @@ from models.vq_autoencoder import VQAutoencoder
 
 
 class ConvolutionStack(nn.Module):
-    """Layers in sequence, `[N,C,H,W]` to `[N,C',H',W']`, without autocast: without spike steps they are cheap."""
+    """Layers in sequence, `[N,C,H,W]` to `[N,C',H',W']`, in full precision: without spike steps they are cheap."""
 
     def __init__(self, *layers: nn.Module):
         super().__init__()
@@ -24,9 +24,9 @@ class VQVAE(VQAutoencoder):
     """The convolutions of VQSVAE without batch norm and spikes; the decoder has no final tanh, as in the release.
 
     Args:
-        channels: of the images.
+        channels: channels of the images.
         codebook_size: number of embeddings K.
-        embedding_dim: their width D.
+        embedding_dim: their dimension D.
         hidden_channels: channels of the first hidden layer; the second has twice as many.
     """
 
@@ -61,7 +61,7 @@ class VQVAE(VQAutoencoder):
 
     @staticmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, int]:
-        """All options, inferred from a model's weights. Raises KeyError for another network's."""
+        """All options, inferred from its weights. Raises KeyError for those of another network."""
         hidden, channels = weights["encoder.convs.0.weight"].shape[:2]
         codebook_size, embedding_dim = weights["vq_layer.embeddings.weight"].shape
         return dict(channels=channels, codebook_size=codebook_size, embedding_dim=embedding_dim, hidden_channels=hidden)
