@@ -15,8 +15,8 @@ fad             Fréchet autoencoder distance, and its network
 classifier      a classifier, its accuracy, and the Fréchet distance between its features
 inception       features of the two Inception networks
 
-Used by the others:
+Used by the modules above:
 
 extraction      runs a network on many images
-counts          refuses too few images
+counts          checks that there are enough images
 """

@@ -50,12 +50,12 @@ def classifier_logits(features: np.ndarray, network: Classifier) -> np.ndarray:
 def classifier_distance(generated: np.ndarray, real: np.ndarray) -> float:
     """Fréchet distance between `classifier_features` [N,128] and [M,128]; 0 is best.
 
-    Raises UserError unless both sets have more images than there are features.
+    Raises UserError unless each set has more images than there are features.
     """
     check_enough("the classifier distance", FEATURES + 1, generated=generated, real=real)
     return frechet_distance(*feature_statistics(generated), *feature_statistics(real))
 
 
 def accuracy(logits: np.ndarray, labels: Tensor) -> float:
-    """Fraction of images, given their logits [N,K], that are classified as their label, int64 [N]."""
+    """Fraction of images, given their logits [N,K], whose predicted class is their label, int64 [N]."""
     return (logits.argmax(axis=1) == labels.numpy()).mean().item()

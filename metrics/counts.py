@@ -1,4 +1,4 @@
-"""Refusal of too few images."""
+"""A check that there are enough images."""
 
 from collections.abc import Sized
 

@@ -40,7 +40,7 @@ AXES = {nn.Conv2d: 3, nn.ConvTranspose2d: 3, nn.Linear: 1}  # layers, and the nu
 class Operations:
     """Synaptic operations per image: `macs`, `acs`, and the `dense_macs` of the same network without spikes.
 
-    Without spikes each layer runs once, on real values, instead of at every spike step. Operations can be added and
+    Without spikes each layer runs once, on real values, instead of at every spike step. Operations can be added, and
     multiplied by a number of runs, as in `passes * mean_pass + decoding`.
     """
 
@@ -103,7 +103,7 @@ def count_layers(model: nn.Module, call: Callable[[], Any], images: int, spike_s
 
 
 def _synaptic_operations(layer: nn.Module, spikes: Tensor) -> int:
-    """Operations of `layer` for `spikes`. (The counter ignores zeros in the weights if these are all 0 or 1.)"""
+    """Operations of `layer` for `spikes`. (The counter skips zero weights if all weights are 0 or 1.)"""
     counter = SynOpCounter()
     # inference mode would hide the operations from the counter
     with torch.inference_mode(False), torch.no_grad(), DispatchCounterMode([counter]):

@@ -12,10 +12,10 @@ from tqdm import tqdm
 def extract(
     images: Tensor, function: Callable[[Tensor], Tensor], network: nn.Module, batch_size: int, title: str
 ) -> np.ndarray:
-    """`function` of images uint8 [N,C,H,W], C = 1 or 3, in batches: float32 [N,D].
+    """Apply `function` to images uint8 [N,C,H,W], C = 1 or 3, in batches: float32 [N,D].
 
-    `function` receives batches as uint8 on the device of `network`, which is put into evaluation mode. `title` is shown
-    beside the progress bar. Raises ValueError for other images.
+    `function` receives batches as uint8 on the device of `network`, which is put into evaluation mode. `title` labels
+    the progress bar. Raises ValueError for other images.
     """
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"uint8 [N,1 or 3,H,W] expected, not {images.dtype} {list(images.shape)}")

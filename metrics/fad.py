@@ -17,13 +17,13 @@ FAD_IMAGES = 5000  # generated
 SIDE = 32  # of the network's input
 WIDTHS = (32, 64, 128, 256)
 FEATURES = 64
-PUBLISHED = {"MNIST": "mnist", "FMNIST": "fashion"}  # data set -> prefix of the published files
+PUBLISHED = {"MNIST": "mnist", "FMNIST": "fashion"}  # data set to prefix of the published files
 
 Statistics = tuple[np.ndarray, np.ndarray]
 
 
 class FadAutoencoder(nn.Module):
-    """Images float [N,C,32,32] in [-1,1] to 64 latents and back; the weights have the names of the published files."""
+    """Images float [N,C,32,32] in [-1,1] to 64 latents and back; the weights are named as in the published files."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -63,7 +63,7 @@ def load_published(folder: Path, name: str) -> tuple[FadAutoencoder, Statistics]
     `folder` is not the published one or a file cannot be read.
     """
     if not (folder / "stat_checkpoints").is_dir():
-        raise UserError(f"{folder} holds no folder stat_checkpoints: --fad_weights names the one that does")
+        raise UserError(f"{folder} has no subfolder stat_checkpoints: --fad_weights must name the folder that has it")
     weights = folder / "stat_checkpoints" / f"{PUBLISHED.get(name)}_64.pth"
     statistics = folder / "stats" / f"{PUBLISHED.get(name)}_test_64.npz"
     if not weights.exists():
@@ -110,9 +110,9 @@ def to_fad_range(images: Tensor) -> Tensor:
 
 
 def fad(generated: np.ndarray, reference: Statistics) -> float:
-    """FAD of `fad_features` [N,64], given mean [64] and covariance [64,64] of those of the test split; 0 is best.
+    """FAD of `fad_features` [N,64], given the mean [64] and covariance [64,64] of the test split's; 0 is best.
 
-    Raises UserError for fewer images than the published protocol has, `FAD_IMAGES`.
+    Raises UserError for fewer images than the published protocol prescribes, `FAD_IMAGES`.
     """
     check_enough("FAD", FAD_IMAGES, generated=generated)
     return frechet_distance(*feature_statistics(generated), *reference)

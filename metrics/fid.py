@@ -29,8 +29,8 @@ def fid(generated: np.ndarray, real: np.ndarray) -> float:
 def paper_fid(generated: np.ndarray, real: np.ndarray) -> float:
     """FID as the paper's release computes it, from [N,2048] and [M,2048] features of `load_paper_inception`.
 
-    It uses the first `PAPER_IMAGES` of each set and raises UserError if there are fewer. It is not comparable with any
-    other FID.
+    It uses the first `PAPER_IMAGES` of each set and raises UserError if there are fewer. Its values are not comparable
+    with any other FID.
     """
     check_enough("the paper's FID", PAPER_IMAGES, generated=generated, real=real)
     statistics = (feature_statistics(features[:PAPER_IMAGES]) for features in (generated, real))

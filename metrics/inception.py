@@ -31,8 +31,8 @@ SIDE = 299  # of Inception's input
 def load_inception(weights: Path | None, device: torch.device | str) -> nn.Module:
     """pytorch-fid's network without its last layer, in evaluation mode on `device`.
 
-    Its weights are read from the file `weights`, or if None downloaded once to torch.hub's cache. Raises UserError,
-    which says where to download them, if they cannot be loaded.
+    Its weights are read from the file `weights`, or, if that is None, downloaded once to torch.hub's cache. Raises
+    UserError, which says where to download them, if they cannot be loaded.
     """
     return _load(_build, weights, FID_WEIGHTS_URL, "--fid_weights").to(device)
 
@@ -70,7 +70,7 @@ def _load(build: Callable[[], nn.Module], weights: Path | None, url: str, option
 
 
 def _build() -> nn.Module:
-    # as pytorch_fid.inception.fid_inception_v3 does, which would also download the weights
+    # as pytorch_fid.inception.fid_inception_v3, which would also download the weights
     inception = inception_v3(weights=None, init_weights=False, num_classes=1008, aux_logits=False)
     inception.Mixed_5b = FIDInceptionA(192, pool_features=32)
     inception.Mixed_5c = FIDInceptionA(256, pool_features=64)

@@ -1,4 +1,4 @@
-"""Memorisation: whether samples lie nearer to the training images than images that no training has seen."""
+"""Memorisation: whether samples lie nearer to the training images than unseen images do."""
 
 from typing import NamedTuple
 
@@ -11,9 +11,9 @@ from metrics.manifold import BLOCK, squared_distances
 
 
 class Memorisation(NamedTuple):
-    """Both in [0,1]; 0.5 is what new images of the same distribution score, 1 is what copies score.
+    """Both in [0,1]; new images from the same distribution score 0.5, copies of training images 1.
 
-    `nearer` also rises where samples vary less than the images do; `nearest_is_training` does not.
+    `nearer` also rises if samples are less diverse than real images; `nearest_is_training` does not.
     """
 
     nearer: float
@@ -21,12 +21,12 @@ class Memorisation(NamedTuple):
 
 
 def memorisation(generated: np.ndarray, training: np.ndarray, unseen: np.ndarray) -> Memorisation:
-    """Compare samples with training images and with unseen ones, by features [N,D], [M,D] and [U,D].
+    """Compare samples with training images and with unseen images by their features [N,D], [M,D] and [U,D].
 
     `nearer`: fraction of the pairs of a sample and an unseen image in which the sample is nearer to its nearest
     training image than the unseen image is to its own; ties count half (Meehan et al. 2020, arXiv 2004.05675).
-    `nearest_is_training`: fraction of the samples that are nearer to one of min(M,U) training images, spread evenly
-    over the split, than to any of as many unseen ones. Raises UserError if a set is empty.
+    `nearest_is_training`: fraction of the samples that are nearer to one of min(M,U) training images, evenly spaced in
+    the split, than to any of as many unseen ones. Raises UserError if a set is empty.
     """
     check_enough("memorisation", 1, generated=generated, training=training, unseen=unseen)
     samples, seen, new = (torch.from_numpy(features).double() for features in (generated, training, unseen))
@@ -47,5 +47,5 @@ def nearest_distances(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _spread(features: Tensor, count: int) -> Tensor:
-    """As many of [M,D], at even distances: [count,D]."""
+    """`count` evenly spaced rows of [M,D]: [count,D]."""
     return features[torch.arange(count) * len(features) // count]

@@ -1,4 +1,4 @@
-"""Images and animations as the page holds them: PNG files in data URIs, small enough for many of them."""
+"""Images and animations as embedded in the page: PNG data URIs, scaled down so that the page stays small."""
 
 import base64
 import io
@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.sampling.grids import encode_png, grid, to_float, to_uint8
 
 THUMBNAIL = 64  # largest side of an image in the page, in pixels
-GRID_WIDTH, ANIMATION_WIDTH = 720, 320  # at most, in CSS pixels, of what is enlarged
+GRID_WIDTH, ANIMATION_WIDTH = 720, 320  # in CSS pixels; small images are enlarged up to this
 FRAME_MS, LAST_FRAME_MS = 250, 1500  # milliseconds
 
 
@@ -42,7 +42,7 @@ def animation(frames: Tensor, alt: str) -> Picture:
 
 
 def _thumbnails(images: Tensor) -> Tensor:
-    """The images, made smaller where a side is longer than THUMBNAIL."""
+    """The images, scaled down if a side is longer than THUMBNAIL."""
     height, width = images.shape[2:]
     if (longest := max(height, width)) <= THUMBNAIL:
         return images

@@ -1,6 +1,6 @@
-"""Plots as SVG inside the page: they take its text colour, so that they can be read on light and on dark.
+"""Plots as inline SVG, in the text colour of the page, so that they are legible in light and dark themes.
 
-matplotlib is imported when the first is drawn, which takes a second.
+matplotlib, whose import takes a second, is imported when the first plot is drawn.
 """
 
 import io
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import Formatter
 
-INK = "#010203"  # stands for the text colour until the SVG is made
-COLOURS = ("#3d85c6", "#e0762f", "#3c9d63", "#b565c9", "#d14d63", "#7f8790")  # contrast of 3 on white and near black
+INK = "#010203"  # placeholder, replaced by the text colour in the SVG
+COLOURS = ("#3d85c6", "#e0762f", "#3c9d63", "#b565c9", "#d14d63", "#7f8790")  # contrast of 3 on white and near-black
 DASHES = ("", "6 3", "2 2")  # as in SVG's stroke-dasharray, in points
 WIDTH = 3.8  # inches
-MARGINS = {"left": 0.16, "right": 0.96, "bottom": 0.19, "top": 0.89}  # of a line plot; working them out takes as long
+MARGINS = {"left": 0.16, "right": 0.96, "bottom": 0.19, "top": 0.89}  # of a line plot; automatic ones double the time
 LONGEST_NAME = 32
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -37,7 +37,7 @@ STYLE: dict[Any, Any] = {
 
 
 class Line(NamedTuple):
-    """How the lines of a run look in all plots."""
+    """Line style of a run in all plots."""
 
     colour: str
     dash: str
@@ -53,23 +53,23 @@ class Curve(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """An SVG element, with a description for those who cannot see it."""
+    """An SVG element with a text alternative for screen readers."""
 
     svg: Markup
 
 
 def in_digits(value: float) -> str:
-    """A number with four significant digits; a larger one in full."""
+    """A number with four significant digits; from 1,000 on, rounded to an integer."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
 
 
 def line_of(number: int) -> Line:
-    """That of the run with this number; the first eighteen differ."""
+    """The line style of the run with this number; the first eighteen are distinct."""
     return Line(COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)])
 
 
 def line_plot(title: str, x_label: str, curves: Sequence[Curve], logarithmic: bool) -> Plot:
-    """Curves over a logarithmic x axis; `logarithmic` is about y. The names of the curves are in the description."""
+    """Curves over a logarithmic x axis; `logarithmic` is for the y axis. The text alternative names the curves."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -91,7 +91,7 @@ def line_plot(title: str, x_label: str, curves: Sequence[Curve], logarithmic: bo
 
 
 def _label(axis: "Axis", formatter: "Formatter | str") -> None:
-    """Label a logarithmic axis without powers of ten, at more places where it spans less than a decade."""
+    """Label a logarithmic axis without powers of ten, with more ticks if it spans less than a decade."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = axis.get_data_interval()
@@ -101,7 +101,7 @@ def _label(axis: "Axis", formatter: "Formatter | str") -> None:
 
 
 def bar_plot(title: str, groups: Mapping[str, Mapping[str, float]], colour: str) -> Plot:
-    """Horizontal bars by group and name, with a common axis."""
+    """Horizontal bars by group and name, with a shared axis."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -126,16 +126,16 @@ def bar_plot(title: str, groups: Mapping[str, Mapping[str, float]], colour: str)
 
 
 def _shortened(name: str) -> str:
-    """The end of a name that leaves room for bars."""
+    """A name, cut at its start if it would leave too little room for the bars."""
     return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
 
 
 def _svg(figure: "Figure", alt: str) -> Markup:
-    """The figure as an element of the page, where ids may occur only once."""
+    """The figure as an element of the page, in which ids must be unique."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": alt}):  # so that a page of the same contents is the same, and ids are its own
+    with rc_context({"svg.hashsalt": alt}):  # ids that are reproducible, and unique in the page
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")

@@ -18,9 +18,9 @@ from pipeline.runtime import processes
 from pipeline.session import Session
 
 TEMPLATE = Path(__file__).with_name("template.html")
-NONE = "–"  # in a table
+NONE = "–"  # an empty cell of a table
 MAIN_SETTINGS = ("preset", "dataset_name", "model", "denoiser", "epochs", "diffusion_epochs")
-"""Shown of a single run even where they are the defaults."""
+"""Listed for a single run even if they have their default values."""
 
 TITLES = {
     "mse": "mean squared error",
@@ -29,7 +29,7 @@ TITLES = {
     "mmd": "maximum mean discrepancy",
     "fad": "Fréchet autoencoder distance",
 }
-"""Headings of what is logged, where its name does not do."""
+"""Headings of logged values whose names are not self-explanatory."""
 
 SECTIONS: dict[str, tuple[str, Callable[[RunView], Shown]]] = {
     "samples": ("Samples", RunView.samples),
@@ -39,13 +39,13 @@ SECTIONS: dict[str, tuple[str, Callable[[RunView], Shown]]] = {
     "spikes": ("Spikes of each layer", RunView.firing_rates),
     "energy": ("Energy of each layer", RunView.energy),
 }
-"""What shows the runs side by side: anchor to heading and contents."""
+"""Sections that show the runs side by side: anchor to heading and contents."""
 
 Value = TypeVar("Value")
 
 
 class Row(NamedTuple):
-    """A row of a table: one value, in words, for each run."""
+    """A row of a table: one value for each run, as text."""
 
     name: str
     about: str
@@ -53,16 +53,16 @@ class Row(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Rows of a table, or plots, over all runs; and what is missing of some, in sentences."""
+    """Rows of a table, or plots, over all runs; and sentences that say what is missing of some."""
 
     contents: list[Any]
     gaps: list[str]
 
 
 def write_report(sessions: Sequence[Session], path: Path) -> None:
-    """Write the page that shows these runs. Of several processes, the first does it without the others.
+    """Write the page that shows these runs. Of several processes, rank 0 does it on its own.
 
-    What is missing or fails is left out with a word. Raises UserError if the file cannot be written.
+    What is missing or fails is replaced by a note. Raises UserError if the file cannot be written.
     """
     if processes.is_rank_0():
         with processes.alone():
@@ -74,9 +74,9 @@ def render(sessions: Sequence[Session]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here because importing it takes time
 
     runs = [RunView(session, number) for number, session in enumerate(sessions)]
-    how: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
+    whitespace: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
     loader = FileSystemLoader(TEMPLATE.parent)
-    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **how)
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **whitespace)
     pages.filters["breakable"] = breakable
     return pages.get_template(TEMPLATE.name).render(
         runs=runs,
@@ -91,17 +91,17 @@ def render(sessions: Sequence[Session]) -> str:
 
 
 def breakable(text: str) -> Markup:
-    """A name that may be broken where its parts end."""
+    """A name with possible line breaks between its parts."""
     return Markup("<wbr>").join(re.split(r"(?<=[_/])", text))
 
 
 def of_each(what: str, runs: Sequence[RunView], show: Callable[[RunView], Value]) -> list[Value | Missing]:
-    """What `show` makes of each run, or why it could not."""
+    """The result of `show` for each run, or why it failed."""
     return [attempt(f"{what} {run.name}", partial(show, run)) for run in runs]
 
 
 def settings(runs: Sequence[RunView]) -> list[Row]:
-    """The settings in which the runs differ; of a single run, those that are not the defaults, and the main ones."""
+    """The settings in which the runs differ; for a single run, the main settings and those that are not defaults."""
     rows = []
     for name in with_role(Role.SETTING):
         row = Row(name, DECLARATIONS[name].help, [setting(run, name) for run in runs])
@@ -112,13 +112,13 @@ def settings(runs: Sequence[RunView]) -> list[Row]:
 
 
 def setting(run: RunView, name: str) -> str:
-    """An option of a run in words."""
+    """The value of a run's option, as text."""
     has_option = run.is_known and run.options.concern(name)
     return option_in_words(name, run.options.values()[name]) if has_option else NONE
 
 
 def option_in_words(name: str, value: Any) -> str:
-    """A value of an option as it is typed."""
+    """The value of an option as typed on the command line."""
     if value is None:
         return DECLARATIONS[name].absent or DECLARATIONS[name].shown or NONE
     if isinstance(value, bool):
@@ -127,7 +127,7 @@ def option_in_words(name: str, value: Any) -> str:
 
 
 def metrics(runs: Sequence[RunView]) -> Summary:
-    """A row for each metric and protocol: only what is in one row compares."""
+    """A row for each metric and protocol: only values in the same row are comparable."""
     tables, gaps = _found(runs, of_each("the metrics of", runs, RunView.metrics))
     keys = dict.fromkeys(key for table in tables.values() for key in table)
     names = list(dict.fromkeys(name for name, _ in keys))
@@ -139,7 +139,7 @@ def metrics(runs: Sequence[RunView]) -> Summary:
 
 
 def curves(runs: Sequence[RunView]) -> Summary:
-    """A plot of each value that was logged, with a line for each run."""
+    """A plot of each logged value, with a line for each run."""
     logs, gaps = _found(runs, of_each("the curves of", runs, RunView.curves))
     keys = sorted(dict.fromkeys(key for log in logs.values() for key in log), key=lambda key: key[0])
     plots = [attempt(f"the curve of {key[1]}", partial(curve_plot, key, list(logs.values()))) for key in keys]

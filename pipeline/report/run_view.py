@@ -1,4 +1,4 @@
-"""What the page shows of one run: read from its folder where it is there, else computed with its networks and data."""
+"""What the page shows of one run: read from its folder if it is there, else computed with its networks and data."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -23,9 +23,9 @@ from pipeline.sampling.image_models import CodeDiffusion, ImageModel
 from pipeline.session import Session
 
 COLUMNS = 8  # of the grids
-CHUNK = 4096  # training images that are compared at once
+CHUNK = 4096  # training images compared at a time
 PARTS = ("encode", "decode", "denoiser_pass", "sample")
-ENERGY = "energy, µJ an image"
+ENERGY = "energy, µJ per image"
 
 Value = TypeVar("Value")
 
@@ -44,19 +44,19 @@ class Missing(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Samples, uint8 `[N,C,H,W]`; how they were drawn; and how the first took shape, `[2,L,3,H,W]`, where it did.
+    """Samples, uint8 `[N,C,H,W]`; a description of how they were drawn; and the `trajectory [2,L,3,H,W]` of the first.
 
-    `classes` is the number of those that were drawn in turn, or 0.
+    The trajectory is None for a model without one. `classes` is the number of classes that took turns, or 0.
     """
 
     images: Tensor
-    how: str
+    description: str
     trajectory: Tensor | None
     classes: int = 0
 
 
 class Duration(NamedTuple):
-    """How long a stage was trained; the time is that of its steps, in words."""
+    """How long a stage was trained; `time`, as text, is that of its training steps alone."""
 
     stage: str
     epochs: int
@@ -66,9 +66,9 @@ class Duration(NamedTuple):
 
 
 def attempt(what: str, compute: Callable[[], Value]) -> Value | Missing:
-    """What `compute` returns, or why it could not: a page with a gap is worth more than an error after a training.
+    """What `compute` returns, or why it failed: a page with a gap is better than an error after a training.
 
-    A UserError says that something is not there; any other exception is a fault, which stderr tells, too.
+    A UserError says that something is missing; any other exception is a bug, which is also reported on stderr.
     """
     try:
         return compute()
@@ -90,18 +90,18 @@ class RunView:
 
     @cached_property
     def is_known(self) -> bool:
-        """Whether the options are those of the run, which a folder of weights without config.json does not tell."""
+        """Whether the options are those of the run; a folder of weights without config.json does not record them."""
         return self.session.has_data or bool(self.trained.read_config())
 
     def model(self, draws: bool = True) -> ImageModel:
-        """The trained model. Raises UserError where there is none."""
+        """The trained model. Raises UserError if there is none."""
         if not self.is_known:
             raise UserError(f"{self.trained.config} does not exist: it would tell which data the weights are for.")
         return self.session.read_model(draws)
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
-        """The metrics. Raises UserError if there are none."""
+        """The records of metrics.json. Raises UserError if there are none."""
         records = self.session.run.read_records()
         if not records:
             raise UserError("There is no metrics.json: the run has not been evaluated.")
@@ -109,31 +109,31 @@ class RunView:
 
     @cached_property
     def log(self) -> list[dict[str, Any]]:
-        """The epochs. Raises UserError if there are none."""
+        """The lines of log.jsonl. Raises UserError if there are none."""
         log = self.trained.read_log()
         if not log:
-            raise UserError("There is no log.jsonl with an epoch in it.")
+            raise UserError("There is no log.jsonl with a finished epoch.")
         return log
 
     @cached_property
     def data(self) -> ImageData:
-        """The data set. Raises UserError where it is not there; nothing is downloaded for a page."""
+        """The data set. Raises UserError if it is not in its folder; nothing is downloaded for a report."""
         o = self.options.data
         if not self.is_known:
             raise UserError(f"{self.trained.config} does not exist: it would tell which data the run is of.")
         if not self.session.has_data and needs_download(o.dataset_name, o.data_path):
-            raise UserError(f"{o.dataset_name} is not in {o.data_path}: --data_path of scripts/report.py says where.")
+            raise UserError(f"{o.dataset_name} is not in {o.data_path}: use scripts/report.py --data_path DIR.")
         return self.session.data
 
     @property
     def other_data(self) -> str:
-        """A sentence that says if the data are not those of the training."""
+        """A sentence that says how the data differ from the training's; empty if they do not."""
         change = self.session.data_change(self.data)
         return f" {change}." if change else ""
 
     @cached_property
     def drawn(self) -> Drawn:
-        """The samples in the run folder if they are of these weights, else others. Raises UserError as `model` does."""
+        """The samples in the run folder if these weights drew them, else new ones. Raises UserError as `model` does."""
         folder, found = self.session.run.samples, load_samples(self.session.run.samples)
         if found and found[1].get("weights") == self.session.networks.digest():
             images, settings = found
@@ -145,7 +145,7 @@ class RunView:
         return Drawn(model.draw(range(GRID_IMAGES)), model.drawn, trajectory)
 
     def curves(self) -> dict[tuple[int, str], Curve]:
-        """Each value that was logged, over the images seen, by number of the stage and name."""
+        """Each logged value against the images seen, by stage number and name."""
         curves = {}
         for stage in (1, 2):
             epochs = [line for line in self.log if stage_of(line) == stage]
@@ -156,7 +156,7 @@ class RunView:
         return curves
 
     def metrics(self) -> dict[tuple[str, str], str]:
-        """The values, in words, by name and protocol."""
+        """The values, as text, by name and protocol."""
         return {(record["name"], describe(record)): in_digits(record["value"]) for record in self.records}
 
     def circumstances(self) -> list[str]:
@@ -174,13 +174,13 @@ class RunView:
         return Duration(f"{stage_of(epochs[0])} ({stage})", len(epochs), images, images / seconds, in_words(seconds))
 
     def samples(self) -> Shown:
-        """A grid of samples; where they were asked for, a column for each class."""
+        """A grid of samples; if classes were requested, with a column for each."""
         images, classes = self.drawn.images, self.drawn.classes
         columns = COLUMNS
         if 1 < classes < len(images):
             columns, images = classes, images[: len(images) // classes * classes]
         alt = f"Grid of {len(images)} samples, {columns} a row"
-        return Shown([picture(images, columns, alt)], f"{len(images)} samples: {self.drawn.how}.")
+        return Shown([picture(images, columns, alt)], f"{len(images)} samples: {self.drawn.description}.")
 
     def trajectory(self) -> Shown:
         """How the first sample took shape, as an animation and as a strip."""
@@ -198,14 +198,14 @@ class RunView:
         return Shown(figures, f"The first sample takes shape: {what}.")
 
     def reconstructions(self) -> Shown:
-        """Test images over their reconstructions."""
+        """Test images above their reconstructions."""
         originals = self.data.test[:COLUMNS]
         pairs = torch.cat((originals, self.model(draws=False).reconstruct(originals)))
         caption = "Test images; below each, its reconstruction."
         return Shown([picture(pairs, len(originals), caption)], caption + self.other_data)
 
     def nearest(self) -> Shown:
-        """Samples over the training images that are nearest to them."""
+        """Samples above the training images nearest to them."""
         train, images = self.data.train, self.drawn.images
         places, distances = nearest(images, train)
         _, usual = nearest(self.data.test[: len(images)], train)
@@ -223,7 +223,7 @@ class RunView:
         rates = (record["layers"] for record in self.records if record["name"] == "firing_rate")
         layers: dict[str, float] = next(rates, {})
         if not layers:
-            raise UserError("metrics.json has no firing rates: --metrics energy counts them.")
+            raise UserError("metrics.json has no firing rates: --metrics energy computes them.")
         groups: dict[str, dict[str, float]] = {}
         for name, rate in layers.items():
             part, _, layer = name.partition(": ")
@@ -233,17 +233,17 @@ class RunView:
         return Shown([bar_plot(title, groups, self.line.colour)], caption)
 
     def energy(self) -> Shown:
-        """Energy of each layer, or of each part in records of before layers were counted."""
+        """Energy of each layer, or of each part if the records are older than the count by layer."""
         parts = [record for name in PARTS for record in self.records if record["name"] == f"energy_{name}"]
         if not parts:
-            raise UserError("metrics.json has no energy: --metrics energy counts it.")
+            raise UserError("metrics.json has no energy: --metrics energy computes it.")
         groups = {part["name"].removeprefix("energy_"): part["layers"] for part in parts if "layers" in part}
         caption = "Energy of each layer with synapses; the protocols are among the metrics."
         if not groups:
             groups = {"parts": {part["name"].removeprefix("energy_"): part["value"] for part in parts}}
-            if "denoiser_pass" in groups["parts"]:  # a sample is many passes, and would hide the rest
+            if "denoiser_pass" in groups["parts"]:  # a sample takes many passes and would dwarf the rest
                 groups["parts"].pop("sample", None)
-            caption = "Energy of each part. metrics.json has none of single layers: --metrics energy counts them."
+            caption = "Energy of each part. metrics.json has no values by layer: --metrics energy computes them."
         return Shown([bar_plot(ENERGY, groups, self.line.colour)], caption)
 
 
@@ -261,7 +261,7 @@ def in_words(seconds: float) -> str:
 
 
 def nearest(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the images `train [M,C,H,W]` is nearest to each of `images [N,C,H,W]`, `[N]`; and how near, `[N]`.
+    """Index of the nearest of `train [M,C,H,W]` to each of `images [N,C,H,W]`, and the distance to it: both `[N]`.
 
     The distance is the root mean square over the pixels on the scale [0,1]. All are uint8.
     """
@@ -271,5 +271,5 @@ def nearest(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
         distances, here = torch.cdist(flat, to_float(train[start : start + CHUNK].flatten(1))).min(1)
         places = torch.where(distances < least, here + start, places)
         least = torch.minimum(least, distances)
-    exact = (flat - to_float(train[places].flatten(1))).square().mean(1).sqrt()  # cdist rounds away small ones
+    exact = (flat - to_float(train[places].flatten(1))).square().mean(1).sqrt()  # cdist rounds away small distances
     return places, exact

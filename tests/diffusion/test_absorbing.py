@@ -155,8 +155,8 @@ def test_temperature_changes_while_tokens_are_revealed(diffusion):
     logits = torch.zeros(1, K)
     logits[0, 2] = 30
     noise = diffusion.noise(0, range(400), (SIDE, SIDE))
-    how = {"temperature": 100.0, "final_temperature": 1e-3}
-    drawn = diffusion.sample(lambda x, t, where: logits.expand(int(where.sum()), -1), noise, **how)
+    temperatures = {"temperature": 100.0, "final_temperature": 1e-3}
+    drawn = diffusion.sample(lambda x, t, where: logits.expand(int(where.sum()), -1), noise, **temperatures)
     for t in (T, T // 2, 1):
         expected = torch.softmax(logits[0].double() / (1e-3 + (100 - 1e-3) * t / T), 0)[2].item()
         share = (drawn[noise.reveal_times == t] == 2).double().mean().item()

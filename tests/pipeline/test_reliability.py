@@ -247,10 +247,10 @@ def test_a_folder_that_cannot_be_synchronised(monkeypatch, tmp_path):
     """As on Windows, where a folder cannot even be opened."""
     real = os.open
 
-    def refuse(path, *more, **how):
+    def refuse(path, *more, **options):
         if Path(path).is_dir():
             raise PermissionError(13, "Permission denied", str(path))
-        return real(path, *more, **how)
+        return real(path, *more, **options)
 
     monkeypatch.setattr(files.os, "open", refuse)
     checkpoints.write_json(tmp_path / "new" / "file.json", [1])

@@ -148,8 +148,8 @@ def run_by_snntorch(path, inputs):
 def test_another_weight_is_noticed(run, capsys, monkeypatch):
     read = export_nir.nir_exchange.import_from_nir
 
-    def with_another_weight(path, **how):
-        graph = read(path, **how)
+    def with_another_weight(path, **options):
+        graph = read(path, **options)
         if path.name == "encoder.nir":
             graph.get_submodule("_0").weight *= 1.05
         return graph

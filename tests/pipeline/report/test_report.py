@@ -254,8 +254,8 @@ def browser():
 def visit(browser, tmp_path):
     """Opens a page as a file; whatever it complains of or requests is noted."""
 
-    def open_page(path, width=1400, **how):
-        page = browser.new_page(viewport={"width": width, "height": 900}, **how)
+    def open_page(path, width=1400, **options):
+        page = browser.new_page(viewport={"width": width, "height": 900}, **options)
         page.noted = []
         page.on("console", lambda message: page.noted.append(message.text))
         page.on("pageerror", lambda error: page.noted.append(str(error)))
