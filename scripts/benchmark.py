@@ -1,17 +1,18 @@
-"""Speed of training, encoding and sampling, and what the exact savings are worth on this machine.
+"""Speed of training, encoding and sampling on this machine, and how much the exact optimisations contribute.
 
 python scripts/benchmark.py --json FILE        all modes, some minutes
-python scripts/benchmark.py --mode fast        one of them
-python scripts/benchmark.py --figure FILE      time of a denoiser's pass against its share of spikes, as a plot
+python scripts/benchmark.py --mode fast        one mode
+python scripts/benchmark.py --figure FILE      plot of a denoiser pass's time against the share of spikes
 python scripts/benchmark.py --scaling          cost per image as the number of images grows
 
-Measured are trained networks on codes that they draw and images decoded from these: what a layer costs depends on how
-many of its neurons fire. With --spike_steps or --denoiser_channels, networks of that size with fresh weights instead.
+Trained networks are measured on codes that they draw and on the images decoded from them, because the cost of a layer
+depends on how many of its neurons fire. With --spike_steps or --denoiser_channels, untrained networks of that size are
+measured instead.
 
-"reference" saves nothing, in float32: SpikingJelly's neuron, every layer at every spike step, every timestep over the
-whole grid, the release's batch sizes, freed memory returned to the system. "fast" is what main.py does; it alternates
-with "dense", the same without event-driven convolutions. Each mode runs in its own process, so that its peak memory is
-measured separately.
+"reference" is the unoptimised computation in float32: SpikingJelly's neuron, every layer at every spike step, every
+timestep over the whole grid, the release's batch sizes, freed memory returned to the system. "fast" is what main.py
+does; it alternates with "dense", the same without event-driven convolutions. Each mode runs in its own process, so that
+its peak memory is measured separately.
 """
 
 import argparse
@@ -53,20 +54,20 @@ Trained = TypeVar("Trained", VQSVAE, SDID)
 
 TRAINED = Path(__file__).resolve().parents[1] / "pretrained" / "fmnist-faithful"
 CODES, SIDE, GRID = 128, 28, 7
-IMAGES = 64  # distinct ones
-LEARNING_RATE = 1e-6  # so low that trained weights, and how much they fire, stay as they are
-WAYS = {"reference": ("reference",), "fast": ("fast", "dense")}
-"""What each mode measures."""
+IMAGES = 64  # distinct images
+LEARNING_RATE = 1e-6  # so low that trained weights and firing rates hardly change
+VARIANTS = {"reference": ("reference",), "fast": ("fast", "dense")}
+"""What each mode measures, in turn."""
 
 LARGEST_SHARE = dict(event_conv.LARGEST_SHARE)
 REFERENCE_BATCH = {"stage1_train": 32, "stage2_train": 32, "encode": 32, "sample": 16}
 FAST_BATCH = {"stage1_train": 64, "stage2_train": 64, "encode": 256, "sample": 64}
 FIGURE_SHIFTS = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
-"""What is added to the bias of batch norm, in front of a threshold of 1, to have neurons fire more or less."""
+"""Added to the bias of batch norm, before a threshold of 1, to make neurons fire more or less."""
 
 
 def networks(args: argparse.Namespace) -> tuple[VQSVAE, SDID]:
-    """The trained networks of `--run`, or fresh ones of the size that was asked for."""
+    """The trained networks of `--run`, or untrained ones of the requested size."""
     if args.spike_steps or args.denoiser_channels:
         torch.manual_seed(0)
         steps = args.spike_steps or 16
@@ -77,19 +78,19 @@ def networks(args: argparse.Namespace) -> tuple[VQSVAE, SDID]:
 
 
 def load(kind: type[Trained], path: Path, config: dict[str, Any]) -> Trained:
-    """A trained network of the paper's. Raises UserError for another one's weights."""
+    """One of the paper's networks with trained weights. Raises UserError for the weights of another network."""
     weights = load_weights(path)
     try:
         options: dict[str, Any] = kind.options_of(weights)
         network = kind(**options, spike_steps=config["spike_steps"])
         network.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"{path} is not of the paper's networks: name another --run") from error
+        raise UserError(f"{path} is not for the paper's networks: name another --run") from error
     return network
 
 
 def draw_images(vqsvae: VQSVAE, sdid: SDID, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Codes `[N,h,w]` drawn by the networks, the same in every mode, and their images, uint8 `[N,1,H,W]`."""
+    """Codes `[N,h,w]` drawn by the networks, the same ones in every mode, and their images, uint8 `[N,1,H,W]`."""
     machine, diffusion = Machine(device, bf16=False), AbsorbingDiffusion(CODES, GRID * GRID)
     noise = diffusion.noise(0, range(IMAGES), (GRID, GRID))
     codes = draw_codes(machine.to_device(sdid), diffusion, noise, machine, temperature=1.0)
@@ -109,7 +110,7 @@ def shares_of_spikes(sdid: SDID, tokens: Tensor, t: Tensor) -> dict[str, float]:
 
 
 def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], machine: Machine) -> Callable[[], None]:
-    """A function that does one step of training as main.py does."""
+    """A function that performs one training step as main.py does."""
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=1e-3)
 
     def step() -> None:
@@ -125,7 +126,7 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], machine: M
 def tasks(
     machine: Machine, reference: bool, batch: dict[str, int], vqsvae: VQSVAE, sdid: SDID, codes: Tensor, images: Tensor
 ) -> dict[str, Callable]:
-    """What is timed: each function handles one batch, of the size that `batch` names."""
+    """The functions that are timed: each processes one batch, of the size given in `batch`."""
     device = machine.device
     for network in (vqsvae, sdid):
         network.to(device).to(memory_format=torch.contiguous_format) if reference else machine.to_device(network)
@@ -156,7 +157,7 @@ def tasks(
 
 
 def seconds(task: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of one call, to the end of what it started."""
+    """Wall-clock time of one call, including the GPU work that it starts."""
     started = time.perf_counter()
     task()
     if device.type == "cuda":
@@ -165,9 +166,9 @@ def seconds(task: Callable[[], object], device: torch.device) -> float:
 
 
 def measure(args: argparse.Namespace, mode: str) -> dict[str, dict]:
-    """For each way of a mode, images/s of each task, the median of the repeats; and what they depend on.
+    """For each variant of a mode, the median images/s of each task, with what it depends on.
 
-    That is the share of spikes, batch sizes and precision; and the process's peak memory in MiB.
+    That is the share of spikes, batch sizes and precision; the process's peak memory in MiB is also given.
     """
     reference = mode == "reference"
     machine = choose_machine(args.device, "float32" if reference else args.precision, args.compile and not reference)
@@ -177,28 +178,28 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, dict]:
     batch = {name: args.batch_size or size for name, size in default.items()}
     vqsvae, sdid = networks(args)
     codes, images = draw_images(vqsvae, sdid, machine.device)
-    rates: dict[str, dict[str, float]] = {way: {} for way in WAYS[mode]}
+    rates: dict[str, dict[str, float]] = {variant: {} for variant in VARIANTS[mode]}
     for name, task in tasks(machine, reference, batch, vqsvae, sdid, codes, images).items():
         warm_up, repeats = (1, max(1, args.repeats // 3)) if name == "sample" else (3, args.repeats)
-        times: dict[str, list[float]] = {way: [] for way in rates}
+        times: dict[str, list[float]] = {variant: [] for variant in rates}
         for _ in range(warm_up + repeats):
-            for way in rates:
-                use_events(-1 if way == "dense" else None)
-                times[way].append(seconds(task, machine.device))
-        for way, values in times.items():
-            rates[way][name] = round(batch[name] / statistics.median(values[warm_up:]), 3)
-            print(f"{way:6} {name:13} {rates[way][name]:10.2f} images/s", flush=True)
+            for variant in rates:
+                use_events(-1 if variant == "dense" else None)
+                times[variant].append(seconds(task, machine.device))
+        for variant, values in times.items():
+            rates[variant][name] = round(batch[name] / statistics.median(values[warm_up:]), 3)
+            print(f"{variant:6} {name:13} {rates[variant][name]:10.2f} images/s", flush=True)
     shares = shares_of_spikes(sdid, *masked(codes, machine.device))
     print(f"{mode:6} {'spikes':13} ", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True)
     facts: dict[str, Any] = {"spikes": shares, "batch": batch, "precision": machine.precision}
     facts["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     if machine.device.type == "cuda":
         facts["peak_device_memory_mib"] = round(torch.cuda.max_memory_allocated(machine.device) / 2**20)
-    return {way: {**measured, **facts} for way, measured in rates.items()}
+    return {variant: {**measured, **facts} for variant, measured in rates.items()}
 
 
 def masked(codes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens `[N,h,w]` and timesteps `[N]` as training meets them."""
+    """Tokens `[N,h,w]` and timesteps `[N]` as they occur in training."""
     diffusion = AbsorbingDiffusion(CODES, GRID * GRID)
     noise = diffusion.training_noise(len(codes), (GRID, GRID), torch.Generator().manual_seed(0))
     return diffusion.q_sample(codes, noise.mask).to(device), noise.t.to(device)
@@ -213,7 +214,7 @@ def use_events(share: float | None = None) -> None:
 def draw_figure(args: argparse.Namespace) -> dict:
     """Time of a denoiser's pass over the whole grid against its share of spikes, dense and event-driven; CPU only.
 
-    It is processor time: what other programs take meanwhile does not count, and threads add up.
+    Processor time excludes what other programs take meanwhile and adds up over threads.
     """
     import matplotlib.pyplot as plt  # here because importing it takes a second
 
@@ -230,13 +231,13 @@ def draw_figure(args: argparse.Namespace) -> dict:
         shares = shares_of_spikes(sdid, tokens, t)
         times: dict[str, list[float]] = {"dense": [], "events": []}
         for _ in range(args.repeats):
-            for way, largest in (("dense", -1), ("events", 1)):
+            for variant, largest in (("dense", -1), ("events", 1)):
                 use_events(largest)
                 started = time.process_time()
                 with machine.autocast():
                     sdid(tokens, t)
-                times[way].append(time.process_time() - started)
-        milliseconds = {way: 1e3 * statistics.median(values) for way, values in times.items()}
+                times[variant].append(time.process_time() - started)
+        milliseconds = {variant: 1e3 * statistics.median(values) for variant, values in times.items()}
         points.append(
             {"share": statistics.mean(shares[name] for name in ("conv2", "conv3", "conv4", "conv5")), **milliseconds}
         )
@@ -257,7 +258,7 @@ def draw_figure(args: argparse.Namespace) -> dict:
 
 
 def scaling(args: argparse.Namespace) -> dict:
-    """Milliseconds an image of encoding and sampling N images, N growing; a small network, so that it ends."""
+    """Milliseconds per image of encoding and sampling N images as N grows, with a small network to keep it short."""
     machine = choose_machine(args.device, args.precision)
     keep_freed_memory()
     vqsvae, sdid = VQSVAE(spike_steps=2), SDID(spike_steps=2, denoiser_channels=4)
@@ -269,39 +270,38 @@ def scaling(args: argparse.Namespace) -> dict:
         encode = seconds(partial(encode_images, vqsvae, images, machine, 256), machine.device)
         sample = seconds(partial(draw_codes, sdid, diffusion, noise, machine, 256), machine.device)
         table[count] = {"encode": round(1e3 * encode / count, 4), "sample": round(1e3 * sample / count, 4)}
-        print(
-            f"{count:6} images: encode {table[count]['encode']:.3f} ms, sample {table[count]['sample']:.3f} ms an image"
-        )
+        times = ", ".join(f"{task} {milliseconds:.3f} ms" for task, milliseconds in table[count].items())
+        print(f"{count:6} images: {times} per image")
     return table
 
 
 def in_own_process(arguments: list[str], mode: str) -> dict:
-    """The measurements of one mode, measured in a fresh process whose lines are passed on."""
+    """The measurements of one mode, made in a new process whose output is passed on."""
     command = [sys.executable, __file__, *arguments, "--mode", mode, "--json", "-"]
     done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
     if done.returncode:
-        sys.exit(done.returncode)  # it has said why
+        sys.exit(done.returncode)  # it has printed the reason
     *lines, last = done.stdout.splitlines()
     print("\n".join(lines), flush=True)
-    return {way: json.loads(last)[way] for way in WAYS[mode]}
+    return {variant: json.loads(last)[variant] for variant in VARIANTS[mode]}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print a table, write JSON."""
+    """Measure, print the results, and write them as JSON."""
     print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=("all", *WAYS), default="all")
+    parser.add_argument("--mode", choices=("all", *VARIANTS), default="all")
     parser.add_argument("--run", type=expand, default=TRAINED, help="folder of a run")
-    parser.add_argument("--figure", metavar="FILE", help="draw time against share of spikes instead")
-    parser.add_argument("--scaling", action="store_true", help="time N = 1,000, 10,000 and 60,000 images instead")
-    parser.add_argument("--json", metavar="FILE", help="write the measurements there; - for standard output")
+    parser.add_argument("--figure", metavar="FILE", help="instead, plot the time of a pass against the share of spikes")
+    parser.add_argument("--scaling", action="store_true", help="instead, time 1,000, 10,000 and 60,000 images")
+    parser.add_argument("--json", metavar="FILE", help="write the measurements to FILE; -: to standard output")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the fast mode")
-    parser.add_argument("--compile", action="store_true", help="torch.compile in the fast mode")
-    parser.add_argument("--batch_size", type=int, help="for all tasks; otherwise each mode has its own")
-    parser.add_argument("--spike_steps", type=int, help="of fresh networks [16]")
-    parser.add_argument("--denoiser_channels", type=int, help="of the first block of a fresh denoiser [64]")
-    parser.add_argument("--repeats", type=int, default=7, help="of each task; a third of them for sampling")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="precision of the fast mode")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile in the fast mode")
+    parser.add_argument("--batch_size", type=int, help="batch size of all tasks [each mode has its own]")
+    parser.add_argument("--spike_steps", type=int, help="of untrained networks [16]")
+    parser.add_argument("--denoiser_channels", type=int, help="of the first block of an untrained denoiser [64]")
+    parser.add_argument("--repeats", type=int, default=7, help="repeats of each task, of sampling a third [7]")
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
     try:

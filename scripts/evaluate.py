@@ -1,11 +1,11 @@
-"""Figures of generated images: a run's samples, or any images, against a data set or other images.
+"""Metrics of generated images: of a run's samples, or of any images, against a data set or other images.
 
-python scripts/evaluate.py RUN_FOLDER                            its samples/images.npz, its data set
-python scripts/evaluate.py GENERATED --dataset_name MNIST        images, a data set
-python scripts/evaluate.py GENERATED REAL --metrics fid,kid      images, images
+python scripts/evaluate.py RUN_FOLDER                            its samples/images.npz against its data set
+python scripts/evaluate.py GENERATED --dataset_name MNIST        images against a data set
+python scripts/evaluate.py GENERATED REAL --metrics fid,kid      images against other images
 
-Images are a folder of image files, searched with its subfolders, or an .npy or .npz file: [N,H,W], [N,H,W,1] or
-[N,H,W,3] of uint8, uint16 or bool; an .npz file has one array, or one named "images".
+Images are a folder of image files, searched recursively, or an .npy or .npz file: [N,H,W], [N,H,W,1] or
+[N,H,W,3] of uint8, uint16 or bool; an .npz file must hold one array, or one named "images".
 """
 
 import argparse
@@ -53,15 +53,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     add = parser.add_argument
     add("generated", type=expand, help="generated images, or a run folder")
-    add("real", type=expand, nargs="?", help="real images; absent for a run or with --dataset_name")
-    add("--dataset_name", choices=DATASETS, help="the real images are this data set")
+    add("real", type=expand, nargs="?", help="real images; omit for a run folder or with --dataset_name")
+    add("--dataset_name", choices=DATASETS, help="use this data set as the real images")
     add("--data_path", type=expand, help="where the data set is [that of the run, else data]")
     add("--metrics", type=parse_metrics(SAMPLE_METRICS), help=f"of {','.join(SAMPLE_METRICS)} [all available]")
-    add("--reference", choices=("test", "train"), default="test", help="split of the real side [test]")
+    add("--reference", choices=("test", "train"), default="test", help="split that real images are taken from [test]")
     add("--fid_weights", type=expand, help="pytorch-fid's Inception weights [downloaded]")
     add("--paper_fid_weights", type=expand, help="torchvision's Inception weights [downloaded]")
     add("--fad_weights", type=expand, help="folder of the published FAD autoencoders [own, trained once]")
-    add("--seed", type=int, default=42, help="of KID's subsets, and of networks that are trained [42]")
+    add("--seed", type=int, default=42, help="random seed, for KID's subsets [42]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--output", type=expand, help="also write the metrics to this JSON file")
     return parser.parse_args(arguments)
@@ -69,9 +69,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def evaluate(args: argparse.Namespace) -> list[dict]:
     """The metrics, as in a run's metrics.json."""
-    find_device(args.device)  # a mistake is found before images are read
+    find_device(args.device)  # reports a mistake before images are read
     if args.real and args.dataset_name:
-        raise UserError("real images and --dataset_name are two real sides: give one of them")
+        raise UserError("both real images and --dataset_name are given: leave one out")
     if args.real:
         data, generated = as_data(args.real), args.generated
     elif args.dataset_name:
@@ -81,25 +81,25 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     images = load_images(generated)
     ours, theirs = list(images.shape[2:]), list(data.test.shape[2:])
     if ours != theirs:
-        raise UserError(f"the images in {generated} are {ours} pixels, those of {data.name} {theirs}: make them alike")
+        raise UserError(f"the images in {generated} are {ours} pixels, those of {data.name} {theirs}: resize one set")
     options = {key: getattr(args, key) for key in names(EvaluationOptions)}
     pixels = to_channels(images, data.test.shape[1]).numpy()
     return spiking_diffusion.evaluate(pixels, data, drawn=str(generated), device=args.device, seed=args.seed, **options)
 
 
 def as_data(path: Path) -> ImageData:
-    """Images as the test split of a data set that has no other."""
+    """Images as the test split of a data set without other splits."""
     images = load_images(path)
     return ImageData(str(path), train=images[:0], test=images, held_out=images[:0])
 
 
 def load_data_of(run_folder: Path, data_path: Path | None) -> ImageData:
-    """The data set of a run, prepared as for its training; from `data_path`, or from where the run had it."""
+    """The data set of a run, prepared as for its training, from `data_path` or else from where the run found it."""
     run = RunFolder(run_folder).trained
     config = run.read_config()
     if not config:
         reason = f"{run_folder} is not a run folder, it has no config.json"
-        raise UserError(f"{reason}: name one, or say what is real: REAL or --dataset_name")
+        raise UserError(f"{reason}: name one, or give the real images with REAL or --dataset_name")
     try:
         name, data_path = config["dataset_name"], data_path or config.get("data_path", "data")
         options = {key: config[key] for key in ("train_images", "held_out", "image_size", "channels")}
@@ -109,9 +109,9 @@ def load_data_of(run_folder: Path, data_path: Path | None) -> ImageData:
 
 
 def to_channels(images: Tensor, channels: int) -> Tensor:
-    """Images uint8 [N,C,H,W] with so many channels: grey is repeated, three equal ones are made one.
+    """Images uint8 [N,C,H,W] with this many channels: grey is repeated, three equal channels become one.
 
-    Raises UserError for colours where the real side is grey.
+    Raises UserError if the images have colours but the real ones are grey.
     """
     if images.shape[1] <= channels:
         return images.expand(-1, channels, -1, -1)

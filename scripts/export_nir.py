@@ -1,13 +1,13 @@
-"""Export a run's trained spiking networks to NIR files (https://neuroir.org), and check that these spike alike.
+"""Export a run's trained spiking networks to NIR files (https://neuroir.org), and check that the spikes agree.
 
 python scripts/export_nir.py RUN_FOLDER                to RUN_FOLDER/nir
 python scripts/export_nir.py RUN_FOLDER --output DIR --raster FILE
 
-Needs the packages nir and nirtorch. A graph takes its input, [C,H,W], at every spike step, which is 0.1 ms in the file;
-weights are float64, batch norm is folded into the convolutions. What NIR has no node for, transposed convolutions and
-the mixing of positions, becomes convolutions with many zeros, exactly (scripts/nir_graphs.py; zeros are counted among
-the parameters). Each file is read back and run on test images, in float64, and must give every spike of the trained
-network; the plot shows those of some neurons.
+Needs the packages nir and nirtorch. A graph receives its input, [C,H,W], at every spike step, which is 0.1 ms in the
+file; weights are float64, and batch norm is folded into the convolutions. NIR has no node for transposed convolutions
+or the mixing of positions: they are replaced, exactly, by convolutions with many zeros (scripts/nir_graphs.py; zeros
+are counted among the parameters). Each file is read back and run on test images in float64, and must reproduce every
+spike of the trained network; the plot shows the spikes of some neurons.
 """
 
 import argparse
@@ -41,16 +41,16 @@ from pipeline.sampling.grids import save_figure
 from scripts.nir_graphs import ResidualGraph, SDIDGraph, spiking_layers
 from spiking_diffusion import open_session
 
-IMAGES = 8  # that spikes are compared on
+IMAGES = 8  # on which spikes are compared
 ROUNDING = 1e-9  # allowed difference of outputs that are not spikes
-NEURONS = 12  # of each layer in the plot
+NEURONS = 12  # plotted of each layer
 
 
 class Export(NamedTuple):
-    """A network as `graph` of one spike step, and how to tell whether it does what `trained` does.
+    """A network as a `graph` for one spike step, with what is needed to compare it with the `trained` network.
 
-    `inputs [S,N,C,H,W]` are the graph's; `run()` has the trained network compute the same; `outside` makes its output
-    of the graph's outputs `[S,N,C',H',W']`.
+    `inputs [S,N,C,H,W]` are the graph's; `run()` computes the same with the trained network; `outside` computes that
+    network's output from the graph's outputs `[S,N,C',H',W']`.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Export(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Spikes `[S,N,C,H,W]` of each layer, and the largest difference of the two outputs."""
+    """Spikes `[S,N,C,H,W]` of each layer, and the largest difference between the two outputs."""
 
     trained: list[Tensor]
     graph: list[Tensor]
@@ -71,17 +71,17 @@ class Comparison(NamedTuple):
 
     @property
     def spikes(self) -> int:
-        """Of the trained network."""
+        """Number of spikes of the trained network."""
         return sum(int(layer.sum()) for layer in self.trained)
 
     @property
     def differing(self) -> int:
-        """Spikes that only one of the two has."""
+        """Number of spikes that only one of the two has."""
         return sum(int((t != g).sum()) for t, g in zip(self.trained, self.graph, strict=True))
 
     @property
     def alike(self) -> bool:
-        """Whether the graph does what the trained network does."""
+        """Whether the graph agrees with the trained network."""
         return not self.differing and self.error <= ROUNDING
 
 
@@ -108,7 +108,7 @@ def of_autoencoder(model: VQSVAE, images: Tensor) -> Iterator[Export | str]:
 
 
 def of_denoiser(model: SDID | ResidualSDID, codes: Tensor) -> Export:
-    """The denoiser, on `codes [N,h,w]` of which more and more are masked."""
+    """The denoiser, on `codes [N,h,w]`, of which each grid has more masked than the one before."""
     timesteps = codes[0].numel()
     t = torch.linspace(1, timesteps, len(codes)).long()
     chance = torch.rand(codes.shape, generator=torch.Generator().manual_seed(0))
@@ -121,7 +121,7 @@ def of_denoiser(model: SDID | ResidualSDID, codes: Tensor) -> Export:
 
 
 def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]:
-    """The networks of a run, or for one that is not exported a line that says why. Raises UserError."""
+    """The networks of a run; for one that is not exported, a line that says why. Raises UserError."""
     place: dict[str, Any] = {} if data_path is None else {"data_path": data_path}
     session = open_session(checkpoint=autoencoder_weights(str(run_folder)), device="cpu", precision="float32", **place)
     autoencoder = session.load_autoencoder().double().eval()
@@ -140,13 +140,13 @@ def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]
 
 
 def observe(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """What `run()` returns, and the spikes `[S,N,C,H,W]` of the network's neurons in the order in which they ran."""
+    """What `run()` returns, and the spikes `[S,N,C,H,W]` of each layer of neurons in the order in which they ran."""
     spikes: list[Tensor] = []
 
     def record(module: nn.Module, _: tuple, output: Any) -> None:
         if isinstance(module, neuron.LIFNode):
             spikes.append(output)
-        elif isinstance(getattr(module, "module", None), neuron.LIFNode):  # as the importer wraps it
+        elif isinstance(getattr(module, "module", None), neuron.LIFNode):  # wrapped by the importer
             spikes.append(output[0])
 
     hooks = [module.register_forward_hook(record) for module in network.modules()]
@@ -166,7 +166,7 @@ def compare(export: Export, graph: nn.Module) -> Comparison:
 
 
 def write(export: Export, folder: Path) -> Comparison:
-    """Write the file, read it back, print what it holds and how it compares."""
+    """Write the file, read it back, and print what it contains and whether it agrees."""
     path = folder / f"{export.name}.nir"
     nir_exchange.export_to_nir(export.graph, export.inputs[0], path)
     compared = compare(export, nir_exchange.import_from_nir(path, dtype=torch.float64, step_mode="m"))
@@ -178,7 +178,7 @@ def write(export: Export, folder: Path) -> Comparison:
 
 
 def plot_raster(networks: dict[str, Comparison], path: Path) -> None:
-    """Plot the spikes for one image: dots for the trained networks', rings for those of the files' graphs."""
+    """Plot the spikes for one image: dots for the trained networks, rings for the graphs in the files."""
     import matplotlib.pyplot as plt  # here because importing it takes a second
 
     figure, axes = plt.subplots(1, len(networks), figsize=(11, 5), layout="constrained", squeeze=False)
@@ -192,7 +192,7 @@ def plot_raster(networks: dict[str, Comparison], path: Path) -> None:
 
 
 def shown(compared: Comparison) -> list[tuple[Tensor, Tensor]]:
-    """Spike steps `[P]` from 1 and rows `[P]` of the spikes of some neurons, spread over those of a layer that fire."""
+    """Spike steps `[P]` from 1 and rows `[P]` of the spikes of some neurons, evenly spaced among those that fire."""
     layers = []
     for spikes in zip(compared.trained, compared.graph, strict=True):
         both = torch.stack([each[:, 0].flatten(1) for each in spikes])  # of the first image, [2,S,neurons]
@@ -204,13 +204,13 @@ def shown(compared: Comparison) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
-    """Export; exit status 1 if a file does other than its network, 2 and one line for a mistake of the user."""
+    """Export; exit status 1 if a file disagrees with its network, 2 and one line for a mistake of the user."""
     print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=expand, help="a run folder")
-    parser.add_argument("--output", type=expand, metavar="DIR", help="where the files go [RUN/nir]")
+    parser.add_argument("--output", type=expand, metavar="DIR", help="folder for the files [RUN/nir]")
     parser.add_argument("--data_path", type=expand, metavar="DIR", help="where the data set is [as in the run]")
-    parser.add_argument("--raster", type=expand, metavar="FILE", help="a plot of some of the spikes [none]")
+    parser.add_argument("--raster", type=expand, metavar="FILE", help="also plot some of the spikes")
     args = parser.parse_args(arguments)
     folder, compared = args.output or args.run / "nir", {}
     try:

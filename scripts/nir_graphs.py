@@ -1,4 +1,4 @@
-"""The networks as what NIR can hold: graphs of convolutions and SpikingJelly's neurons, for one spike step."""
+"""The networks in a form that NIR can represent: convolutions and SpikingJelly's neurons, for one spike step."""
 
 from typing import cast
 
@@ -15,9 +15,9 @@ Pair = tuple[int, int]
 
 
 class SDIDGraph(nn.Module):
-    """SDID for one spike step, planes `[N,2,h,w]` to `[N,K,h,w]`; where it concatenates, two convolutions add up.
+    """SDID for one spike step, planes `[N,2,h,w]` to `[N,K,h,w]`; two convolutions are summed instead of concatenating.
 
-    The sum is the input of an identity with the head's bias: the importer adds up what enters a layer, but no outputs.
+    The sum enters an identity with the head's bias, because the importer sums the inputs of a layer but not outputs.
     """
 
     what = "planes of tokens and timestep to logits; outside: mean over the steps"
@@ -47,10 +47,10 @@ class SDIDGraph(nn.Module):
 
 
 class ResidualGraph(nn.Module):
-    """ResidualSDID for one spike step: spikes as of `planes` to logits of squares, `[N,patch^2*K,h/patch,w/patch]`.
+    """ResidualSDID for one spike step: spikes from `planes` to logits of patches, `[N,patch^2*K,h/patch,w/patch]`.
 
-    What is needed twice or added up ends in an identity, as the importer adds up what enters a layer. The grid of codes
-    is a square: nir computes the sizes of others wrongly.
+    Values that are summed or used twice pass through an identity, because the importer sums the inputs of a layer. The
+    grid of codes must be square, as nir computes the sizes of other grids wrongly.
     """
 
     what = "planes of tokens, prototype, label and positions to logits; outside: mean over the steps, pixel shuffle"
@@ -73,8 +73,8 @@ class ResidualGraph(nn.Module):
     def planes(self, tokens: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """The graph's input: a plane for each token, for each code of a prototype, and for each position.
 
-        A position's has a single 1, in the corner of its square, the response to which is the position's embedding. Of
-        each label there is a plane for each position, too, which are 0 unless the label is given.
+        The plane of a position has a single 1, in the corner of its patch; the response to it is the position's
+        embedding. Each label also has a plane for each position, all of which are 0 unless the label is given.
         """
         planes = [F.one_hot(tokens, self.codebook_size + 1).permute(0, 3, 1, 2)]
         positions = torch.kron(torch.eye(self.grid.numel()).view(-1, *self.grid), self.corner)
@@ -99,10 +99,10 @@ class ResidualGraph(nn.Module):
 
 
 class MixingGraph(nn.Module):
-    """MixingBlock for one spike step, currents `[N,C,h,w]` to such.
+    """MixingBlock for one spike step, currents `[N,C,h,w]` to currents `[N,C,h,w]`.
 
-    NIR has no node that permutes axes. So each head's positions become channels by a convolution as large as the grid,
-    which mixes them at once, and positions again by a second one: exact, and nearly all of their weights are zero.
+    NIR has no node that permutes axes. So for each head, a convolution as large as the grid turns positions into
+    channels and mixes them, and a second one turns them back. This is exact; nearly all of their weights are zero.
     """
 
     def __init__(self, block: MixingBlock, grid: torch.Size):
@@ -143,7 +143,7 @@ def convolution(
     stride: tuple[int, ...] = (1, 1),
     padding: str | tuple[int, ...] = (0, 0),
 ) -> nn.Conv2d:
-    """A convolution in float64 with the weights `[C',C,k,k]` and the bias `[C']`, or 0."""
+    """A convolution in float64 with the weights `[C',C,k,k]` and the bias `[C']`, by default 0."""
     outputs, inputs, height, width = weight.shape
     sizes = cast(Pair, stride), cast(Pair, padding)
     conv = nn.Conv2d(inputs, outputs, (height, width), *sizes, dtype=torch.float64)
@@ -152,25 +152,25 @@ def convolution(
 
 
 def identity(channels: int, bias: Tensor | None = None) -> nn.Conv2d:
-    """A convolution that changes nothing but adds the bias `[C]`, if any."""
+    """A convolution that is the identity, plus the bias `[C]` if there is one."""
     return convolution(torch.eye(channels)[..., None, None], bias)
 
 
 def fired(conv: nn.Conv2d, firing: Firing) -> list[nn.Module]:
-    """A convolution, and the batch norm and neuron behind it."""
+    """A convolution with the batch norm that follows it, and the neuron."""
     return [layer(conv, firing.norm), spiking_neuron(firing.lif)]
 
 
 def spiking_neuron(lif: LIF) -> neuron.LIFNode:
-    """A network's neuron as the one that SpikingJelly's exporter knows."""
+    """The neuron as the class that SpikingJelly's exporter supports."""
     return neuron.LIFNode(tau=lif.tau, surrogate_function=SURROGATE)
 
 
 def coarse_weight(conv: nn.ConvTranspose2d, grain: int) -> Tensor:
-    """Weights `[C'(grain*stride)^2, C*grain^2, 3, 3]` that do on a coarse grid what `conv` does on one `grain` as fine.
+    """Weights `[C'(grain*stride)^2, C*grain^2, 3, 3]` that do on a grid what `conv` does on one `grain` times finer.
 
-    The coarse grid's channels are the finer positions in the order of `pixel_unshuffle`; padding is 1. They are read
-    off the responses to single ones.
+    The channels of the coarse grid are the finer positions in the order of `pixel_unshuffle`; padding is 1. The weights
+    are the responses to unit impulses.
     """
     channels = conv.in_channels * grain**2
     ones = torch.zeros(channels, channels, 3, 3, dtype=conv.weight.dtype)
@@ -181,7 +181,7 @@ def coarse_weight(conv: nn.ConvTranspose2d, grain: int) -> Tensor:
 
 
 def layer(conv: Convolution, norm: nn.BatchNorm2d | None = None, grain: int = 1) -> nn.Conv2d:
-    """A convolution, plain or transposed, and its batch norm in evaluation mode as one; `grain` as in coarse_weight."""
+    """A convolution or transposed convolution with its batch norm folded in; for `grain` see coarse_weight."""
     weight, stride, padding = conv.weight, conv.stride, conv.padding
     bias: Tensor = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
     if isinstance(conv, nn.ConvTranspose2d):
@@ -195,7 +195,7 @@ def layer(conv: Convolution, norm: nn.BatchNorm2d | None = None, grain: int = 1)
 
 
 def spiking_layers(stack: SpikingStack) -> nn.Sequential:
-    """The stack for one spike step as convolutions and SpikingJelly's neurons; batch norm is folded."""
+    """The stack for one spike step as convolutions and SpikingJelly's neurons; batch norm is folded in."""
     layers: list[nn.Module] = []
     grain = 1
     for conv, norm, lif in stack.blocks:

@@ -2,7 +2,8 @@
 
 python scripts/pack.py RUN_FOLDER pretrained/fmnist
 
-The copy is a run folder: `python main.py --checkpoint pretrained/fmnist` evaluates it, `--stage sample` draws from it.
+The copy is a run folder: `python main.py --checkpoint pretrained/fmnist` evaluates it, and with `--stage sample` draws
+images from it.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pipeline.runtime.terminal import print_anywhere
 
 
 def pack(run: RunFolder, copy: RunFolder) -> None:
-    """Write the copy. Raises UserError where the run is not whole."""
+    """Write the copy. Raises UserError if the run is incomplete."""
     config = run.read_config()
     if not config:
         raise UserError(f"{run.path} is not a run folder: it has no config.json")
@@ -38,7 +39,7 @@ def pack(run: RunFolder, copy: RunFolder) -> None:
 
 
 def halved(value: torch.Tensor) -> torch.Tensor:
-    """Weights in half precision; what batch norm has for each channel stays as it is, being small and sensitive."""
+    """Weights in half precision, except per-channel values such as batch norm's, which are few and sensitive."""
     return value.half() if value.is_floating_point() and value.dim() > 1 else value
 
 
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=expand, help="a run folder")
-    parser.add_argument("copy", type=expand, help="where the copy goes")
+    parser.add_argument("copy", type=expand, help="folder for the copy")
     args = parser.parse_args(arguments)
     try:
         pack(RunFolder(args.run), RunFolder(args.copy))

@@ -1,10 +1,10 @@
-"""Write one HTML page that shows a run, or several side by side, without anything that is loaded from elsewhere.
+"""Write one self-contained HTML page that shows a run, or several side by side.
 
 python scripts/report.py result/MNIST/snn-vq-vae
 python scripts/report.py pretrained/fmnist pretrained/mnist --data_path data --output report.html
 
-What the folder of a run does not have is computed with its weights. Reconstructions and nearest training images need
-the data set; nothing is downloaded.
+Whatever the run folder lacks is computed from its weights. Reconstructions and nearest training images need the data
+set; nothing is downloaded.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from spiking_diffusion import open_session
 
 
 def open_run(folder: Path, data_path: Path | None) -> Session:
-    """The session of a run folder, or of one with what `--checkpoint` wrote. Raises UserError if it is neither."""
+    """The session of a run folder, or of a folder that `--checkpoint` wrote. Raises UserError if it is neither."""
     run = RunFolder(folder)
     trained = run.trained
     if not any(path.exists() for path in (trained.config, trained.model, run.metrics)):
@@ -42,12 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
     print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=expand, metavar="RUN", help="run folder")
-    parser.add_argument("--output", type=expand, metavar="FILE", help="the page [report.html in the folder of the run]")
-    parser.add_argument("--data_path", type=expand, metavar="DIR", help="where data sets are [as recorded by the run]")
+    parser.add_argument("--output", type=expand, metavar="FILE", help="the page [report.html in the run folder]")
+    parser.add_argument("--data_path", type=expand, metavar="DIR", help="folder of the data sets [as in the run]")
     args = parser.parse_args(arguments)
     try:
         if len(args.runs) > 1 and not args.output:
-            raise UserError("several runs: say with --output where the page goes")
+            raise UserError("several runs: name the page with --output")
         output = args.output or RunFolder(args.runs[0]).report
         write_report([open_run(run, args.data_path) for run in args.runs], output)
     except (UserError, OSError) as error:

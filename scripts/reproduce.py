@@ -3,8 +3,8 @@
 python scripts/reproduce.py --datasets FMNIST --models snn-vq-vae vq-vae --budget short
 python scripts/reproduce.py --datasets MNIST FMNIST --budget paper -- --fad_weights DIR --device cuda:1
 
-What was finished is left alone, what was interrupted is resumed. Everything after -- goes to main.py as it is.
-Then scripts/results_table.py makes the table.
+Finished runs are skipped, interrupted ones resumed. Everything after -- is passed to main.py unchanged.
+scripts/results_table.py then makes the table.
 """
 
 import argparse
@@ -31,7 +31,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "generator-repeat": ("--model", "snn-vq-vae", "--spike_generator", "repeat"),
     "generator-poisson": ("--model", "snn-vq-vae", "--spike_generator", "poisson"),
 }
-"""The paper's model, its baselines, and the ablations of its readout and its spike generator."""
+"""The paper's model, its baselines, and the ablations of its readout and spike generator."""
 
 BUDGETS: dict[str, tuple[str, ...]] = {
     "smoke": (
@@ -41,7 +41,7 @@ BUDGETS: dict[str, tuple[str, ...]] = {
     "short": ("--held_out", "5000", "--epochs", "4", "--diffusion_epochs", "1"),
     "paper": ("--held_out", "5000", "--epochs", "100", "--diffusion_epochs", "200"),
 }
-"""smoke: minutes, whether everything runs; short: hours on two cores; paper: its schedule, days on two cores."""
+"""smoke: minutes, to check that everything runs; short: hours; paper: the paper's schedule, days; on two cores."""
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def command(args: argparse.Namespace, dataset: str, variant: str, passed_on: list[str]) -> list[str] | None:
-    """The call of main.py that is still to be done for one run; None if it is finished."""
+    """The command that one run still needs; None if it is finished."""
     options = VARIANTS[variant]
     place = args.result_path / args.budget / variant
     run = RunFolder(place / dataset / options[1])
@@ -73,21 +73,21 @@ def command(args: argparse.Namespace, dataset: str, variant: str, passed_on: lis
 
 
 def of_model(model: str, arguments: list[str]) -> list[str]:
-    """Of options with their values, those that the model has: one without codes has no second stage."""
+    """The options, with their values, that the model has: one without codes has no second stage."""
     pairs = [arguments[i : i + 2] for i in range(0, len(arguments), 2)]
     owners = [DECLARATIONS[name.removeprefix("--")].of for name, _ in pairs]
     return [word for pair, own in zip(pairs, owners, strict=True) if not own or model in own for word in pair]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the matrix; exit status 1 if a run failed, after the others have had their turn."""
+    """Run the matrix; a run that fails does not stop the others, and makes the exit status 1."""
     print_anywhere()
     args, passed_on = parse(arguments)
     failed = []
     for dataset in args.datasets:
         for variant in args.models:
             call = command(args, dataset, variant, passed_on)
-            print(f"\n== {dataset}, {variant}: {'finished before' if call is None else ' '.join(call[2:])}", flush=True)
+            print(f"\n== {dataset}, {variant}: {'finished' if call is None else ' '.join(call[2:])}", flush=True)
             if call and subprocess.run(call).returncode:
                 failed.append(f"{dataset}/{variant}")
     if failed:

@@ -1,10 +1,11 @@
-"""One Markdown table, and a plot, of the values of all runs below some folders, beside published values.
+"""One Markdown table, and a plot, of the metrics of all runs in some folders, alongside published values.
 
 python scripts/results_table.py result/reproduce --output docs/table.md --plot docs/table.png
 
-Each metric has a letter that names its protocol below the table: only values of the same letter compare. What a run
-has no metric of was not run. Evaluations of the same weights with different seeds (`--checkpoint RUN --seed N
---result_path DIR_N`) become one row, with mean and half-width of the 95 % confidence interval where values differ.
+Each value has a letter that stands for its protocol, explained below the table: only values with the same letter are
+comparable. "not run" means that the run lacks the metric. Evaluations of the same weights with different seeds
+(`--checkpoint RUN --seed N --result_path DIR_N`) become one row, with the mean and the half-width of the 95 %
+confidence interval where values differ.
 """
 
 import argparse
@@ -40,7 +41,7 @@ COLUMNS = {
     "ssim": "SSIM",
     "energy_sample": "energy of a sample",
 }
-"""Name in metrics.json, and heading; those without any metric are left out, FID excepted."""
+"""Name in metrics.json to heading; columns without values are left out, except for FID."""
 
 PAPER, CLEAN = "the paper's: 1,280 images, see the release's protocol", "clean-fid, 5,000 generated against test"
 DDIM, FAD = "clean-fid, 10,000 generated against test", "published weights, 5,000 generated against test"
@@ -71,14 +72,14 @@ PUBLISHED = {
     ("FSDDIM, 4 spike steps (published)", "fid", DDIM): {"MNIST": 7.48, "FMNIST": 9.17, "CIFAR10": 51.46},
     ("FSDDIM, 4 spike steps (published)", "fad", FAD): {"MNIST": 3.62, "FMNIST": 9.25, "CIFAR10": 8.63},
 }
-"""(Model, column, protocol) to data set to metric, as their authors published them."""
+"""(Model, column, protocol) to data set to value, as published by the authors."""
 
 
-STANDARD = ("both", "adaptive", None)  # not an ablation; None: a run of before there were any
+STANDARD = ("both", "adaptive", None)  # not an ablation; None: the run is older than the option
 
 
 class Value(NamedTuple):
-    """A number and how it was worked out; `half_width` is that of its confidence interval, 0 for a single number."""
+    """A number and its protocol; `half_width` is that of its confidence interval, 0 for a single number."""
 
     value: float
     protocol: str
@@ -89,7 +90,7 @@ class Value(NamedTuple):
 class Row(NamedTuple):
     """One model on one data set: values by column.
 
-    `training` is empty for what others published. `weights` is the digest of those that the values are of.
+    `training` is empty for published values. `weights` is the digest of the evaluated weights.
     """
 
     dataset: str
@@ -100,13 +101,13 @@ class Row(NamedTuple):
 
 
 def read_run(run: RunFolder) -> Row:
-    """The row of a run, from its values and from what is known of its training.
+    """The row of a run, from its metrics, options and log.
 
-    Raises UserError where no config.json tells what was trained.
+    Raises UserError if no config.json says what was trained.
     """
     options, values, epochs = run.trained.read_config(), run.read_records(), run.trained.read_log()
     if not {"dataset_name", "model"} <= options.keys():
-        missing = f"{run.trained.config} does not say which model the values in {run.path} are of"
+        missing = f"{run.trained.config} does not say which model the metrics in {run.path} are for"
         raise UserError(f"{missing}: restore the file that the run wrote, or leave the folder out")
     drawn = [metric["drawn"] for metric in values if metric["name"] in COLUMNS and "drawn" in metric][:1]
     counts = " + ".join(map(str, Counter(line["stage"] for line in epochs).values()))
@@ -120,7 +121,7 @@ def read_run(run: RunFolder) -> Row:
 
 
 def merge_seeds(rows: list[Row]) -> list[Row]:
-    """One row for all evaluations of the same weights whose samples were drawn alike, with other seeds."""
+    """One row for all evaluations of the same weights whose samples differ only by the seed."""
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for number, row in enumerate(rows):
         groups[row.dataset, row.model, row.training, row.weights or str(number)].append(row)
@@ -128,7 +129,7 @@ def merge_seeds(rows: list[Row]) -> list[Row]:
 
 
 def _merged(group: list[Row]) -> dict[str, Value]:
-    """For each column the mean over the seeds. Raises UserError where protocols differ."""
+    """For each column, the mean over the seeds. Raises UserError if protocols differ."""
     merged = {}
     for column in dict.fromkeys(name for row in group for name in row.values):
         values = [row.values[column] for row in group if column in row.values]
@@ -147,7 +148,7 @@ def half_width(numbers: list[float]) -> float:
 
 
 def published_rows(datasets: set[str]) -> Iterator[Row]:
-    """Rows of PUBLISHED for some data sets."""
+    """The rows of PUBLISHED for these data sets."""
     for dataset in sorted(datasets):
         for model in dict.fromkeys(name for name, _, _ in PUBLISHED):
             values = {
@@ -160,7 +161,7 @@ def published_rows(datasets: set[str]) -> Iterator[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """The Markdown table, each metric with the letter of its protocol, and the protocols."""
+    """The Markdown table, each value with the letter of its protocol, followed by the protocols."""
     columns = [name for name in COLUMNS if "fid" in name or any(name in row.values for row in rows)]
     letters: dict[tuple[str, str], str] = {}
 
@@ -189,7 +190,7 @@ def _letter(number: int) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Bars of the distances (lower is better), one panel a data set and distance; published ones in grey."""
+    """Bars of the distances (lower is better), one panel per data set and distance; published ones in grey."""
     import matplotlib.pyplot as plt  # here because importing it takes a second
 
     distances = ("paper_fid", "fid", "fad", "classifier_frechet")
@@ -217,9 +218,9 @@ def main(arguments: list[str] | None = None) -> None:
     print_anywhere()
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("folders", nargs="+", type=expand, help="run folders, or folders with runs somewhere below")
-    parser.add_argument("--output", type=expand, help="Markdown file; printed if absent")
-    parser.add_argument("--plot", type=expand, help="image file")
+    parser.add_argument("folders", nargs="+", type=expand, help="run folders, or folders that contain some")
+    parser.add_argument("--output", type=expand, help="Markdown file [printed instead]")
+    parser.add_argument("--plot", type=expand, help="also plot the distances to this image file")
     args = parser.parse_args(arguments)
     runs = [RunFolder(path.parent) for folder in args.folders for path in sorted(folder.rglob("metrics.json"))]
     try:

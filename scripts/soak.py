@@ -1,6 +1,6 @@
-"""Runs in a loop in one process: whether memory, open files, threads or processes are left behind by each.
+"""Soak test: repeats runs in one process and checks that no memory, open file, thread or process leaks.
 
-python scripts/soak.py               # 3 rounds, seconds
+python scripts/soak.py               # 6 rounds
 python scripts/soak.py --rounds 200
 """
 
@@ -24,7 +24,7 @@ import main as program
 from pipeline.runtime.terminal import print_anywhere
 
 MEBIBYTE = 2**20
-LEAK = 2 * MEBIBYTE  # of memory in each of the last three rounds; earlier ones fill caches
+LEAK = 2 * MEBIBYTE  # bytes in each of the last three rounds; earlier ones fill caches
 OPTIONS = (
     *("--dataset_name", "Digits", "--train_images", "64", "--batch_size", "16", "--device", "cpu"),
     *("--spike_steps", "2", "--hidden_channels", "4", "--denoiser_channels", "2", "--codebook_size", "8"),
@@ -34,7 +34,7 @@ METRICS = ("--metrics", "mse,ssim,codebook")  # the others would train feature n
 
 
 def state() -> dict[str, int]:
-    """What this process holds: memory in bytes; open files, threads and child processes in number. Linux only."""
+    """Resources of this process: memory in bytes; number of open files, threads and child processes. Linux only."""
     own = Path("/proc/self")
     children = (own / "task" / str(os.getpid()) / "children").read_text(encoding="utf-8").split()
     return {
@@ -46,7 +46,7 @@ def state() -> dict[str, int]:
 
 
 def one_round() -> None:
-    """A run from beginning to end, going on once, and its evaluation."""
+    """A complete run, which is then resumed for another epoch and evaluated."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         run = Path(folder) / "Digits" / "snn-vq-vae"
         program.main([*OPTIONS, *METRICS, "--no-report", "--result_path", folder])
@@ -55,10 +55,10 @@ def one_round() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print what is held after each round; exit status 1 if it grows."""
+    """Print the resources in use after each round; exit status 1 if they grow."""
     print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6, help="6 or more [6]")
+    parser.add_argument("--rounds", type=int, default=6, help="number of rounds, at least 6 [6]")
     rounds = max(6, parser.parse_args(arguments).rounds)
     torch.set_num_threads(1)
     states = []
