@@ -1,4 +1,4 @@
-"""Spiking-Diffusion: train, sample and evaluate from the shell.
+"""Spiking-Diffusion: train, sample and evaluate from the command line.
 
 python main.py --dataset_name MNIST                           train and evaluate
 python main.py --resume result/MNIST/snn-vq-vae               continue a run

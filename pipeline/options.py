@@ -63,15 +63,15 @@ class RunOptions:
     )
     checkpoint: Path | None = option(
         None,
-        "evaluate these weights: a model.pth, or the run folder it is in; of this program or of the original release",
+        "evaluate or sample a trained model: its run folder, or a model.pth, also of the original release",
         Role.CALL,
-        metavar="FILE",
+        metavar="RUN",
         shown="none",
         parse=autoencoder_weights,
         common=True,
     )
     resume: Path | None = option(
-        None, "resume this run folder, or its last.pth", Role.CALL, metavar="RUN", shown="none", common=True
+        None, "continue training in this run folder", Role.CALL, metavar="RUN", shown="none", common=True
     )
     start_from: Path | None = option(
         None,
@@ -86,7 +86,7 @@ class RunOptions:
     )
     result_path: Path | None = option(
         None,
-        "where run folders are made; with --checkpoint, the folder for its results",
+        "folder in which run folders are created; with --checkpoint, where its results go",
         Role.CALL,
         metavar="DIR",
         shown="result; beside the checkpoint",
@@ -119,15 +119,17 @@ class DataOptions:
     dataset_name: str = option(
         "Digits", "data set; Digits needs no download", Role.IDENTITY, choices=DATASETS, common=True
     )
-    data_path: Path = option(Path("data"), "where data sets are stored or downloaded to", metavar="DIR", common=True)
+    data_path: Path = option(
+        Path("data"), "folder of the data sets, downloaded if absent; or your images", metavar="DIR", common=True
+    )
     train_images: int | None = option(
         None,
-        "use N training images: the first N, of ImageFolder evenly from its folders",
+        "use N training images: the first N, or as many from each folder of ImageFolder",
         Role.NETWORKS,
         absent="all",
         **COUNT,
     )
-    held_out: int = option(0, "hold out N of them, evenly spread, from training", Role.NETWORKS, low=0, metavar="N")
+    held_out: int = option(0, "set N of these aside, evenly spaced, not to train on", Role.NETWORKS, low=0, metavar="N")
     image_size: int | None = option(
         None,
         "side of ImageFolder's images in pixels, a multiple of 4",
@@ -139,7 +141,7 @@ class DataOptions:
     )
     channels: int | None = option(
         None,
-        "channels of ImageFolder's images: 1 grey, 3 colour",
+        "channels of ImageFolder's images: 1 greyscale, 3 colour",
         Role.IDENTITY,
         choices=(1, 3),
         shown="as they are",
@@ -165,7 +167,7 @@ class AutoencoderOptions:
     )
     downsampling: int = option(
         4,
-        "side of an image divided by the side of its grid of codes: 2 or 4",
+        "downsampling factor from the image to its grid of codes",
         Role.IDENTITY,
         choices=(2, 4),
         of=SPIKING_CODES,
@@ -243,7 +245,7 @@ class TrainingOptions:
 
     epochs: int = option(100, "epochs of stage 1, the autoencoder", common=True, **COUNT)
     diffusion_epochs: int = option(200, "epochs of stage 2, the denoiser", common=True, of=CODES, **COUNT)
-    batch_size: int = option(32, "batch size of both stages; several processes share it", Role.TRAINING, **COUNT)
+    batch_size: int = option(32, "total batch size over all processes, in both stages", Role.TRAINING, **COUNT)
     lr: float = option(1e-3, "learning rate", Role.TRAINING, **RATE)
     diffusion_lr: float | None = option(
         None, "learning rate of stage 2; same: as --lr", Role.TRAINING, absent="same", of=CODES, **RATE
@@ -317,7 +319,7 @@ class SamplingOptions:
     )
     num_samples: int | None = option(
         None,
-        "images to draw; auto: as many as the metrics need",
+        "images to draw; auto: as many as the metrics need, 64 for --stage sample",
         Role.RESUMED,
         low=1,
         high=10**6,
@@ -356,7 +358,7 @@ class EvaluationOptions:
     paper_fid_weights: Path | None = option(None, "torchvision's Inception weights", metavar="FILE", absent="download")
     fad_weights: Path | None = option(
         None,
-        "folder of the published FAD autoencoders; own: ours, trained once for each data set",
+        "folder of the published FAD autoencoders; own: ours, trained once per data set",
         metavar="DIR",
         absent="own",
     )
