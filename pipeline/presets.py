@@ -1,4 +1,4 @@
-"""Sets of options that go together; see docs/results.md for what each of them brought."""
+"""Sets of options that go together; see docs/experiments.md for what each of them brought."""
 
 from typing import Any
 
