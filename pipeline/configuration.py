@@ -47,7 +47,7 @@ def assemble(typed: dict[str, Any]) -> Call:
         raise UserError(f"{run.path} is not a run folder: it has no config.json")
     lasting = with_role(Role.RESUMED if "resume" in typed else Role.SETTING)
     kept = {key: as_read(key, saved[key]) for key in lasting if key in saved}
-    preset = (DEFAULTS | kept | typed)["preset"]
+    preset = (DEFAULTS | started | kept | typed)["preset"]
     options = _merge(
         {
             "default": DEFAULTS,

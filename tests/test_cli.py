@@ -20,6 +20,7 @@ from pipeline.configuration import resolve
 from pipeline.evaluation.metrics import GENERATED_METRICS
 from pipeline.options import CODES, DECLARATIONS, DEFAULTS, LR_SCHEDULES, MASKS, SAMPLE_METRICS, SECTIONS
 from pipeline.parser import MOST_USED, TITLES, as_shown
+from pipeline.presets import PRESETS
 from pipeline.sampling.masks import MASKS as HIDDEN
 from pipeline.training import loop as training
 from pipeline.training import schedules
@@ -332,6 +333,14 @@ def test_options_of_one_call_do_not_stick(cli, run):
     typed = resolve(["--checkpoint", str(run), "--metrics", "mse, ssim"]).options.evaluation
     assert typed.metrics == ("mse", "ssim")
     assert resolve(["--checkpoint", str(run), "--metrics", "all"]).options.evaluation.metrics is None
+
+
+def test_a_run_that_starts_from_another_has_its_preset(tmp_path):
+    start = ["--start_from", str(ROOT / "pretrained" / "mnist"), "--stage", "sdid", "--result_path", str(tmp_path)]
+    training = resolve([*start, "--diffusion_lr", "1e-3"]).options.training
+    preset = PRESETS["improved"]
+    assert (training.loss, training.ema_decay, training.diffusion_lr) == (preset["loss"], preset["ema_decay"], 1e-3)
+    assert resolve([*start, "--preset", "faithful"]).options.training.ema_decay == 0
 
 
 def test_every_value_knows_where_it_came_from(run):

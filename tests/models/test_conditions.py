@@ -330,7 +330,7 @@ def test_runs_from_before_there_was_the_option(cli, classes, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(("name", "condition"), [("fmnist", "prototype"), ("fmnist-faithful", "none")])
+@pytest.mark.parametrize(("name", "condition"), [("mnist", "prototype"), ("fmnist-faithful", "none")])
 def test_packed_runs_from_before_there_was_the_option(name, condition, tmp_path):
     folder = PRETRAINED / name
     assert resolve(["--checkpoint", str(folder)]).options.denoiser.condition == condition
