@@ -30,7 +30,7 @@ def pack(run: RunFolder, copy: RunFolder) -> None:
     if not config:
         raise UserError(f"{run.path} is not a run folder: it has no config.json")
     for source, target in ((run.model, copy.model), (run.denoiser, copy.denoiser)):
-        save_weights(target, {name: halved(value) for name, value in load_weights(source).items()})
+        save_weights(target, {name: compact(value) for name, value in load_weights(source).items()})
     kept = {key for key in with_role(Role.SETTING) if not key.endswith(("_path", "_weights"))}
     write_json(copy.config, {key: value for key, value in config.items() if key in kept or key not in DEFAULTS})
     for source, target in ((run.metrics, copy.metrics), (run.log_file, copy.log_file)):
@@ -38,9 +38,15 @@ def pack(run: RunFolder, copy: RunFolder) -> None:
             shutil.copy(source, target)
 
 
-def halved(value: torch.Tensor) -> torch.Tensor:
-    """Weights in half precision, except per-channel values such as batch norm's, which are few and sensitive."""
-    return value.half() if value.is_floating_point() and value.dim() > 1 else value
+def compact(value: torch.Tensor) -> torch.Tensor:
+    """The value as it is packed; loading restores the type.
+
+    Weights are kept in half precision, except per-channel values such as batch norm's, which are few and sensitive.
+    Integers, such as the codes of prototypes, are kept as bytes where these hold them.
+    """
+    if value.is_floating_point():
+        return value.half() if value.dim() > 1 else value
+    return value.byte() if value.numel() and 0 <= value.min() and value.max() <= 255 else value
 
 
 def main(arguments: list[str] | None = None) -> None:
