@@ -46,7 +46,7 @@ def compact(value: torch.Tensor) -> torch.Tensor:
     """
     if value.is_floating_point():
         return value.half() if value.dim() > 1 else value
-    return value.byte() if value.numel() and 0 <= value.min() and value.max() <= 255 else value
+    return value.byte() if value.numel() and value.min() >= 0 and value.max() <= 255 else value
 
 
 def main(arguments: list[str] | None = None) -> None:
