@@ -22,9 +22,9 @@ demo: install
 	$(RUN) -u main.py --dataset_name Digits --result_path result/demo --metrics mse,ssim,codebook \
 	  --spike_steps 4 --codebook_size 32 --denoiser_channels 32 --epochs 60 --diffusion_epochs 90
 
-# 64 pictures by the trained network that comes with the repository.
+# Ten images of each class, drawn by the trained network that comes with the repository.
 sample: install
-	$(RUN) -u main.py --checkpoint pretrained/fmnist --stage sample
+	$(RUN) -u main.py --checkpoint pretrained/fmnist --stage sample --labels all
 
 .PHONY: format
 format: install
