@@ -189,7 +189,7 @@ def test_run_without_samples(run, capsys):
 
 
 def test_two_real_sides(tmp_path, capsys):
-    assert "give one of them" in mistake(capsys, tmp_path, tmp_path, "--dataset_name", "Digits")
+    assert "leave one out" in mistake(capsys, tmp_path, tmp_path, "--dataset_name", "Digits")
 
 
 def test_options_are_checked(tmp_path, capsys):
