@@ -1,27 +1,23 @@
 """Metrics of generated images: which are available, and how they are computed, each with its protocol."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets import ImageData
 from errors import UserError
 from metrics.classifier import (
     FEATURES,
-    Classifier,
     accuracy,
     classifier_distance,
-    classifier_features,
     classifier_logits,
 )
 from metrics.counts import check_enough
-from metrics.fad import FAD_IMAGES, FadAutoencoder, fad, fad_features
+from metrics.fad import FAD_IMAGES, fad
 from metrics.fid import (
     FEWEST_IMAGES,
     KID_SUBSET_SIZE,
@@ -32,42 +28,19 @@ from metrics.fid import (
     paper_fid,
 )
 from metrics.frechet import feature_statistics, frechet_distance
-from metrics.inception import (
-    inception_features,
-    inception_logits,
-    load_inception,
-    load_paper_inception,
-)
+from metrics.inception import inception_logits
 from metrics.manifold import manifold_metrics
 from metrics.memorisation import memorisation
-from pipeline.evaluation.feature_networks import classifier, fad_network, reference_features
+from pipeline.evaluation.feature_networks import reference_features
+from pipeline.evaluation.loaders import LOADERS, FeatureNetwork
 from pipeline.evaluation.records import make_record
 from pipeline.options import EvaluationOptions
-from pipeline.runtime.device import Machine, Network
+from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import from_rank_0, is_rank_0
 
 FID_IMAGES = 10_000  # generated for FID, as is usual
 MEMORISATION_IMAGES = 1000
 Values = dict[str, float]
-
-
-@dataclass(frozen=True)
-class FeatureNetwork(Generic[Network]):
-    """A network whose features of images some metrics are computed from.
-
-    Attributes:
-        network: the network.
-        extract: images uint8 `[N,C,H,W]` and the network to features `[N,D]`.
-        protocol: what has to be reported with it.
-        fixed: the numbers of generated and real images, where the protocol fixes them; the split is then test.
-        reference: statistics of the test split that come with the network; only for FAD.
-    """
-
-    network: Network
-    extract: Callable[[Tensor, Network], np.ndarray]
-    protocol: str
-    fixed: tuple[int, int] | None = None
-    reference: Any = None
 
 
 class Features:
@@ -101,6 +74,11 @@ class Features:
         return self.source.extract(self.images, self.network)
 
     @cached_property
+    def logits(self) -> np.ndarray:
+        """The classifier's, of the generated images: `[N,L]`; the network must be the classifier."""
+        return classifier_logits(self.generated, self.network)
+
+    @cached_property
     def real(self) -> np.ndarray:
         """Of the real images of the reference split: `[M,D]`."""
         return self.of(self.split)
@@ -123,38 +101,6 @@ class Features:
         """Of the images of a split: `[M,D]`; from the cache if they are there."""
         name = f"{Path(self.data.name).name}-{split}"
         return reference_features(self.network, self.source.extract, self.real_images(split), name)
-
-
-def _inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[nn.Module]:
-    network, weights = load_inception(options.fid_weights, machine.device), options.fid_weights or "as published"
-    return FeatureNetwork(network, inception_features, f"pytorch-fid's Inception, weights {weights}")
-
-
-def _paper_inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[nn.Module]:
-    network = load_paper_inception(options.paper_fid_weights, machine.device)
-    protocol = "the release's: ImageNet Inception, normalised twice, SVD root"
-    return FeatureNetwork(network, inception_features, protocol, fixed=(PAPER_IMAGES, PAPER_IMAGES))
-
-
-def _fad(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[FadAutoencoder]:
-    network, origin, statistics = fad_network(data, options.fad_weights, machine)
-    fixed = FAD_IMAGES, len(data.test)
-    return FeatureNetwork(network, fad_features, f"autoencoder at 32x32, {origin}", fixed, statistics)
-
-
-def _classifier(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[Classifier]:
-    network, origin = classifier(data, machine)
-    return FeatureNetwork(network, classifier_features, origin)
-
-
-Loader = Callable[[EvaluationOptions, ImageData, Machine], FeatureNetwork[Any]]
-LOADERS: dict[str, Loader] = {
-    "inception": _inception,
-    "paper": _paper_inception,
-    "fad": _fad,
-    "classifier": _classifier,
-}
-"""Loaders of feature networks. They raise UserError if there is none for the data set, or no weights."""
 
 
 class Metric(NamedTuple):
@@ -197,7 +143,7 @@ def _classifier_metrics(features: Features) -> Values:
         "classifier_accuracy": accuracy(real_logits, features.real_labels),
     }
     if features.labels is not None:
-        values["label_accuracy"] = accuracy(classifier_logits(features.generated, features.network), features.labels)
+        values["label_accuracy"] = accuracy(features.logits, features.labels)
     return values | {f"classifier_{name}": value for name, value in _prdc(features).items()}
 
 
@@ -217,9 +163,9 @@ def _distance_of_class(features: Features, label: int) -> float | None:
 
 def _accuracy_of_class(features: Features, label: int) -> float | None:
     """Fraction of the images drawn with this label that are classified as it; None if there are no such images."""
-    generated, _ = features.of_class(label)
-    logits = classifier_logits(generated, features.network)
-    return accuracy(logits, torch.full((len(logits),), label)) if len(logits) else None
+    assert features.labels is not None
+    own = features.labels == label
+    return accuracy(features.logits[own.numpy()], features.labels[own]) if own.any() else None
 
 
 PER_CLASS = {"fad": _distance_of_class, "classifier_frechet": _distance_of_class, "label_accuracy": _accuracy_of_class}

@@ -70,20 +70,18 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, place: Place) -> Tr
 
 
 def sdid_trainer(
-    denoiser: Denoiser, model: CodeDiffusion, codes: Tensor, labels: Tensor | None, loss: str, place: Place
+    denoiser: Denoiser, model: CodeDiffusion, codes: Tensor, conditions: Tensor | None, loss: str, place: Place
 ) -> Trainer:
-    """Stage 2: the denoiser on `codes [N,h,w]`; previews are what `model` draws with it.
+    """Stage 2: the denoiser on `codes [N,h,w]` and their `conditions [N,J]`; previews are what `model` draws with it.
 
-    Each condition, which may need the `labels [N]`, is dropped for some images: inpainting has none, and guidance
-    compares predictions with and without it.
+    Each condition is dropped for some images: inpainting has none, and guidance compares predictions with and without.
     """
     run, diffusion = place.run, model.diffusion
 
     def draw(batch: Batch, random: torch.Generator) -> Batch:
-        codes = batch[0]
-        told = denoiser.conditions.of(*batch, codebook=model.autoencoder.vq_layer)
-        conditions = () if told is None else (_dropped_out(told, random),)
-        return codes.long(), *diffusion.training_noise(len(codes), model.grid, random, loss), *conditions
+        codes, *told = batch
+        known = [_dropped_out(each, random) for each in told]
+        return codes.long(), *diffusion.training_noise(len(codes), model.grid, random, loss), *known
 
     def losses(
         network: Denoiser, _: torch.Generator, codes: Tensor, t: Tensor, mask: Tensor, condition: Tensor | None = None
@@ -96,7 +94,7 @@ def sdid_trainer(
         show(run, "sdid", "samples", grid(images, PREVIEW_IMAGES // 2), epoch)
         return {}
 
-    examples = (codes, labels) if denoiser.labels and labels is not None else (codes,)
+    examples = (codes,) if conditions is None else (codes, conditions)
     return Trainer((2, "sdid"), denoiser, examples, losses, preview, place, run.denoiser, draw)
 
 

@@ -1,5 +1,7 @@
 """The two trainings: the autoencoder on images, then the denoiser on their codes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -85,13 +87,17 @@ def train_denoiser(session: Session) -> bool:
     codes = encode_images(autoencoder, data.train, machine, session.options.sampling.eval_batch_size)
     torch.manual_seed(derive_seed(session.options.run.seed, "weights", 2))
     denoiser = machine.to_device(networks.new_denoiser(session.code_grid, data))
-    if session.last.get("stage") != "sdid":  # a resumed training has weights, and conditions that are fitted
+    if session.last.get("stage") == "sdid":  # a resumed training has weights, and conditions that are fitted
+        with _refusing_others(session):
+            denoiser.load_state_dict(session.last["model"])
+    else:
         networks.begin_denoiser(denoiser)
         networks.fit_conditions(denoiser, codes, data.train_labels, autoencoder)
+    conditions = denoiser.conditions.of(codes, data.train_labels, codebook=autoencoder.vq_layer)
     schedule = _schedule(session, o.diffusion_epochs, o.diffusion_lr or o.lr, o.fixed_norm)
     model = session.code_diffusion(autoencoder, denoiser)
     place = Place(session.run, schedule, machine)
-    return _train(session, sdid_trainer(denoiser, model, codes, data.train_labels, o.loss, place))
+    return _train(session, sdid_trainer(denoiser, model, codes, conditions, o.loss, place))
 
 
 def _schedule(session: Session, epochs: int, lr: float, fixed_norm: float = 0.0) -> Schedule:
@@ -111,8 +117,15 @@ def _schedule(session: Session, epochs: int, lr: float, fixed_norm: float = 0.0)
 
 def _train(session: Session, trainer: Trainer) -> bool:
     if session.last.get("stage") == trainer.name:
-        try:
+        with _refusing_others(session):
             trainer.restore(session.last)
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise UserError(f"{session.run.last} does not fit its config.json: restore both") from error
     return trainer.train()
+
+
+@contextmanager
+def _refusing_others(session: Session) -> Iterator[None]:
+    """Raise UserError if the state in last.pth is not that of the networks that config.json describes."""
+    try:
+        yield
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise UserError(f"{session.run.last} does not fit its config.json: restore both") from error

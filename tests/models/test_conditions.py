@@ -187,11 +187,13 @@ def test_a_row_for_each_class():
 
 
 def test_each_condition_is_dropped_by_itself(tmp_path, monkeypatch):
-    """For a tenth of the images, in whatever part of the batch a process computes."""
+    """For a tenth of the images, in whatever part of the batch a process computes; the others are told their own."""
     denoiser, codebook, seen = denoiser_of("both"), Codebook(K, 2), []
     machine = Machine(torch.device("cpu"), bf16=False)
     model = CodeDiffusion(SimpleNamespace(vq_layer=codebook, codebook_size=K), denoiser, GRID, machine, seed=0)
     codes, labels = torch.randint(K, (1000, *GRID)).to(torch.int16), torch.arange(1000) % CLASSES
+    told = denoiser.conditions.of(codes, labels, codebook=codebook)
+    assert torch.equal(told, torch.stack((denoiser.prototypes.nearest(codes, codebook), labels), 1))
 
     def network(tokens, t, condition):
         seen.append(condition)
@@ -199,7 +201,7 @@ def test_each_condition_is_dropped_by_itself(tmp_path, monkeypatch):
 
     with RunFolder(tmp_path) as run:
         schedule = Schedule(epochs=1, batch_size=10, lr=0.1, seed=0)
-        trainer = sdid_trainer(denoiser, model, codes, labels, "elbo", Place(run, schedule, machine))
+        trainer = sdid_trainer(denoiser, model, codes, told, "elbo", Place(run, schedule, machine))
         for number, count in ((0, 1), (1, 2)):  # one process, and the second of two
             monkeypatch.setattr(processes, "rank", lambda number=number: number)
             monkeypatch.setattr(processes, "size", lambda count=count: count)
@@ -209,7 +211,6 @@ def test_each_condition_is_dropped_by_itself(tmp_path, monkeypatch):
     dropped = whole == NOT_GIVEN
     torch.testing.assert_close(dropped.double().mean(0), torch.full((2,), 0.1).double(), atol=0.05, rtol=0)
     assert dropped.all(1).double().mean() == pytest.approx(0.01, abs=0.016)
-    told = torch.stack((denoiser.prototypes.nearest(codes, codebook), labels), 1)
     assert torch.equal(whole[~dropped], told[~dropped])
 
 

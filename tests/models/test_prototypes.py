@@ -1,7 +1,5 @@
 """The prototype of an image as the condition of the residual denoiser."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -14,12 +12,6 @@ from models.quantizer import Codebook
 from models.spiking import use_backend
 from pipeline.checkpoints import load_weights, write_json
 from pipeline.run_folder import RunFolder
-from pipeline.runtime import processes
-from pipeline.runtime.device import Machine
-from pipeline.sampling.image_models import CodeDiffusion
-from pipeline.training.loop import Place
-from pipeline.training.objectives import sdid_trainer
-from pipeline.training.schedules import Schedule
 
 K, GRID = 6, (4, 4)
 
@@ -202,29 +194,3 @@ def test_samples_are_told_and_fillings_are_not(told, cli, monkeypatch, float64):
     asked.clear()
     assert cli("--checkpoint", told, "--stage", "inpaint").status == 0
     assert asked and all(len(told) == 3 for told in asked)
-
-
-def test_training_images_are_told_their_own_mostly(groups, codebook, tmp_path, monkeypatch):
-    """A share of them is told none, in whatever part of the batch a process computes."""
-    denoiser = small(prototypes=5)
-    denoiser.prototypes.fit(groups, codebook, seed=0)
-    machine = Machine(torch.device("cpu"), bf16=False)
-    generator = CodeDiffusion(SimpleNamespace(vq_layer=codebook, codebook_size=K), denoiser, GRID, machine, seed=0)
-    batch, seen = groups.repeat(20, 1, 1), []
-
-    def network(tokens, t, prototype):
-        seen.append(prototype)
-        return torch.zeros(len(tokens), K, *GRID, requires_grad=True)
-
-    with RunFolder(tmp_path) as run:
-        schedule = Schedule(epochs=1, batch_size=10, lr=0.1, seed=0)
-        trainer = sdid_trainer(denoiser, generator, groups, None, "elbo", Place(run, schedule, machine))
-        for number, count in ((0, 1), (1, 2)):  # one process, and the second of two
-            monkeypatch.setattr(processes, "rank", lambda number=number: number)
-            monkeypatch.setattr(processes, "size", lambda count=count: count)
-            trainer._share_of_losses(network, (batch,), torch.Generator().manual_seed(0))
-    whole, half = (condition[:, 0] for condition in seen)
-    assert torch.equal(whole[500:], half)
-    dropped = whole == NOT_GIVEN
-    assert dropped.double().mean() == pytest.approx(0.1, abs=0.04)
-    assert torch.equal(whole[~dropped], denoiser.prototypes.nearest(batch, codebook)[~dropped])

@@ -18,7 +18,8 @@ from errors import UserError
 from models import SDID, build_model
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
 from pipeline.evaluation import metrics as evaluation
-from pipeline.evaluation.metrics import FeatureNetwork, Metric
+from pipeline.evaluation.loaders import FeatureNetwork
+from pipeline.evaluation.metrics import Metric
 from pipeline.training import loop as training
 from pipeline.training import objectives as trainers
 

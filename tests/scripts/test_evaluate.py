@@ -15,7 +15,8 @@ from errors import UserError
 from metrics.extraction import extract
 from metrics.frechet import feature_statistics, frechet_distance
 from pipeline.evaluation import metrics as evaluation
-from pipeline.evaluation.metrics import FeatureNetwork, Metric
+from pipeline.evaluation.loaders import FeatureNetwork
+from pipeline.evaluation.metrics import Metric
 from scripts import evaluate
 
 

@@ -15,7 +15,8 @@ from metrics.frechet import feature_statistics, frechet_distance
 from models import FSVAE, SDID, VQSVAE, VQVAE
 from pipeline.evaluation import metrics as evaluation
 from pipeline.evaluation import model_metrics, temperature
-from pipeline.evaluation.metrics import Evaluation, FeatureNetwork, Metric
+from pipeline.evaluation.loaders import FeatureNetwork
+from pipeline.evaluation.metrics import Evaluation, Metric
 from pipeline.evaluation.model_metrics import energy_records, reconstruction_records
 from pipeline.options import EvaluationOptions
 from pipeline.run_folder import RunFolder
