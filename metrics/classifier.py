@@ -1,7 +1,10 @@
 """Metrics from a classifier that is trained on the data set's own classes, and the classifier."""
 
+import math
+
 import numpy as np
 import torch
+from scipy.stats import entropy
 from torch import Tensor, nn
 
 from metrics.counts import check_enough
@@ -59,3 +62,14 @@ def classifier_distance(generated: np.ndarray, real: np.ndarray) -> float:
 def accuracy(logits: np.ndarray, labels: Tensor) -> float:
     """Fraction of images, given their logits [N,K], whose predicted class is their label, int64 [N]."""
     return (logits.argmax(axis=1) == labels.numpy()).mean().item()
+
+
+def mean_confidence(logits: np.ndarray) -> float:
+    """Mean probability of the predicted class, for logits [N,K]: near 1 if every image clearly belongs to one class."""
+    return torch.from_numpy(logits).double().softmax(1).amax(1).mean().item()
+
+
+def class_balance(logits: np.ndarray) -> float:
+    """Entropy of the predicted classes, for logits [N,K], over its maximum: 1 if all are equally frequent."""
+    shares = np.bincount(logits.argmax(axis=1)) / len(logits)
+    return entropy(shares).item() / math.log(logits.shape[1]) if logits.shape[1] > 1 else 1.0

@@ -32,7 +32,7 @@ PRECISIONS = ("auto", "float32", "bf16")
 MASKS = ("left", "right", "top", "bottom", "center")
 CONDITIONS = {"none": (), "prototype": ("prototype",), "label": ("label",), "both": ("prototype", "label")}
 LR_SCHEDULES = ("constant", "cosine")
-SAMPLE_METRICS = ("fid", "kid", "is", "prdc", "paper_fid", "fad", "classifier", "memorisation")  # of generated images
+SAMPLE_METRICS = ("fid", "kid", "is", "prdc", "paper_fid", "fad", "classifier", "recognition", "memorisation")
 AUTOENCODER_METRICS = ("mse", "ssim", "codebook")  # no denoiser is needed
 METRICS = (*SAMPLE_METRICS, *AUTOENCODER_METRICS, "energy")
 

@@ -13,8 +13,10 @@ from errors import UserError
 from metrics.classifier import (
     FEATURES,
     accuracy,
+    class_balance,
     classifier_distance,
     classifier_logits,
+    mean_confidence,
 )
 from metrics.counts import check_enough
 from metrics.fad import FAD_IMAGES, fad
@@ -40,6 +42,7 @@ from pipeline.runtime.processes import from_rank_0, is_rank_0
 
 FID_IMAGES = 10_000  # generated for FID, as is usual
 MEMORISATION_IMAGES = 1000
+RECOGNITION_IMAGES = 500
 Values = dict[str, float]
 
 
@@ -137,14 +140,20 @@ def _prdc(features: Features) -> Values:
 
 
 def _classifier_metrics(features: Features) -> Values:
-    real_logits = classifier_logits(features.real, features.network)
+    prdc = {f"classifier_{name}": value for name, value in _prdc(features).items()}
+    return {"classifier_frechet": classifier_distance(features.generated, features.real), **prdc}
+
+
+def _recognition(features: Features) -> Values:
+    """The share of images drawn with a label that are recognised as it, if there are any; what else logits tell."""
+    drawn, real = features.logits, classifier_logits(features.real, features.network)
     values = {
-        "classifier_frechet": classifier_distance(features.generated, features.real),
-        "classifier_accuracy": accuracy(real_logits, features.real_labels),
+        "classifier_accuracy": accuracy(real, features.real_labels),
+        "confidence": mean_confidence(drawn),
+        "confidence_real": mean_confidence(real),
+        "class_balance": class_balance(drawn),
     }
-    if features.labels is not None:
-        values["label_accuracy"] = accuracy(features.logits, features.labels)
-    return values | {f"classifier_{name}": value for name, value in _prdc(features).items()}
+    return values if features.labels is None else {"label_accuracy": accuracy(drawn, features.labels), **values}
 
 
 def _memorisation(features: Features) -> Values:
@@ -185,6 +194,7 @@ GENERATED_METRICS = {
     ),
     "fad": Metric("fad", FAD_IMAGES, 0, lambda both: {"fad": fad(both.generated, both.source.reference)}, "test"),
     "classifier": Metric("classifier", FAD_IMAGES, FEATURES + 1, _classifier_metrics),
+    "recognition": Metric("classifier", RECOGNITION_IMAGES, 1, _recognition),
     "memorisation": Metric(
         "classifier",
         MEMORISATION_IMAGES,

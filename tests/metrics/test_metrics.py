@@ -17,9 +17,11 @@ from metrics import manifold
 from metrics.classifier import (
     Classifier,
     accuracy,
+    class_balance,
     classifier_distance,
     classifier_features,
     classifier_logits,
+    mean_confidence,
 )
 from metrics.codebook import perplexity, usage
 from metrics.fad import FadAutoencoder, fad, fad_features, load_published, to_fad_range, to_fad_size
@@ -517,9 +519,13 @@ def test_classifier_features_give_its_logits(shape):
     np.testing.assert_allclose(logits, expected.numpy(), atol=1e-5)
 
 
-def test_accuracy_by_hand():
-    logits = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8], [0.5, 0.2, 0.3]])  # classes 0, 0, 2, 0
+def test_what_logits_tell_by_hand():
+    probabilities = [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8], [0.5, 0.2, 0.3]]
+    logits = np.log(np.array(probabilities))  # classes 0, 0, 2, 0
     assert accuracy(logits, torch.tensor([0, 1, 2, 2])) == 0.5
+    assert mean_confidence(logits) == pytest.approx((0.7 + 0.6 + 0.8 + 0.5) / 4)
+    assert class_balance(logits) == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(3))
+    assert class_balance(np.eye(3)) == pytest.approx(1) and class_balance(logits[:2]) == 0
 
 
 def test_classifier_distance_is_the_frechet_distance():

@@ -311,7 +311,10 @@ def test_images_drawn_with_labels_are_judged_class_by_class(data, monkeypatch):
 
     monkeypatch.setattr(evaluation, "classifier_distance", lambda *_: 1.0)  # of more images
     monkeypatch.setattr(evaluation, "_prdc", lambda _: {})
-    table = {"classifier": Metric("free", 6, 3, evaluation._classifier_metrics)}
+    table = {
+        "classifier": Metric("free", 6, 3, evaluation._classifier_metrics),
+        "recognition": Metric("free", 6, 3, evaluation._recognition),
+    }
     monkeypatch.setattr(evaluation, "GENERATED_METRICS", table)
     named = replace(data, test_labels=torch.tensor([0, 0, 0, 0, 0, 1, 1]), class_names=("bag", "boot"))
     labels, bright = torch.tensor([0, 1, 0, 0, 1, 0, 0]), torch.tensor([0, 1, 0, 0, 0, 0, 1], dtype=torch.uint8)
@@ -319,6 +322,7 @@ def test_images_drawn_with_labels_are_judged_class_by_class(data, monkeypatch):
     records = {record["name"]: record for record in prepared(named).compute(images, "so", labels=labels)}
     assert records["label_accuracy"]["value"] == pytest.approx(5 / 7)
     assert records["label_accuracy"]["per_class"] == {"bag": 0.8, "boot": 0.5}
+    assert records["class_balance"]["value"] == pytest.approx(0.863, abs=1e-3), "two boots and five bags"
     statistics = (feature_statistics(pooled(part, Pooling())) for part in (images[labels == 0], named.test[:5]))
     distance = frechet_distance(*itertools.chain(*statistics))
     assert records["classifier_frechet"]["per_class"] == {"bag": pytest.approx(distance)}, "boots are too few"
