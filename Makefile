@@ -16,11 +16,13 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 	$(RUN) -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 	touch $@
 
-# A small model on the digits that come with scikit-learn: fewer spike steps and channels than the paper.
+# The improved preset, made small, on the digits that come with scikit-learn; a grid with a row for each digit.
 demo: install
 	rm -rf result/demo
-	$(RUN) -u main.py --dataset_name Digits --result_path result/demo --metrics mse,ssim,codebook \
-	  --spike_steps 4 --codebook_size 32 --denoiser_channels 32 --epochs 60 --diffusion_epochs 90
+	$(RUN) -u main.py --dataset_name Digits --preset improved --condition label --guidance 0.5 \
+	  --codebook_size 64 --denoiser_channels 96 --denoiser_blocks 3 --epochs 12 --diffusion_epochs 50 \
+	  --sample_steps 20 --metrics recognition,mse,ssim,codebook --result_path result/demo
+	$(RUN) -u main.py --checkpoint result/demo/Digits/snn-vq-vae --stage sample --labels all
 
 # Ten images of each class, drawn by the trained network that comes with the repository.
 sample: install

@@ -37,6 +37,8 @@ COLUMNS = {
     "fad": "FAD",
     "reconstruction_fad": "FAD of reconstructions",
     "classifier_frechet": "classifier distance",
+    "classifier_recall": "recall, classifier features",
+    "label_accuracy": "recognised as their class",
     "mse": "MSE",
     "ssim": "SSIM",
     "energy_sample": "energy of a sample",
@@ -90,13 +92,15 @@ class Value(NamedTuple):
 class Row(NamedTuple):
     """One model on one data set: values by column.
 
-    `training` is empty for published values. `weights` is the digest of the evaluated weights.
+    `training` is empty for published values. `samples` says how they were drawn. `weights` is the digest of the
+    evaluated weights.
     """
 
     dataset: str
     model: str
     training: str
     values: dict[str, Value]
+    samples: str = ""
     weights: str = ""
 
 
@@ -109,22 +113,24 @@ def read_run(run: RunFolder) -> Row:
     if not {"dataset_name", "model"} <= options.keys():
         missing = f"{run.trained.config} does not say which model the metrics in {run.path} are for"
         raise UserError(f"{missing}: restore the file that the run wrote, or leave the folder out")
-    drawn = [metric["drawn"] for metric in values if metric["name"] in COLUMNS and "drawn" in metric][:1]
+    drawn = next((metric["drawn"] for metric in values if metric["name"] in COLUMNS and "drawn" in metric), "")
     counts = " + ".join(map(str, Counter(line["stage"] for line in epochs).values()))
     hours = sum(line["images"] / line["images_per_second"] for line in epochs) / 3600
     ablation = [options[key] for key in ("readout", "spike_generator") if options.get(key) not in STANDARD]
     improved = ["improved"] if options.get("preset") == "improved" else []
-    model = ", ".join([options["model"], *improved, *ablation])
-    training = "; ".join([f"{counts} epochs, {hours:.1f} h", *drawn])
+    condition = [f"condition {options['condition']}"] if options.get("condition", "none") != "none" else []
+    model = ", ".join([options["model"], *improved, *condition, *ablation])
+    training = f"{counts} epochs, {hours:.1f} h"
     by_name = {metric["name"]: Value(metric["value"], describe(metric), metric.get("seed")) for metric in values}
-    return Row(options["dataset_name"], model, training, by_name, values[0].get("weights", "") if values else "")
+    weights = values[0].get("weights", "") if values else ""
+    return Row(options["dataset_name"], model, training, by_name, drawn, weights)
 
 
 def merge_seeds(rows: list[Row]) -> list[Row]:
     """One row for all evaluations of the same weights whose samples differ only by the seed."""
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for number, row in enumerate(rows):
-        groups[row.dataset, row.model, row.training, row.weights or str(number)].append(row)
+        groups[row.dataset, row.model, row.training, row.samples, row.weights or str(number)].append(row)
     return [group[0]._replace(values=_merged(group)) for group in groups.values()]
 
 
@@ -178,7 +184,8 @@ def table(rows: list[Row]) -> str:
     ]
     for row in sorted(rows, key=lambda row: row.dataset):
         cells = " | ".join(cell(row, column) for column in columns)
-        lines.append(f"| {row.dataset} | {row.model} | {row.training} | {cells} |")
+        how = "; ".join(filter(None, (row.training, row.samples)))
+        lines.append(f"| {row.dataset} | {row.model} | {how} | {cells} |")
     notes = [f"- {letter}: {COLUMNS[column]}: {protocol}" for (column, protocol), letter in letters.items()]
     return "\n".join([*lines, "", *notes]) + "\n"
 
@@ -213,6 +220,44 @@ def plot(rows: list[Row], path: Path) -> None:
     save_figure(path, figure)
 
 
+def plot_classes(rows: list[Row], path: Path) -> None:
+    """How many samples are recognised as their class, against how diverse they are; one panel per data set.
+
+    Each trained network is a line through its samples with different guidance, or a vertical one if it knows no
+    classes. Raises UserError if no run has both values.
+    """
+    import matplotlib.pyplot as plt  # here because importing it takes a second
+
+    x, y = "classifier_recall", "label_accuracy"
+    rows = sorted((row for row in rows if x in row.values), key=_guidance)
+    datasets = sorted({row.dataset for row in rows if y in row.values})
+    if not datasets:
+        raise UserError(f"no run has {x} and {y}: evaluate one that was trained with labels")
+    figure, axes = plt.subplots(1, len(datasets), squeeze=False, figsize=(5.5 * len(datasets), 4), layout="constrained")
+    for axis, dataset in zip(axes[0], datasets, strict=True):
+        shown = [row for row in rows if row.dataset == dataset]
+        for number, weights in enumerate(dict.fromkeys(row.weights for row in shown)):
+            points = [row for row in shown if row.weights == weights]
+            recalls, style = [row.values[x].value for row in points], {"color": f"C{number}", "label": points[0].model}
+            if y not in points[0].values:
+                axis.axvline(recalls[0], linestyle="dotted", **style)
+                continue
+            accuracies = [row.values[y].value for row in points]
+            axis.plot(recalls, accuracies, marker="o", **style)
+            for row, *point in zip(points, recalls, accuracies, strict=True):
+                axis.annotate(f"{_guidance(row):g}", point, xytext=(4, 4), textcoords="offset points")
+        real = next(row.values["classifier_accuracy"].value for row in shown if "classifier_accuracy" in row.values)
+        axis.axhline(real, color="grey", linestyle="dashed", label="real test images")
+        axis.set(title=f"{dataset}; at the points, guidance", xlabel=COLUMNS[x], ylabel=COLUMNS[y])
+        axis.legend(fontsize="small")
+    save_figure(path, figure)
+
+
+def _guidance(row: Row) -> float:
+    """With which the samples were drawn."""
+    return float(row.samples.partition(", guidance ")[2] or 0)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the table, or write it; a mistake of the user is one line on stderr and exit status 2."""
     print_anywhere()
@@ -221,6 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", type=expand, help="run folders, or folders that contain some")
     parser.add_argument("--output", type=expand, help="Markdown file [printed instead]")
     parser.add_argument("--plot", type=expand, help="also plot the distances to this image file")
+    parser.add_argument("--classes_plot", type=expand, help="plot the share recognised as their class against recall")
     args = parser.parse_args(arguments)
     runs = [RunFolder(path.parent) for folder in args.folders for path in sorted(folder.rglob("metrics.json"))]
     try:
@@ -231,6 +277,8 @@ def main(arguments: list[str] | None = None) -> None:
         rows += published_rows({row.dataset for row in rows})
         if args.plot:
             plot(rows, args.plot)
+        if args.classes_plot:
+            plot_classes(rows, args.classes_plot)
         if args.output:
             write_whole(args.output, table(rows).encode())
         else:

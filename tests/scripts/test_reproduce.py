@@ -117,6 +117,39 @@ def test_seeds_of_the_same_weights_are_one_row(tmp_path, capsys):
     assert "| 0.5 <sup>" in ours[0] and "| 9 <sup>" in ours[1]
 
 
+def test_accuracy_is_plotted_against_recall(tmp_path, monkeypatch, capsys):
+    """One line for the guidances of the same weights; a vertical one for a network that knows no classes."""
+    figures = []
+    monkeypatch.setattr(results_table, "save_figure", lambda path, figure: figures.append(figure))
+    with_labels = [
+        ("classifier_recall", 0.6, "own"),
+        ("label_accuracy", 0.8, "own"),
+        ("classifier_accuracy", 0.9, "own"),
+    ]
+    for name, weights, drawn, values in (
+        (
+            "guided",
+            "w",
+            "40 timesteps, guidance 0.5",
+            [with_labels[0], ("label_accuracy", 0.85, "own"), with_labels[2]],
+        ),
+        ("plain", "w", "40 timesteps", with_labels),
+        ("unconditional", "v", "40 timesteps", [("classifier_recall", 0.7, "own")]),
+    ):
+        make_run(tmp_path / name, "MNIST", values)
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        more = {"weights": weights, "drawn": drawn}
+        (tmp_path / name / "metrics.json").write_text(json.dumps([metric | more for metric in metrics]))
+    results_table.main([str(tmp_path), "--classes_plot", str(tmp_path / "plot.png")])
+    (axes,) = figures[0].axes
+    assert [line.get_xydata().tolist() for line in axes.lines[:2]] == [
+        [[0.6, 0.8], [0.6, 0.85]],
+        [[0.7, 0.0], [0.7, 1.0]],
+    ]
+    assert [text.get_text() for text in axes.texts] == ["0", "0.5"]
+    assert "label_accuracy" in refused(capsys, tmp_path / "unconditional", "--classes_plot", tmp_path / "plot.png")
+
+
 def test_values_of_several_protocols_are_not_averaged(tmp_path, capsys):
     for name, protocol in (("a", "own"), ("b", "published")):
         make_run(tmp_path / name, "MNIST", [("fad", 3.0, protocol)])
