@@ -3,6 +3,7 @@
 python scripts/evaluate.py RUN_FOLDER                            its samples/images.npz against its data set
 python scripts/evaluate.py GENERATED --dataset_name MNIST        images against a data set
 python scripts/evaluate.py GENERATED REAL --metrics fid,kid      images against other images
+python scripts/evaluate.py --dataset_name MNIST --seed 1         5,000 random training images, as if generated
 
 Images are a folder of image files, searched recursively, or an .npy or .npz file: [N,H,W], [N,H,W,1] or
 [N,H,W,3] of uint8, uint16 or bool; an .npz file must hold one array, or one named "images".
@@ -32,6 +33,8 @@ from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import find_device
 from pipeline.runtime.terminal import print_anywhere
 
+RANDOM_IMAGES = 5000
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the metrics with their protocols; for a mistake of the user, one line on stderr and exit status 2."""
@@ -52,7 +55,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     add = parser.add_argument
-    add("generated", type=expand, help="generated images, or a run folder")
+    add("generated", type=expand, nargs="?", help="generated images, or a run folder; or training images, if omitted")
     add("real", type=expand, nargs="?", help="real images; omit for a run folder or with --dataset_name")
     add("--dataset_name", choices=DATASETS, help="use this data set as the real images")
     add("--data_path", type=expand, help="where the data set is [that of the run, else data]")
@@ -61,7 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--fid_weights", type=expand, help="pytorch-fid's Inception weights [downloaded]")
     add("--paper_fid_weights", type=expand, help="torchvision's Inception weights [downloaded]")
     add("--fad_weights", type=expand, help="folder of the published FAD autoencoders [own, trained once]")
-    add("--seed", type=int, default=42, help="random seed, for KID's subsets [42]")
+    add("--seed", type=int, default=42, help="random seed, for KID's subsets and random images [42]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--output", type=expand, help="also write the metrics to this JSON file")
     return parser.parse_args(arguments)
@@ -70,21 +73,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def evaluate(args: argparse.Namespace) -> list[dict]:
     """The metrics, as in a run's metrics.json."""
     find_device(args.device)  # reports a mistake before images are read
+    data, images, drawn = load_sides(args)
+    ours, theirs = list(images.shape[2:]), list(data.test.shape[2:])
+    if ours != theirs:
+        raise UserError(f"the images in {drawn} are {ours} pixels, those of {data.name} {theirs}: resize one set")
+    options = {key: getattr(args, key) for key in names(EvaluationOptions)}
+    pixels = to_channels(images, data.test.shape[1]).numpy()
+    return spiking_diffusion.evaluate(pixels, data, drawn=drawn, device=args.device, seed=args.seed, **options)
+
+
+def load_sides(args: argparse.Namespace) -> tuple[ImageData, Tensor, str]:
+    """The real side, the generated images uint8 [N,C,H,W], and where these are from."""
     if args.real and args.dataset_name:
         raise UserError("both real images and --dataset_name are given: leave one out")
+    if not (args.generated or args.dataset_name):
+        raise UserError("nothing to evaluate: name a run folder, images, or --dataset_name")
     if args.real:
         data, generated = as_data(args.real), args.generated
     elif args.dataset_name:
         data, generated = load_dataset(args.dataset_name, args.data_path or "data"), args.generated
     else:
         data, generated = load_data_of(args.generated, args.data_path), args.generated / "samples" / "images.npz"
-    images = load_images(generated)
-    ours, theirs = list(images.shape[2:]), list(data.test.shape[2:])
-    if ours != theirs:
-        raise UserError(f"the images in {generated} are {ours} pixels, those of {data.name} {theirs}: resize one set")
-    options = {key: getattr(args, key) for key in names(EvaluationOptions)}
-    pixels = to_channels(images, data.test.shape[1]).numpy()
-    return spiking_diffusion.evaluate(pixels, data, drawn=str(generated), device=args.device, seed=args.seed, **options)
+    if generated is None:
+        chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(args.seed))[:RANDOM_IMAGES]
+        return data, data.train[chosen], "random training images"
+    return data, load_images(generated), str(generated)
 
 
 def as_data(path: Path) -> ImageData:

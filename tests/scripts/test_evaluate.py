@@ -131,6 +131,17 @@ def test_images_against_a_data_set(tmp_path):
     assert record["num_real"] == 360 and record["value"] > 0
 
 
+def test_training_images_stand_in_for_generated_ones(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "RANDOM_IMAGES", 30)
+    data = load_dataset("Digits", "data")
+    first, again, other = (records("--dataset_name", "Digits", "--seed", seed)[0] for seed in (1, 1, 2))
+    chosen = torch.randperm(1437, generator=torch.Generator().manual_seed(1))[:30]
+    assert first["value"] == pytest.approx(distance(pixels(data.train[chosen], Pixels()), pixels(data.test, Pixels())))
+    assert (first["num_generated"], first["drawn"]) == (30, "random training images")
+    assert again == first and other["value"] != first["value"]
+    assert "nothing to evaluate" in mistake(capsys)
+
+
 def test_sizes_and_colours_must_be_alike(tmp_path, capsys):
     colour, grey = (
         write_npz(tmp_path / "c.npz", random_images(6)),
