@@ -59,6 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("real", type=expand, nargs="?", help="real images; omit for a run folder or with --dataset_name")
     add("--dataset_name", choices=DATASETS, help="use this data set as the real images")
     add("--data_path", type=expand, help="where the data set is [that of the run, else data]")
+    add("--held_out", type=int, default=0, help="training images left out, as in the run that is compared [0]")
     add("--metrics", type=parse_metrics(SAMPLE_METRICS), help=f"of {','.join(SAMPLE_METRICS)} [all available]")
     add("--reference", choices=("test", "train"), default="test", help="split that real images are taken from [test]")
     add("--fid_weights", type=expand, help="pytorch-fid's Inception weights [downloaded]")
@@ -91,7 +92,8 @@ def load_sides(args: argparse.Namespace) -> tuple[ImageData, Tensor, str]:
     if args.real:
         data, generated = as_data(args.real), args.generated
     elif args.dataset_name:
-        data, generated = load_dataset(args.dataset_name, args.data_path or "data"), args.generated
+        data = load_dataset(args.dataset_name, args.data_path or "data", held_out=args.held_out)
+        generated = args.generated
     else:
         data, generated = load_data_of(args.generated, args.data_path), args.generated / "samples" / "images.npz"
     if generated is None:

@@ -139,6 +139,8 @@ def test_training_images_stand_in_for_generated_ones(monkeypatch, capsys):
     assert first["value"] == pytest.approx(distance(pixels(data.train[chosen], Pixels()), pixels(data.test, Pixels())))
     assert (first["num_generated"], first["drawn"]) == (30, "random training images")
     assert again == first and other["value"] != first["value"]
+    (kept,) = records("--dataset_name", "Digits", "--seed", 1, "--held_out", 100)
+    assert kept["value"] != first["value"], "chosen from the others"
     assert "nothing to evaluate" in mistake(capsys)
 
 
