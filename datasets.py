@@ -127,8 +127,10 @@ def load_dataset(
     if options and DATASETS[name] is not _load_folder:
         raise UserError(f"{' and '.join(options)} can be chosen for ImageFolder only: leave out for {name}")
     train, test, class_names = DATASETS[name](expand(data_path), train_images, **options)
-    if held_out >= len(train.images):
-        raise UserError(f"held_out is {held_out}, but must be less than the {len(train.images)} training images")
+    if not 0 <= held_out < len(train.images):
+        raise UserError(
+            f"held_out is {held_out}, but must be from 0 to {len(train.images) - 1}, one less than the split"
+        )
     apart = torch.zeros(len(train.images), dtype=torch.bool)
     apart[torch.arange(held_out) * len(apart) // max(held_out, 1)] = True
     kept, held, test = train.take(~apart), train.take(apart), test.take(slice(None))
