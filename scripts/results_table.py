@@ -15,7 +15,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scipy.stats import t
 
@@ -238,7 +238,8 @@ def plot_classes(rows: list[Row], path: Path) -> None:
         shown = [row for row in rows if row.dataset == dataset]
         for number, weights in enumerate(dict.fromkeys(row.weights for row in shown)):
             points = [row for row in shown if row.weights == weights]
-            recalls, style = [row.values[x].value for row in points], {"color": f"C{number}", "label": points[0].model}
+            recalls, name = [row.values[x].value for row in points], f"{points[0].model}; {points[0].training}"
+            style: dict[str, Any] = {"color": f"C{number}", "label": name}
             if y not in points[0].values:
                 axis.axvline(recalls[0], linestyle="dotted", **style)
                 continue

@@ -331,20 +331,26 @@ def test_runs_from_before_there_was_the_option(cli, classes, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(("name", "condition"), [("mnist", "prototype"), ("fmnist-faithful", "none")])
-def test_packed_runs_from_before_there_was_the_option(name, condition, tmp_path):
-    folder = PRETRAINED / name
-    assert resolve(["--checkpoint", str(folder)]).options.denoiser.condition == condition
-    start = ("--start_from", str(folder), "--stage", "sdid", "--denoiser", "residual", "--result_path", str(tmp_path))
+@pytest.mark.parametrize(("prototypes", "condition"), [(50, "prototype"), (0, "none")])
+def test_packed_runs_from_before_there_was_the_option(prototypes, condition, tmp_path):
+    config = RunFolder(PRETRAINED / "mnist").read_config() | {"images_per_prototype": prototypes}
+    del config["condition"]
+    old = RunFolder(tmp_path / "old")
+    old.path.mkdir()
+    write_json(old.config, config)
+    assert resolve(["--checkpoint", str(old.path)]).options.denoiser.condition == condition
+    start = ("--start_from", str(old.path), "--stage", "sdid", "--denoiser", "residual", "--result_path", str(tmp_path))
     options = resolve([*start, "--condition", "both"]).options.denoiser
     assert (options.condition, options.images_per_prototype) == ("both", 50)
-    if condition == "prototype":
-        counts = load_weights(RunFolder(folder).denoiser)["prototypes.counts"]
-        denoiser = ResidualSDID(128, denoiser_channels=16, denoiser_blocks=1, prototypes=len(counts))
-        denoiser.prototypes.counts.copy_(counts)
-        images = [np.random.default_rng((42, sample, 1)).integers(int(counts.sum())) for sample in range(100)]
-        expected = torch.searchsorted(counts.cumsum(0), torch.tensor(images), right=True)
-        assert torch.equal(denoiser.conditions.draw(42, range(100))[:, 0], expected)
+
+
+def test_prototypes_alone_are_drawn_as_before_there_were_labels():
+    counts = load_weights(RunFolder(PRETRAINED / "mnist").denoiser)["prototypes.counts"]
+    denoiser = ResidualSDID(128, denoiser_channels=16, denoiser_blocks=1, prototypes=len(counts))
+    denoiser.prototypes.counts.copy_(counts)
+    images = [np.random.default_rng((42, sample, 1)).integers(int(counts.sum())) for sample in range(100)]
+    expected = torch.searchsorted(counts.cumsum(0), torch.tensor(images), right=True)
+    assert torch.equal(denoiser.conditions.draw(42, range(100))[:, 0], expected)
 
 
 def test_packed(trained, cli, tmp_path):
