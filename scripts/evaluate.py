@@ -25,6 +25,7 @@ import spiking_diffusion
 from datasets import DATASETS, ImageData, load_dataset
 from errors import UserError
 from image_files import alternate, expand, find_images, read_images
+from metrics.fad import FAD_IMAGES
 from pipeline.checkpoints import write_json
 from pipeline.declaration import parse_metrics
 from pipeline.evaluation.records import print_records
@@ -33,7 +34,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import find_device
 from pipeline.runtime.terminal import print_anywhere
 
-RANDOM_IMAGES = 5000
+RANDOM_IMAGES = FAD_IMAGES
 
 
 def main(arguments: list[str] | None = None) -> None:

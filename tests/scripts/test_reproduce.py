@@ -60,7 +60,8 @@ def test_options_of_budgets_and_variants_are_those_of_main(cli, tmp_path):
             assert outcome.status == 2 and "holds 0 images" in outcome.err
 
 
-def make_run(folder, dataset, records, **options):
+def make_run(folder, dataset, records, more=None, **options):
+    """A run folder with records (name, value, protocol); `more` is recorded with each of them."""
     folder.mkdir(parents=True)
     config = {
         "dataset_name": dataset,
@@ -73,7 +74,8 @@ def make_run(folder, dataset, records, **options):
     stages, speed = (("vqsvae", 1), ("vqsvae", 2), ("sdid", 1)), {"images": 3600, "images_per_second": 2}
     lines = [{"stage": stage, "epoch": epoch, **speed} for stage, epoch in stages]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    content = [{"name": name, "value": value, "protocol": protocol, **RECORD} for name, value, protocol in records]
+    shared = RECORD | (more or {})
+    content = [{"name": name, "value": value, "protocol": protocol, **shared} for name, value, protocol in records]
     (folder / "metrics.json").write_text(json.dumps(content))
 
 
@@ -106,10 +108,8 @@ def test_seeds_of_the_same_weights_are_one_row(tmp_path, capsys):
         ("c", "w", 3, 5.0),
         ("d", "other", 1, 9.0),
     ):
-        make_run(tmp_path / name, "MNIST", [("fad", fad, "own"), ("mse", 0.5, "mean")])
-        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
-        more = {"weights": weights, "seed": seed}
-        (tmp_path / name / "metrics.json").write_text(json.dumps([metric | more for metric in metrics]))
+        values, more = [("fad", fad, "own"), ("mse", 0.5, "mean")], {"weights": weights, "seed": seed}
+        make_run(tmp_path / name, "MNIST", values, more)
     results_table.main([str(tmp_path)])
     ours = [line for line in capsys.readouterr().out.splitlines() if "| snn-vq-vae |" in line]
     assert len(ours) == 2
@@ -121,25 +121,18 @@ def test_accuracy_is_plotted_against_recall(tmp_path, monkeypatch, capsys):
     """One line for the guidances of the same weights; a vertical one for a network that knows no classes."""
     figures = []
     monkeypatch.setattr(results_table, "save_figure", lambda path, figure: figures.append(figure))
-    with_labels = [
-        ("classifier_recall", 0.6, "own"),
-        ("label_accuracy", 0.8, "own"),
-        ("classifier_accuracy", 0.9, "own"),
-    ]
-    for name, weights, drawn, values in (
+    for name, weights, drawn, metrics in (
         (
             "guided",
             "w",
-            "40 timesteps, guidance 0.5",
-            [with_labels[0], ("label_accuracy", 0.85, "own"), with_labels[2]],
+            ", guidance 0.5",
+            {"classifier_recall": 0.6, "label_accuracy": 0.85, "classifier_accuracy": 0.9},
         ),
-        ("plain", "w", "40 timesteps", with_labels),
-        ("unconditional", "v", "40 timesteps", [("classifier_recall", 0.7, "own")]),
+        ("plain", "w", "", {"classifier_recall": 0.6, "label_accuracy": 0.8, "classifier_accuracy": 0.9}),
+        ("unconditional", "v", "", {"classifier_recall": 0.7}),
     ):
-        make_run(tmp_path / name, "MNIST", values)
-        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
-        more = {"weights": weights, "drawn": drawn}
-        (tmp_path / name / "metrics.json").write_text(json.dumps([metric | more for metric in metrics]))
+        values = [(metric, value, "own") for metric, value in metrics.items()]
+        make_run(tmp_path / name, "MNIST", values, {"weights": weights, "drawn": f"40 timesteps{drawn}"})
     results_table.main([str(tmp_path), "--classes_plot", str(tmp_path / "plot.png")])
     (axes,) = figures[0].axes
     assert [line.get_xydata().tolist() for line in axes.lines[:2]] == [
@@ -152,9 +145,7 @@ def test_accuracy_is_plotted_against_recall(tmp_path, monkeypatch, capsys):
 
 def test_values_of_several_protocols_are_not_averaged(tmp_path, capsys):
     for name, protocol in (("a", "own"), ("b", "published")):
-        make_run(tmp_path / name, "MNIST", [("fad", 3.0, protocol)])
-        (metric,) = json.loads((tmp_path / name / "metrics.json").read_text())
-        (tmp_path / name / "metrics.json").write_text(json.dumps([metric | {"weights": "w"}]))
+        make_run(tmp_path / name, "MNIST", [("fad", 3.0, protocol)], {"weights": "w"})
     assert "fad has several protocols" in refused(capsys, tmp_path)
 
 
