@@ -229,7 +229,7 @@ class DenoiserOptions:
         of=("residual",),
     )
     images_per_prototype: int = option(
-        50,
+        20,
         "with prototypes: one for every N training images",
         Role.NETWORKS,
         low=1,

@@ -31,7 +31,7 @@ LIVELY = ("--revive_codes", "--clipped_error")
 
 IMPROVED = (
     *("--preset", "improved", "--hidden_channels", 8, "--denoiser_channels", 16, "--denoiser_blocks", 1),
-    *("--fixed_norm", 0.6, "--images_per_prototype", 20),
+    *("--fixed_norm", 0.6, "--condition", "prototype"),
     *("--codebook_size", 8, "--batch_size", 8, "--epochs", 2, "--diffusion_epochs", 2, "--num_samples", 5),
     *("--device", "cpu", "--precision", "float32", "--metrics", "mse,codebook,energy"),
 )

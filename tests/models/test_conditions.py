@@ -16,7 +16,7 @@ from models.labels import Labels
 from models.quantizer import Codebook
 from models.spiking import use_backend
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights, write_json
-from pipeline.configuration import resolve
+from pipeline.configuration import DEFAULTS, resolve
 from pipeline.run_folder import RunFolder
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine
@@ -223,7 +223,7 @@ SMALL = (
 )
 
 
-CONDITIONS = [("--condition", "label"), ("--condition", "both", "--images_per_prototype", 20)]
+CONDITIONS = [("--condition", "label"), ("--condition", "both")]
 
 
 @pytest.fixture(scope="module", params=CONDITIONS, ids=lambda options: options[1])
@@ -317,7 +317,7 @@ def test_stopped_and_resumed_is_the_same(trained, cli, classes, tmp_path):
 
 def test_runs_from_before_there_was_the_option(cli, classes, tmp_path):
     """One with prototypes is resumed with them."""
-    prototypes = ("--condition", "prototype", "--images_per_prototype", 20, "--max_minutes")
+    prototypes = ("--condition", "prototype", "--max_minutes")
     for name, minutes in (("whole", 10), ("stopped", 1e-4)):
         assert cli(*classes, *SMALL, *prototypes, minutes, "--result_path", tmp_path / name).status == 0
     whole, run = (RunFolder(tmp_path / name / "ImageFolder" / "snn-vq-vae") for name in ("whole", "stopped"))
@@ -341,7 +341,7 @@ def test_packed_runs_from_before_there_was_the_option(prototypes, condition, tmp
     assert resolve(["--checkpoint", str(old.path)]).options.denoiser.condition == condition
     start = ("--start_from", str(old.path), "--stage", "sdid", "--denoiser", "residual", "--result_path", str(tmp_path))
     options = resolve([*start, "--condition", "both"]).options.denoiser
-    assert (options.condition, options.images_per_prototype) == ("both", 50)
+    assert (options.condition, options.images_per_prototype) == ("both", prototypes or DEFAULTS["images_per_prototype"])
 
 
 def test_prototypes_alone_are_drawn_as_before_there_were_labels():
@@ -361,9 +361,7 @@ def test_packed(trained, cli, tmp_path):
 
 
 def test_added_to_a_run_that_had_none(trained, cli, classes, tmp_path):
-    cli(
-        *classes, *SMALL, "--condition", "prototype", "--images_per_prototype", 20, "--result_path", tmp_path / "before"
-    )
+    cli(*classes, *SMALL, "--condition", "prototype", "--result_path", tmp_path / "before")
     before = tmp_path / "before" / "ImageFolder" / "snn-vq-vae"
     more = ("--stage", "sdid", "--condition", "both", "--diffusion_epochs", 1, "--result_path", tmp_path / "after")
     outcome = cli(*classes, "--start_from", before, *more)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import IMPROVED
 
 from diffusion.absorbing import AbsorbingDiffusion
 from models import ResidualSDID
@@ -143,11 +144,7 @@ def test_each_sample_is_told_its_own():
 
 # ---- in a run ----
 
-SMALL = (
-    *("--preset", "improved", "--hidden_channels", 8, "--denoiser_channels", 16, "--denoiser_blocks", 1),
-    *("--codebook_size", 8, "--batch_size", 8, "--epochs", 1, "--diffusion_epochs", 1, "--num_samples", 5),
-    *("--device", "cpu", "--precision", "float32", "--metrics", "energy"),
-)
+SMALL = (*IMPROVED, "--epochs", 1, "--diffusion_epochs", 1, "--metrics", "energy")
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def improved(cli, grey, tmp_path_factory):
 def test_a_run_has_the_options_of_its_preset(improved):
     config = json.loads((improved / "config.json").read_text())
     own = {"denoiser_channels": 16, "denoiser_blocks": 1, "batch_size": 8, "epochs": 2, "diffusion_epochs": 2}
-    own |= {"fixed_norm": 0.6, "images_per_prototype": 20}
+    own |= {"fixed_norm": 0.6, "condition": "prototype"}
     assert {key: config[key] for key in PRESETS["improved"]} == PRESETS["improved"] | own
     assert config["preset"] == "improved" and config["codebook_size"] == 8
 
@@ -92,7 +92,7 @@ def test_what_is_no_run_is_not_packed(tmp_path, capsys):
         (("--preset", "better"), "faithful"),
         (("--preset", "improved", "--model", "vq-vae"), "is for snn-vq-vae"),
         (("--model", "vq-vae", "--downsampling", 2), "vq-vae has no --downsampling"),
-        (("--preset", "improved", "--denoiser_channels", 24), "--denoiser_channels must be a multiple of 16, got 24"),
+        (("--denoiser", "residual", "--denoiser_channels", 24), "--denoiser_channels must be a multiple of 16, got 24"),
         (("--preset", "improved", "--images_per_prototype", 121), "there are 120 training images"),
         (("--preset", "improved", "--image_size", 12), "have 36 timesteps: use --sample_steps 36 instead of 40"),
         (("--images_per_prototype", 5), "sdid has no --images_per_prototype"),
