@@ -38,23 +38,26 @@ class Conditions:
 
         Raises ValueError if labels are a condition and none are passed.
         """
-        columns = []
-        if self.prototypes:
-            columns.append(self.prototypes.nearest(codes, codebook))
+        return self._joined(self.prototypes.nearest(codes, codebook) if self.prototypes else None, labels)
+
+    def fit(self, codes: Tensor, labels: Tensor | None, codebook: Codebook, seed: int) -> Tensor | None:
+        """Fit prototypes and labels to the training images, whose conditions are returned; otherwise as `of`.
+
+        Labels are fitted by counting how often they occur, with each prototype if there are any.
+        """
+        conditions = self._joined(self.prototypes.fit(codes, codebook, seed) if self.prototypes else None, labels)
+        if self.labels and conditions is not None:
+            self.labels.fit(conditions)
+        return conditions
+
+    def _joined(self, nearest: Tensor | None, labels: Tensor | None) -> Tensor | None:
+        """Prototypes `[N]` and labels `[N]` to the conditions `[N,J]`; labels that are no condition are left out."""
+        columns = [] if nearest is None else [nearest]
         if self.labels:
             if labels is None:
                 raise ValueError("the denoiser is conditioned on labels, but none were passed")
             columns.append(labels.to(self.labels.counts.device))
         return torch.stack(columns, 1) if columns else None
-
-    def fit(self, codes: Tensor, labels: Tensor | None, codebook: Codebook, seed: int) -> None:
-        """Fit the prototypes and count how often each condition occurs in the training images; arguments as in `of`."""
-        if self.prototypes:
-            self.prototypes.fit(codes, codebook, seed)
-        if self.labels:
-            conditions = self.of(codes, labels, codebook=codebook)
-            assert conditions is not None
-            self.labels.fit(conditions)
 
     def draw(self, seed: int, samples: Iterable[int], labels: Iterable[int] | None = None) -> Tensor | None:
         """Conditions `[N,J]` for the samples with these indices; None if J is 0.

@@ -50,10 +50,11 @@ class Prototypes(nn.Module):
         spikes = F.one_hot(codes, self.codebook_size) * (indices >= 0).view(-1, 1, 1, 1)
         return self.embed(spikes.permute(0, 3, 1, 2).to(self.embed.weight))  # [N,h,w,K] -> [N,K,h,w]
 
-    def fit(self, codes: Tensor, codebook: Codebook, seed: int) -> None:
+    def fit(self, codes: Tensor, codebook: Codebook, seed: int) -> Tensor:
         """Set the prototypes to the codes nearest to the mean embeddings of G clusters of `codes [N,h,w]`, N >= G.
 
-        The clusters are found by k-means on the embeddings, average-pooled over 2x2 codes.
+        The clusters are found by k-means on the embeddings, average-pooled over 2x2 codes. Returns the index of the
+        prototype nearest to each of the codes, as `nearest` does.
         """
         from sklearn.cluster import KMeans  # here because importing scikit-learn takes a second
         from sklearn.exceptions import ConvergenceWarning
@@ -71,7 +72,9 @@ class Prototypes(nn.Module):
             sums.index_add_(0, members, part)
         sizes = clusters.bincount(minlength=count).clamp_min(1)
         self.grids.copy_(codebook.nearest_codes(sums / sizes.view(-1, 1, 1, 1)))
-        self.counts.copy_(self.nearest(codes, codebook).bincount(minlength=count))
+        nearest = self.nearest(codes, codebook)
+        self.counts.copy_(nearest.bincount(minlength=count))
+        return nearest
 
     def nearest(self, codes: Tensor, codebook: Codebook) -> Tensor:
         """Indices int64 `[N]` of the prototypes whose embeddings are nearest to those of `codes [N,h,w]`."""

@@ -90,16 +90,23 @@ class Networks:
 
     def fit_conditions(
         self, denoiser: Denoiser, codes: Tensor, labels: Tensor | None, autoencoder: VQAutoencoder
-    ) -> None:
-        """Fit a new denoiser's conditions to the codes `[N,h,w]` and `labels [N]` of the training images."""
+    ) -> Tensor | None:
+        """Fit a new denoiser's conditions to the codes `[N,h,w]` and `labels [N]` of the training images.
 
-        def fitted() -> dict[str, Tensor]:
+        Returns the conditions `[N,J]` of these images; None if it has none.
+        """
+
+        def fitted() -> tuple[dict[str, Tensor], Tensor | None]:
             seed = derive_seed(self.options.run.seed, "prototypes", 2)
-            denoiser.conditions.fit(codes, labels, autoencoder.vq_layer, seed)
-            return {name: value.cpu() for name, value in denoiser.state_dict().items()}
+            conditions = denoiser.conditions.fit(codes, labels, autoencoder.vq_layer, seed)
+            weights = {name: value.cpu() for name, value in denoiser.state_dict().items()}
+            return weights, None if conditions is None else conditions.cpu()
 
-        if denoiser.conditions:
-            denoiser.load_state_dict(from_rank_0(fitted))
+        if not denoiser.conditions:
+            return None
+        weights, conditions = from_rank_0(fitted)
+        denoiser.load_state_dict(weights)
+        return conditions
 
     def load_autoencoder(self, channels: int) -> Autoencoder:
         """The trained autoencoder, whose shape is inferred from its weights, for images with this many channels."""

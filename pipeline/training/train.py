@@ -90,10 +90,10 @@ def train_denoiser(session: Session) -> bool:
     if session.last.get("stage") == "sdid":  # a resumed training has weights, and conditions that are fitted
         with _refusing_others(session):
             denoiser.load_state_dict(session.last["model"])
+        conditions = denoiser.conditions.of(codes, data.train_labels, codebook=autoencoder.vq_layer)
     else:
         networks.begin_denoiser(denoiser)
-        networks.fit_conditions(denoiser, codes, data.train_labels, autoencoder)
-    conditions = denoiser.conditions.of(codes, data.train_labels, codebook=autoencoder.vq_layer)
+        conditions = networks.fit_conditions(denoiser, codes, data.train_labels, autoencoder)
     schedule = _schedule(session, o.diffusion_epochs, o.diffusion_lr or o.lr, o.fixed_norm)
     model = session.code_diffusion(autoencoder, denoiser)
     place = Place(session.run, schedule, machine)
