@@ -233,7 +233,7 @@ def plot_classes(rows: list[Row], path: Path) -> None:
     datasets = sorted({row.dataset for row in rows if y in row.values})
     if not datasets:
         raise UserError(f"no run has {x} and {y}: evaluate one that was trained with labels")
-    figure, axes = plt.subplots(1, len(datasets), squeeze=False, figsize=(5.5 * len(datasets), 4), layout="constrained")
+    figure, axes = plt.subplots(1, len(datasets), squeeze=False, figsize=(5.5 * len(datasets), 5), layout="constrained")
     for axis, dataset in zip(axes[0], datasets, strict=True):
         shown = [row for row in rows if row.dataset == dataset]
         for number, weights in enumerate(dict.fromkeys(row.weights for row in shown)):
@@ -250,7 +250,7 @@ def plot_classes(rows: list[Row], path: Path) -> None:
         real = next(row.values["classifier_accuracy"].value for row in shown if "classifier_accuracy" in row.values)
         axis.axhline(real, color="grey", linestyle="dashed", label="real test images")
         axis.set(title=f"{dataset}; at the points, guidance", xlabel=COLUMNS[x], ylabel=COLUMNS[y])
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
     save_figure(path, figure)
 
 
