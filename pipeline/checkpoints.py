@@ -18,6 +18,9 @@ from pipeline.runtime.processes import on_rank_0
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Keys under which other programs save a state dict."""
 
+SCALE = "_scale"
+"""Ends the name of the scales `[R]` of an int8 weight `[R,...]`: each row is multiplied by its own."""
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -51,7 +54,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a network, whichever program saved it; see `load_checkpoint`.
 
     A dictionary around it (WRAPPERS) is removed, as are the prefixes that DistributedDataParallel ("module.") and
-    torch.compile ("_orig_mod.") give to the names. Raises UserError if there is no state dict in the file.
+    torch.compile ("_orig_mod.") give to the names; int8 weights are multiplied by their scales. Raises UserError if
+    there is no state dict in the file.
     """
     content = load_checkpoint(path)
     if "optimizer" in content and "run" in content:
@@ -63,7 +67,14 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     weights = {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    return weights
+    scales = {name + SCALE for name, value in weights.items() if value.dtype == torch.int8} & weights.keys()
+    restored = {name.removesuffix(SCALE): _scaled(weights[name.removesuffix(SCALE)], weights[name]) for name in scales}
+    return {name: restored.get(name, value) for name, value in weights.items() if name not in scales}
+
+
+def _scaled(weight: Tensor, scales: Tensor) -> Tensor:
+    """Rows of a weight `[R,...]`, each multiplied by its scale `[R]`."""
+    return weight * scales.view(-1, *[1] * (weight.dim() - 1))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Make a small copy of a run to share: weights in half precision, options, log, metrics; no optimizer, no images.
 
 python scripts/pack.py RUN_FOLDER pretrained/fmnist
+python scripts/pack.py RUN_FOLDER pretrained/kmnist-faithful --int8   # half as large again
 
 The copy is a run folder: `python main.py --checkpoint pretrained/fmnist` evaluates it, and with `--stage sample` draws
 images from it.
@@ -14,23 +15,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 import torch
+from torch import Tensor
 
 from errors import UserError
 from image_files import expand
-from pipeline.checkpoints import load_weights, save_weights, write_json
+from pipeline.checkpoints import SCALE, load_weights, save_weights, write_json
 from pipeline.declaration import Role
 from pipeline.options import DEFAULTS, with_role
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
 
 
-def pack(run: RunFolder, copy: RunFolder) -> None:
-    """Write the copy. Raises UserError if the run is incomplete."""
+def pack(run: RunFolder, copy: RunFolder, int8: bool = False) -> None:
+    """Write the copy, optionally with the denoiser's weights in int8. Raises UserError if the run is incomplete."""
     config = run.read_config()
     if not config:
         raise UserError(f"{run.path} is not a run folder: it has no config.json")
-    for source, target in ((run.model, copy.model), (run.denoiser, copy.denoiser)):
-        save_weights(target, {name: compact(value) for name, value in load_weights(source).items()})
+    save_weights(copy.model, compact(load_weights(run.model)))
+    save_weights(copy.denoiser, compact(load_weights(run.denoiser), int8))
     kept = {key for key in with_role(Role.SETTING) if not key.endswith(("_path", "_weights"))}
     write_json(copy.config, {key: value for key, value in config.items() if key in kept or key not in DEFAULTS})
     for source, target in ((run.metrics, copy.metrics), (run.log_file, copy.log_file)):
@@ -38,15 +40,26 @@ def pack(run: RunFolder, copy: RunFolder) -> None:
             shutil.copy(source, target)
 
 
-def compact(value: torch.Tensor) -> torch.Tensor:
-    """The value as it is packed; loading restores the type.
+def compact(weights: dict[str, Tensor], int8: bool = False) -> dict[str, Tensor]:
+    """The weights as they are packed; `load_weights` and the network restore the types.
 
-    Weights are kept in half precision, except per-channel values such as batch norm's, which are few and sensitive.
-    Integers, such as the codes of prototypes, are kept as bytes where these hold them.
+    Weights are kept in half precision, or in int8 with a scale for each row, except per-channel values such as batch
+    norm's, which are few and sensitive. Integers, such as the codes of prototypes, are kept as bytes where these hold
+    them.
     """
-    if value.is_floating_point():
-        return value.half() if value.dim() > 1 else value
-    return value.byte() if value.numel() and value.min() >= 0 and value.max() <= 255 else value
+    packed = {}
+    for name, value in weights.items():
+        if not value.is_floating_point():
+            packed[name] = value.byte() if value.numel() and value.min() >= 0 and value.max() <= 255 else value
+        elif value.dim() <= 1:
+            packed[name] = value
+        elif int8:
+            scale = value.flatten(1).abs().amax(1).clamp_min(torch.finfo(value.dtype).tiny) / 127
+            packed[name] = (value / scale.view(-1, *[1] * (value.dim() - 1))).round().to(torch.int8)
+            packed[name + SCALE] = scale
+        else:
+            packed[name] = value.half()
+    return packed
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,9 +68,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=expand, help="a run folder")
     parser.add_argument("copy", type=expand, help="folder for the copy")
+    parser.add_argument("--int8", action="store_true", help="pack the denoiser's weights in 8 bits instead of 16")
     args = parser.parse_args(arguments)
     try:
-        pack(RunFolder(args.run), RunFolder(args.copy))
+        pack(RunFolder(args.run), RunFolder(args.copy), args.int8)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from models.spiking import LIF, fire
-from pipeline.checkpoints import load_weights
+from pipeline.checkpoints import load_checkpoint, load_weights
 from pipeline.declaration import Role
 from pipeline.options import with_role
 from pipeline.presets import PRESETS
@@ -78,6 +78,25 @@ def test_a_packed_copy(improved, cli, tmp_path, capsys):
     assert "data_path" not in config and config["denoiser"] == "residual" and config["image_shape"] == [1, 16, 16]
     outcome = cli("--checkpoint", copy, "--stage", "sample", "--num_samples", 3)
     assert (outcome.status, outcome.err) == (0, "") and (copy / "samples" / "grid.png").exists()
+
+
+def test_packed_in_8_bits(improved, cli, tmp_path):
+    """The denoiser has a byte for each weight and is off by half a step of its row at most; the rest is as in 16."""
+    run, small, half = RunFolder(improved), RunFolder(tmp_path / "int8"), RunFolder(tmp_path / "half")
+    pack.main([str(run.path), str(half.path)])
+    pack.main([str(run.path), str(small.path), "--int8"])
+    assert small.model.read_bytes() == half.model.read_bytes()
+    whole, loaded, stored = load_weights(run.denoiser), load_weights(small.denoiser), load_checkpoint(small.denoiser)
+    assert loaded.keys() == whole.keys()
+    large = {name for name, value in whole.items() if value.is_floating_point() and value.dim() > 1}
+    assert {name for name, value in stored.items() if value.dtype == torch.int8} == large
+    for name in whole:
+        if name in large:
+            error, steps = (loaded[name] - whole[name]).flatten(1).abs(), whole[name].flatten(1).abs().amax(1) / 127
+            assert (error.amax(1) <= 0.501 * steps).all() and error.any()
+        else:
+            assert torch.equal(loaded[name], whole[name].to(loaded[name].dtype))
+    assert cli("--checkpoint", small.path, "--stage", "sample", "--num_samples", 3).status == 0
 
 
 def test_what_is_no_run_is_not_packed(tmp_path, capsys):
