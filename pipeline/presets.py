@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fixed_norm": 0.4,
         "diffusion_epochs": 16,
         "reveal_order": "spread",
-        "sample_steps": 40,
+        "sample_steps": 28,
         "temperature": 1.0,
         "final_temperature": 0.8,
     },
