@@ -156,7 +156,7 @@ class Networks:
         if "prototype" not in CONDITIONS[self.options.denoiser.condition]:
             return 0
         if share > images:
-            raise UserError(f"there are {images} training images: use --images_per_prototype {images} or less")
+            raise UserError(f"too few training images ({images}): use --images_per_prototype {images} or less")
         return images // share
 
     def _classes(self, data: ImageData) -> int:
@@ -165,7 +165,7 @@ class Networks:
             return 0
         if data.class_names is None:
             condition = self.options.denoiser.condition
-            raise UserError(f"--condition {condition}: {data.name} has no labels; choose prototype or none")
+            raise UserError(f"--condition {condition}: {data.name} has no labels; use --condition prototype or none")
         return len(data.class_names)
 
     def _load_pretrained(self, load: Callable[[dict[str, Tensor]], Any], path: Path) -> None:

@@ -112,7 +112,7 @@ def test_what_is_no_run_is_not_packed(tmp_path, capsys):
         (("--preset", "improved", "--model", "vq-vae"), "is for snn-vq-vae"),
         (("--model", "vq-vae", "--downsampling", 2), "vq-vae has no --downsampling"),
         (("--denoiser", "residual", "--denoiser_channels", 24), "--denoiser_channels must be a multiple of 16, got 24"),
-        (("--preset", "improved", "--images_per_prototype", 121), "there are 120 training images"),
+        (("--preset", "improved", "--images_per_prototype", 121), "too few training images (120)"),
         (("--preset", "improved", "--image_size", 8), "have 16 timesteps: use --sample_steps 16 instead of 28"),
         (("--images_per_prototype", 5), "sdid has no --images_per_prototype"),
         (("--preset", "improved", "--denoiser", "sdid"), "is for residual: sdid has no --condition"),
