@@ -67,14 +67,15 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     weights = {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    scales = {name + SCALE for name, value in weights.items() if value.dtype == torch.int8} & weights.keys()
-    restored = {name.removesuffix(SCALE): _scaled(weights[name.removesuffix(SCALE)], weights[name]) for name in scales}
-    return {name: restored.get(name, value) for name, value in weights.items() if name not in scales}
+    for name, value in list(weights.items()):
+        if value.dtype == torch.int8 and name + SCALE in weights:
+            weights[name] = value * per_row(weights.pop(name + SCALE), value)
+    return weights
 
 
-def _scaled(weight: Tensor, scales: Tensor) -> Tensor:
-    """Rows of a weight `[R,...]`, each multiplied by its scale `[R]`."""
-    return weight * scales.view(-1, *[1] * (weight.dim() - 1))
+def per_row(scales: Tensor, weight: Tensor) -> Tensor:
+    """Scales `[R]` in the shape `[R,1,...]`, in which they apply to the rows of a weight `[R,...]`."""
+    return scales.view(-1, *[1] * (weight.dim() - 1))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

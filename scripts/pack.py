@@ -19,7 +19,7 @@ from torch import Tensor
 
 from errors import UserError
 from image_files import expand
-from pipeline.checkpoints import SCALE, load_weights, save_weights, write_json
+from pipeline.checkpoints import SCALE, load_weights, per_row, save_weights, write_json
 from pipeline.declaration import Role
 from pipeline.options import DEFAULTS, with_role
 from pipeline.run_folder import RunFolder
@@ -55,7 +55,7 @@ def compact(weights: dict[str, Tensor], int8: bool = False) -> dict[str, Tensor]
             packed[name] = value
         elif int8:
             scale = value.flatten(1).abs().amax(1).clamp_min(torch.finfo(value.dtype).tiny) / 127
-            packed[name] = (value / scale.view(-1, *[1] * (value.dim() - 1))).round().to(torch.int8)
+            packed[name] = (value / per_row(scale, value)).round().to(torch.int8)
             packed[name + SCALE] = scale
         else:
             packed[name] = value.half()
