@@ -268,6 +268,12 @@ class TrainingOptions:
         metavar="X",
         of=CODES,
     )
+    sort_codes: bool = option(
+        False,
+        "after stage 1, number the codes by brightness: sdid, which reads the numbers, learns faster",
+        Role.TRAINING,
+        of=CODES,
+    )
     loss: str = option("reweighted_elbo", "loss of stage 2", Role.TRAINING, choices=LOSSES, of=CODES)
 
 

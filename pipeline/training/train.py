@@ -34,6 +34,9 @@ def check(session: Session) -> None:
         raise UserError(f"{path} has {codes} codes: say so with --codebook_size {codes}")
     if stage != "vqsvae" and session.has_codes:
         _check_denoiser(session)
+        start = session.networks.start
+        if o.training.sort_codes and start and not o.run.new_denoiser and from_rank_0(start.denoiser.is_file):
+            raise UserError(f"--sort_codes renumbers what the denoiser in {start.path} knows: add --new_denoiser")
 
 
 def begin(session: Session) -> None:
@@ -70,7 +73,12 @@ def train_autoencoder(session: Session) -> bool:
     machine.to_device(model)
     if isinstance(model, FSVAE):
         return _train(session, fsvae_trainer(model, data.train, data.test, place))
-    return _train(session, vqsvae_trainer(model, data.train, data.test, data.variance, place))
+    finished = _train(session, vqsvae_trainer(model, data.train, data.test, data.variance, place))
+    if finished and o.sort_codes:
+        trained = session.load_vq_autoencoder().eval()
+        trained.sort_codes()
+        save_weights(session.run.model, trained.state_dict())
+    return finished
 
 
 def _has_stage_1(session: Session) -> bool:

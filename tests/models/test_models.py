@@ -200,6 +200,19 @@ def test_dead_codes_move_to_where_vectors_are():
     assert out.codes.unique().numel() > used.numel(), "the batch itself is quantised with them"
 
 
+@pytest.mark.parametrize("build", [lambda: small_autoencoder(3), lambda: VQVAE(3, 10, 6, 5)])
+def test_sorted_codes_are_the_same_codes_by_brightness(build):
+    model, images = build(), torch.rand(20, 3, 8, 8)
+    with torch.no_grad():
+        for norm in (module for module in model.eval().modules() if isinstance(module, nn.BatchNorm2d)):
+            nn.init.constant_(norm.weight, 8.0)  # neurons fire
+        before = model(images).images
+        model.sort_codes()
+        brightness = model.decode(torch.arange(10).view(-1, 1, 1)).mean((1, 2, 3))
+        assert brightness.unique().numel() > 1 and brightness.equal(brightness.sort().values)
+        assert torch.equal(model(images).images, before)
+
+
 def test_clipped_error_leaves_out_what_clipping_mends():
     model = VQSVAE(codebook_size=5, embedding_dim=6, spike_steps=2, hidden_channels=4, clipped_error=True)
     y = torch.tensor([-0.9, -0.1, 0.8, 0.1, 0.7], requires_grad=True)

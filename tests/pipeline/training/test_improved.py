@@ -7,7 +7,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import IMPROVED, assert_same_run, assert_same_weights, interrupt, read_log, read_metrics, run_in
+from helpers import (
+    IMPROVED,
+    LIVELY,
+    SMALL,
+    assert_same_run,
+    assert_same_weights,
+    interrupt,
+    read_log,
+    read_metrics,
+    run_in,
+)
 from PIL import Image
 from torch import nn
 
@@ -116,6 +126,7 @@ def test_what_is_no_run_is_not_packed(tmp_path, capsys):
         (("--preset", "improved", "--image_size", 8), "have 16 timesteps: use --sample_steps 16 instead of 28"),
         (("--images_per_prototype", 5), "sdid has no --images_per_prototype"),
         (("--preset", "improved", "--denoiser", "sdid"), "is for residual: sdid has no --condition"),
+        (("--model", "snn-vae", "--sort_codes"), "snn-vae has no --sort_codes"),
     ],
 )
 def test_mistakes(options, expected, cli, grey, tmp_path):
@@ -128,6 +139,20 @@ def test_a_switch_of_the_preset_can_be_switched_off(cli, grey, tmp_path):
     assert outcome.status == 0
     config = json.loads((run_in(tmp_path) / "config.json").read_text())
     assert config["revive_codes"] is False and config["clipped_error"] is True
+
+
+def test_sorted_codes_are_a_renumbering(cli, grey, improved, tmp_path):
+    """Stage 1 ends as without it but for the order of the codes; a denoiser that knows another order is refused."""
+    runs = []
+    for name, options in {"sorted": ("--sort_codes",), "plain": ()}.items():
+        brief = ("--stage", "vqsvae", "--epochs", 1, "--result_path", tmp_path / name)
+        assert cli(*grey, *SMALL, *LIVELY, *brief, *options).status == 0
+        runs.append(load_weights(run_in(tmp_path / name) / "model.pth"))
+    after, before = (weights["vq_layer.embeddings.weight"] for weights in runs)
+    assert not torch.equal(after, before) and sorted(after.tolist()) == sorted(before.tolist())
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0] if "embeddings" not in key)
+    renumbered = cli(*grey, *IMPROVED, "--start_from", improved, "--sort_codes", "--result_path", tmp_path / "again")
+    assert renumbered.status == 2 and "add --new_denoiser" in renumbered.err
 
 
 # ---- beginning with a run's networks ----
