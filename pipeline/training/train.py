@@ -35,7 +35,13 @@ def check(session: Session) -> None:
     if stage != "vqsvae" and session.has_codes:
         _check_denoiser(session)
         start = session.networks.start
-        if o.training.sort_codes and start and not o.run.new_denoiser and from_rank_0(start.denoiser.is_file):
+        if (
+            stage == "all"
+            and o.training.sort_codes
+            and start
+            and not o.run.new_denoiser
+            and from_rank_0(start.denoiser.is_file)
+        ):
             raise UserError(f"--sort_codes renumbers what the denoiser in {start.path} knows: add --new_denoiser")
 
 
