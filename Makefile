@@ -4,7 +4,7 @@ VERSION = $(shell $(PYTHON) --version 2>&1 || true)
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo sample test test-portable install lint
+.PHONY: demo sample test test-gpu test-portable install lint
 
 install: $(VENV)/installed
 
@@ -38,11 +38,16 @@ lint: install
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# One thread for each of several processes: the networks of the tests gain nothing from more threads.
-PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadscope
+# One thread for each of several processes, and no GPU: the networks of the tests gain nothing from more, and only on a
+# CPU are two runs the same, bit for bit.
+PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadscope
 
 test: lint
 	$(PYTEST)
+
+# What needs a GPU, on a machine that has one.
+test-gpu: install
+	$(RUN) -m pytest tests/test_gpu.py
 
 # As on a processor with no more than AVX2, which rounds sums otherwise: all tests but those that compute next to nothing.
 test-portable: install

@@ -97,6 +97,7 @@ def keep_freed_memory() -> None:
 def choose_machine(device: str, precision: str, compile: bool = False) -> Machine:
     """The machine for `--device` and `--precision`: "auto" is bf16 where the hardware has it. Raises UserError."""
     found = find_device(device)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on a GPU, too
     (lacking,) = processes.most(not has_fast_bf16(found))  # on any of several machines
     return Machine(found, precision == "bf16" or (precision == "auto" and not lacking), compile)
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of a model's weights; its first steps count for less, as they change most.
@@ -15,12 +17,15 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     After n steps the decay is `min(decay, (1 + n) / (10 + n))`.
     """
 
-    def average(averaged: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
+    @torch.no_grad()
+    def average(averaged: Tensors, current: Tensors, steps: Tensor | int) -> None:
         steps = torch.as_tensor(steps)
         rate = 1 - ((1 + steps) / (10 + steps)).clamp_max(decay)
-        return torch.lerp(averaged, current, rate.to(averaged.dtype))
+        change = torch._foreach_sub(current, averaged)  # a few calls for all weights: a GPU waits for each call
+        torch._foreach_mul_(change, rate)
+        torch._foreach_add_(averaged, change)
 
-    return AveragedModel(model, avg_fn=average)
+    return AveragedModel(model, multi_avg_fn=average)
 
 
 def batch_norms(network: nn.Module) -> list[_BatchNorm]:
