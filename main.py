@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
                 call = processes.from_rank_0(lambda: resolve(arguments, __doc__))
                 keep_freed_memory()
                 o = call.options.run
-                machine = choose_machine(o.device, o.precision, o.compile)
+                machine = choose_machine(o.device, o.precision)
             with call.run, processes.in_contact(lambda: resume_hint(call)):
                 execute(Session(call, machine))
         except UserError as error:

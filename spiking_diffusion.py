@@ -173,4 +173,4 @@ def open_session(data: ImageData | None = None, **options: Any) -> Session:
     """A session with options named as on the command line, on the device that they name."""
     call = assemble(options)
     o = call.options.run
-    return Session(call, choose_machine(o.device, o.precision, o.compile), data)
+    return Session(call, choose_machine(o.device, o.precision), data)

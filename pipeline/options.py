@@ -106,7 +106,6 @@ class RunOptions:
     report: bool = option(True, "write report.html, which summarises the run", Role.CALL)
     seed: int = option(42, "random seed", Role.TRAINING, low=0, high=2**32 - 1, metavar="N")
     device: str = option("auto", "cpu, cuda or cuda:N; auto: CUDA if there is one", Role.CALL)
-    compile: bool = option(False, "train through torch.compile", Role.CALL)
     precision: str = option(
         "auto", "numerical precision; auto: bf16 where the hardware has fast instructions for it", choices=PRECISIONS
     )

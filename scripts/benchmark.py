@@ -171,7 +171,7 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, dict]:
     That is the share of spikes, batch sizes and precision; the process's peak memory in MiB is also given.
     """
     reference = mode == "reference"
-    machine = choose_machine(args.device, "float32" if reference else args.precision, args.compile and not reference)
+    machine = choose_machine(args.device, "float32" if reference else args.precision)
     if not reference:
         keep_freed_memory()
     default = REFERENCE_BATCH if reference else FAST_BATCH
@@ -297,7 +297,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the measurements to FILE; -: to standard output")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="precision of the fast mode")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile in the fast mode")
     parser.add_argument("--batch_size", type=int, help="batch size of all tasks [each mode has its own]")
     parser.add_argument("--spike_steps", type=int, help="of untrained networks [16]")
     parser.add_argument("--denoiser_channels", type=int, help="of the first block of an untrained denoiser [64]")

@@ -135,9 +135,3 @@ def test_a_run_is_resumed(trained, cli, tmp_path):
     outcome = cli("--resume", run, "--device", "cuda")
     assert outcome.status == 0, outcome.err
     assert [line["epoch"] for line in read_log(run) if line["stage"] == "sdid"] == [1, 2, 3]
-
-
-def test_torch_compile_trains(grey, cli, tmp_path):
-    lengths = ("--epochs", 1, "--diffusion_epochs", 1, "--metrics", "mse")
-    outcome = cli(*grey, *SMALL, *lengths, "--device", "cuda", "--compile", "--result_path", tmp_path)
-    assert outcome.status == 0, outcome.err

@@ -28,14 +28,10 @@ class Machine:
 
     device: torch.device
     bf16: bool
-    compile: bool = False
 
     def to_device(self, network: Network) -> Network:
-        """Move a network there, in place: channels last, and its forward pass through torch.compile if chosen."""
-        channels_last(network, self.device)
-        if self.compile:
-            network.compile()
-        return network
+        """Move a network there, in place, with its convolutions' weights in channels-last order."""
+        return channels_last(network, self.device)
 
     @property
     def precision(self) -> str:
@@ -94,12 +90,12 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, -1)
 
 
-def choose_machine(device: str, precision: str, compile: bool = False) -> Machine:
+def choose_machine(device: str, precision: str) -> Machine:
     """The machine for `--device` and `--precision`: "auto" is bf16 where the hardware has it. Raises UserError."""
     found = find_device(device)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32, on a GPU, too
     (lacking,) = processes.most(not has_fast_bf16(found))  # on any of several machines
-    return Machine(found, precision == "bf16" or (precision == "auto" and not lacking), compile)
+    return Machine(found, precision == "bf16" or (precision == "auto" and not lacking))
 
 
 def processor() -> str:
