@@ -32,7 +32,7 @@ def test_lif_is_that_of_the_cpu():
     cotangent = torch.randn(currents.shape)
     results = []
     for device in ("cpu", "cuda"):
-        x = currents.to(device, memory_format=torch.contiguous_format).requires_grad_()
+        x = currents.to(device).requires_grad_()
         spikes = LIF()(x)
         (gradient,) = torch.autograd.grad(spikes, x, cotangent.to(device))
         results.append((spikes.cpu(), gradient.cpu()))

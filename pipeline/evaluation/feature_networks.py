@@ -17,7 +17,7 @@ from metrics.classifier import Classifier
 from metrics.fad import FadAutoencoder, Statistics, fad_features, load_published, to_fad_range, to_fad_size
 from metrics.frechet import feature_statistics
 from pipeline.evaluation.cache import cached
-from pipeline.runtime.device import Machine, Network, channels_last
+from pipeline.runtime.device import Machine, Network
 
 BATCH_SIZE = 128
 NETWORK_SEED = 0  # not the run's: all runs on a data set are judged by one network
@@ -118,7 +118,7 @@ def _trained(
 def _train(
     training: Training, network: nn.Module, examples: tuple[Tensor, ...], epochs: int, machine: Machine, seed: int
 ) -> None:
-    channels_last(network, machine.device).train()
+    machine.to_device(network).train()
     count = len(examples[0])
     optimizer = torch.optim.AdamW(network.parameters(), training.lr)
     steps = epochs * math.ceil(count / BATCH_SIZE)

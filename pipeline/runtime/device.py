@@ -31,7 +31,8 @@ class Machine:
 
     def to_device(self, network: Network) -> Network:
         """Move a network there, in place, with its convolutions' weights in channels-last order."""
-        return channels_last(network, self.device)
+        # the overloads that torch declares lack memory_format together with a device
+        return network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def precision(self) -> str:
@@ -41,12 +42,6 @@ class Machine:
     def autocast(self) -> torch.autocast:
         """Context in which convolutions compute in bfloat16 if that was chosen."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-
-def channels_last(network: Network, device: torch.device) -> Network:
-    """Move a network to a device, in place, with its convolutions' weights in channels-last order."""
-    # the overloads that torch declares lack memory_format together with a device
-    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def find_device(name: str) -> torch.device:

@@ -17,7 +17,6 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     After n steps the decay is `min(decay, (1 + n) / (10 + n))`.
     """
 
-    @torch.no_grad()
     def average(averaged: Tensors, current: Tensors, steps: Tensor | int) -> None:
         steps = torch.as_tensor(steps)
         rate = 1 - ((1 + steps) / (10 + steps)).clamp_max(decay)

@@ -34,15 +34,8 @@ def check(session: Session) -> None:
         raise UserError(f"{path} has {codes} codes: say so with --codebook_size {codes}")
     if stage != "vqsvae" and session.has_codes:
         _check_denoiser(session)
-        start = session.networks.start
-        if (
-            stage == "all"
-            and o.training.sort_codes
-            and start
-            and not o.run.new_denoiser
-            and from_rank_0(start.denoiser.is_file)
-        ):
-            raise UserError(f"--sort_codes renumbers what the denoiser in {start.path} knows: add --new_denoiser")
+    if stage == "all" and o.training.sort_codes:
+        _check_renumbering(session)
 
 
 def begin(session: Session) -> None:
@@ -64,6 +57,13 @@ def _check_denoiser(session: Session) -> None:
     denoiser = session.networks.new_denoiser(session.code_grid, session.data)
     if session.last.get("stage") != "sdid" and not session.networks.begin_denoiser(denoiser):
         print(f"{session.options.run.start_from} has no denoiser: the new one is trained from scratch")
+
+
+def _check_renumbering(session: Session) -> None:
+    """Raise UserError if the denoiser of `--start_from` is to be trained further: it knows codes by their numbers."""
+    start = session.networks.start
+    if start and not session.options.run.new_denoiser and from_rank_0(start.denoiser.is_file):
+        raise UserError(f"--sort_codes renumbers what the denoiser in {start.path} knows: add --new_denoiser")
 
 
 def train_autoencoder(session: Session) -> bool:
