@@ -60,10 +60,10 @@ class MixingBlock(nn.Module):
 class ResidualSDID(Denoiser):
     """A residual network of blocks of the class `MixingBlock`.
 
-    Tokens enter as one-hot spikes over K + 1 channels. A strided convolution embeds each patch of tokens as currents of
-    one position, to which learned position embeddings and the currents of the conditions are added. After the blocks, a
-    linear layer maps mean firing rates to the logits of each patch. There is no timestep embedding: the number of
-    masked tokens already indicates the timestep.
+    Tokens enter as one-hot spikes over K + 1 channels. A strided convolution embeds each patch of tokens, together with
+    the tokens around it, as currents of one position, to which learned position embeddings and the currents of the
+    conditions are added. After the blocks, a linear layer maps mean firing rates to the logits of each patch. There is
+    no timestep embedding: the number of masked tokens already indicates the timestep.
 
     Args:
         codebook_size: number of codes K.
@@ -73,6 +73,7 @@ class ResidualSDID(Denoiser):
         prototypes: number of prototypes it can be conditioned on; they must be fitted (`Conditions.fit`). 0 for none.
         classes: number of classes whose labels it can be conditioned on; their counts must be fitted, too. 0 for none.
         grid: height and width of the grid of codes. Patches are 2x2 tokens, or single tokens if a side is odd.
+        margin: how many tokens around a patch are embedded with it: 1; 0 in older weights.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class ResidualSDID(Denoiser):
         prototypes: int = 0,
         classes: int = 0,
         grid: tuple[int, int] = (14, 14),
+        margin: int = 1,
     ):
         super().__init__(codebook_size, spike_steps)
         width = denoiser_channels
@@ -91,8 +93,8 @@ class ResidualSDID(Denoiser):
             raise ValueError(f"denoiser_channels must be a multiple of {HEADS}, got {width}")
         patch = 1 if any(side % 2 for side in grid) else 2
         height, columns = grid[0] // patch, grid[1] // patch
-        self.patch = patch
-        self.embed = nn.Conv2d(codebook_size + 1, width, patch, stride=patch, bias=False)
+        self.patch, side = patch, patch + 2 * margin
+        self.embed = nn.Conv2d(codebook_size + 1, width, side, stride=patch, padding=margin, bias=False)
         if prototypes:
             self.prototypes = Prototypes(prototypes, codebook_size, width, patch, grid)
         if classes:
@@ -102,12 +104,13 @@ class ResidualSDID(Denoiser):
         self.blocks = nn.Sequential(*blocks)
         self.fire = Firing(width, spike_steps, THRESHOLD_BIAS)
         self.head = nn.Conv2d(width, patch**2 * codebook_size, 1)
-        nn.init.normal_(self.embed.weight, std=1 / patch)
+        nn.init.normal_(self.embed.weight, std=1 / side)
 
     @staticmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, int | tuple[int, int]]:
         """All options but `spike_steps`, inferred from its weights. Raises KeyError for those of another network."""
-        width, channels, patch, _ = weights["embed.weight"].shape
+        width, channels, side, _ = weights["embed.weight"].shape
+        patch = 2 - side % 2
         height, columns = weights["position"].shape[1:]
         blocks = sum(name.endswith(".mix.weight") for name in weights)
         prototypes = len(weights.get("prototypes.counts", ()))
@@ -119,6 +122,7 @@ class ResidualSDID(Denoiser):
             prototypes=prototypes,
             classes=classes,
             grid=(patch * height, patch * columns),
+            margin=(side - patch) // 2,
         )
 
     def load_pretrained(self, weights: dict[str, Tensor]) -> None:

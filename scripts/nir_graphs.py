@@ -60,12 +60,13 @@ class ResidualGraph(nn.Module):
         position, patch, conditions = denoiser.position, denoiser.patch, denoiser.conditions
         self.codebook_size, self.grid, self.conditions = denoiser.codebook_size, position.shape[1:], conditions
         self.corner = F.pad(torch.ones(1, 1), (0, patch - 1, 0, patch - 1))
-        weights = [denoiser.embed.weight]
-        if conditions.prototypes:
-            weights.append(conditions.prototypes.embed.weight)
         placed = [*(conditions.labels.embed.weight if conditions.labels else ()), position]  # each [C,h,w]
-        weights += [each.flatten(1)[..., None, None] * self.corner for each in placed]
-        self.enter = convolution(torch.cat(weights, 1), stride=denoiser.embed.stride)
+        weights = [each.flatten(1)[..., None, None] * self.corner for each in placed]
+        if conditions.prototypes:
+            weights.insert(0, conditions.prototypes.embed.weight)
+        margin = denoiser.embed.padding[0]
+        weights = [denoiser.embed.weight, *(F.pad(each, 4 * (margin,)) for each in weights)]
+        self.enter = convolution(torch.cat(weights, 1), stride=denoiser.embed.stride, padding=denoiser.embed.padding)
         blocks = (MixingGraph(cast(MixingBlock, block), self.grid) for block in denoiser.blocks)
         self.blocks = nn.Sequential(*blocks)
         self.leave = nn.Sequential(*fired(identity(len(position)), denoiser.fire), layer(denoiser.head))
