@@ -93,7 +93,7 @@ class ResidualSDID(Denoiser):
             raise ValueError(f"denoiser_channels must be a multiple of {HEADS}, got {width}")
         patch = 1 if any(side % 2 for side in grid) else 2
         height, columns = grid[0] // patch, grid[1] // patch
-        self.patch, side = patch, patch + 2 * margin
+        self.patch, self.margin, side = patch, margin, patch + 2 * margin
         self.embed = nn.Conv2d(codebook_size + 1, width, side, stride=patch, padding=margin, bias=False)
         if prototypes:
             self.prototypes = Prototypes(prototypes, codebook_size, width, patch, grid)

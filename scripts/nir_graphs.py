@@ -64,8 +64,7 @@ class ResidualGraph(nn.Module):
         weights = [each.flatten(1)[..., None, None] * self.corner for each in placed]
         if conditions.prototypes:
             weights.insert(0, conditions.prototypes.embed.weight)
-        margin = denoiser.embed.padding[0]
-        weights = [denoiser.embed.weight, *(F.pad(each, 4 * (margin,)) for each in weights)]
+        weights = [denoiser.embed.weight, *(F.pad(each, 4 * (denoiser.margin,)) for each in weights)]
         self.enter = convolution(torch.cat(weights, 1), stride=denoiser.embed.stride, padding=denoiser.embed.padding)
         blocks = (MixingGraph(cast(MixingBlock, block), self.grid) for block in denoiser.blocks)
         self.blocks = nn.Sequential(*blocks)
