@@ -129,9 +129,12 @@ class ResidualSDID(Denoiser):
         """Initialise from the weights of another denoiser, which may have other conditions.
 
         A condition that is missing from the weights keeps its initial zeros; one that this denoiser lacks is ignored.
-        Prototypes and counts, which are fitted to the training images, are not loaded. Raises RuntimeError if anything
-        else differs.
+        A margin that they lack begins with zeros. Prototypes and counts, which are fitted to the training images, are
+        not loaded. Raises RuntimeError if anything else differs.
         """
+        embed = weights.get("embed.weight", self.embed.weight)
+        added = (self.embed.kernel_size[0] - embed.shape[-1]) // 2  # 1 if they are from before there was a margin
+        weights = weights | {"embed.weight": F.pad(embed, 4 * (added,))}
         conditions, fitted = ("prototypes.", "labels."), (".grids", ".counts")
         own = {name: value for name, value in self.state_dict().items() if name.startswith(conditions)}
         found = {

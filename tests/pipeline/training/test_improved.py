@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 from models.spiking import LIF, fire
-from pipeline.checkpoints import load_checkpoint, load_weights
+from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
 from pipeline.declaration import Role
 from pipeline.options import with_role
 from pipeline.presets import PRESETS
@@ -230,6 +230,20 @@ def test_new_denoiser_is_resumed_without_the_other_run(improved, cli, grey, tmp_
     outcome = cli("--resume", run_in(tmp_path))
     assert (outcome.status, outcome.err) == (0, "")
     assert "--new_denoiser is for --start_from" in cli(*grey, "--new_denoiser", "--result_path", tmp_path / "new").err
+
+
+def test_a_denoiser_without_margin_is_trained_further_but_not_resumed(improved, cli, grey, tmp_path):
+    start = shutil.copytree(improved, tmp_path / "start")
+    older = load_weights(start / "diff_result" / "diff_model.pth")
+    older["embed.weight"] = older["embed.weight"][..., 1:-1, 1:-1].clone()
+    save_weights(start / "diff_result" / "diff_model.pth", older)
+    begin = (*grey, "--start_from", start, "--stage", "sdid", "--diffusion_epochs", 1, "--max_minutes", 1e-4)
+    assert cli(*begin, "--result_path", tmp_path).status == 0
+    last = run_in(tmp_path) / "last.pth"
+    state = load_checkpoint(last)
+    save_weights(last, {**state, "model": older})
+    outcome = cli("--resume", run_in(tmp_path))
+    assert outcome.status == 2 and f"{last} does not fit" in outcome.err and "resume with git commit" in outcome.err
 
 
 def test_start_that_is_gone(improved, cli, grey, tmp_path):
