@@ -61,10 +61,9 @@ class ResidualGraph(nn.Module):
         self.codebook_size, self.grid, self.conditions = denoiser.codebook_size, position.shape[1:], conditions
         self.corner = F.pad(torch.ones(1, 1), (0, patch - 1, 0, patch - 1))
         placed = [*(conditions.labels.embed.weight if conditions.labels else ()), position]  # each [C,h,w]
-        weights = [each.flatten(1)[..., None, None] * self.corner for each in placed]
-        if conditions.prototypes:
-            weights.insert(0, conditions.prototypes.embed.weight)
-        weights = [denoiser.embed.weight, *(F.pad(each, 4 * (denoiser.margin,)) for each in weights)]
+        patches = [conditions.prototypes.embed.weight] if conditions.prototypes else []
+        patches += [each.flatten(1)[..., None, None] * self.corner for each in placed]
+        weights = [denoiser.embed.weight, *(F.pad(each, 4 * (denoiser.margin,)) for each in patches)]
         self.enter = convolution(torch.cat(weights, 1), stride=denoiser.embed.stride, padding=denoiser.embed.padding)
         blocks = (MixingGraph(cast(MixingBlock, block), self.grid) for block in denoiser.blocks)
         self.blocks = nn.Sequential(*blocks)
