@@ -146,17 +146,19 @@ class Trainer(Generic[Network]):
                 if self._train_epoch(deadline, interruption):
                     self._end_epoch()
                 self.save()
-                over, _ = self._agree(interruption, time.monotonic() > deadline)
-                if interruption.signal or (over and self.progress.epoch < self.schedule.epochs):
+                signal, over, _ = self._agree(interruption, time.monotonic() > deadline)
+                if signal or (over and self.progress.epoch < self.schedule.epochs):
                     return False
         return True
 
     def _agree(self, interruption: Interruption, over: bool, due: bool = False) -> list[int]:
-        """Whether time is up, or a save is due, in any process; a signal to one process counts for all."""
-        signal, *news = processes.most(interruption.signal or 0, over, due)
-        if signal:
-            interruption.signal = signal
-        return news
+        """The signal (0: none), whether time is up, and whether a save is due, in any process.
+
+        What happens next must follow from these alone: a signal noted later is not known to the other processes yet.
+        """
+        agreed = processes.most(interruption.signal or 0, over, due)
+        interruption.signal = agreed[0] or interruption.signal
+        return agreed
 
     def _train_epoch(self, deadline: float, interruption: Interruption) -> bool:
         """Train the rest of the current epoch; False if it was stopped by a signal or by the time limit."""
@@ -186,8 +188,8 @@ class Trainer(Generic[Network]):
                 progress.seconds = now - started
                 if progress.step == self.steps:
                     break
-                over, due = self._agree(interruption, now > deadline, now > saved + 60 * schedule.save_every)
-                if interruption.signal or over:
+                signal, over, due = self._agree(interruption, now > deadline, now > saved + 60 * schedule.save_every)
+                if signal or over:
                     return False
                 if due:
                     self.save()
