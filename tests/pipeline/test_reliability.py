@@ -304,6 +304,21 @@ def test_a_signal_saves_at_once(number, step, cli, small, finished, tmp_path, mo
     assert_same_run(finished.path, run)
 
 
+def test_a_signal_during_the_agreement_waits_for_the_next(cli, small, tmp_path, monkeypatch):
+    """The other processes would go on: one may only act upon what all have agreed."""
+    calls, agree = iter(range(1, 10**6)), training.processes.most
+
+    def interrupted(*numbers):
+        agreed = agree(*numbers)
+        if len(numbers) > 1 and next(calls) == 7:  # one number alone is a barrier
+            os.kill(os.getpid(), signal.SIGTERM)
+        return agreed
+
+    monkeypatch.setattr(training.processes, "most", interrupted)
+    assert cli(*small, "--result_path", tmp_path).status == 128 + signal.SIGTERM
+    assert load_checkpoint(run_in(tmp_path) / "last.pth")["step"] == 8
+
+
 def test_a_second_signal_acts_at_once(cli, small, tmp_path, monkeypatch):
     def raise_signals(*_):
         os.kill(os.getpid(), signal.SIGINT)
