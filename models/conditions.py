@@ -14,6 +14,8 @@ from models.quantizer import Codebook
 NOT_GIVEN = -1
 """Stands in for an index where an image does not have the condition."""
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples modulo 1 are spread evenly, however many there are
+
 
 class Conditions:
     """The J conditions of a denoiser (J = 0, 1 or 2); the prototype, if any, comes before the label.
@@ -62,20 +64,23 @@ class Conditions:
     def draw(self, seed: int, samples: Iterable[int], labels: Iterable[int] | None = None) -> Tensor | None:
         """Conditions `[N,J]` for the samples with these indices; None if J is 0.
 
-        Each sample takes the conditions of a training image, drawn uniformly from all of them, or, given `labels`, from
-        those with the sample's label. The draw of sample i depends only on `seed`, i and its label. Raises ValueError
-        for a label that no training image has.
+        Each sample takes the conditions of a training image, of all of them or, given `labels`, of those with its
+        label. These are sorted by label and prototype, and sample i takes the one at the fraction `u + i/phi` modulo 1,
+        with u drawn from `seed` and the golden ratio phi (a Kronecker sequence). So each image is equally likely, and
+        any number of samples has the conditions nearly as often as they occur in training. What sample i takes depends
+        only on `seed`, i and its label. Raises ValueError for a label that no training image has.
         """
         if not self:
             return None
         counts, samples = self._parts[-1].counts.cpu().numpy(), list(samples)
         wanted = [None] * len(samples) if labels is None else list(labels)
-        ends = {label: _of_label(counts, label).cumsum() for label in set(wanted)}
+        ends = {label: _of_label(counts, label).T.cumsum() for label in set(wanted)}
+        start = np.random.default_rng((seed, 0, 1)).random()
         drawn = []
         for sample, label in zip(samples, wanted, strict=True):
-            image = np.random.default_rng((seed, sample, 1)).integers(ends[label][-1])
+            image = int((start + GOLDEN_RATIO * sample) % 1 * ends[label][-1])
             drawn.append(ends[label].searchsorted(image, "right"))
-        return torch.from_numpy(np.stack(np.unravel_index(drawn, counts.shape), 1))
+        return torch.from_numpy(np.stack(np.unravel_index(drawn, counts.T.shape)[::-1], 1))
 
     def without_last(self, conditions: Tensor) -> Tensor:
         """The same conditions `[N,J]` with the last one dropped, which is the label if there is one."""

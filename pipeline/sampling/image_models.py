@@ -157,7 +157,8 @@ class CodeDiffusion:
         order = ", spread order" if self.reveal_order == "spread" else ""
         guided = f", guidance {self.guidance:g}" if self.guidance else ""
         asked = f", classes {', '.join(map(self.name_of, self.labels))}" if self.labels else ""
-        steps = f"{self.sample_steps or 'all'} timesteps{order}"
+        evenly = ", evenly spaced conditions" if self._denoiser.conditions else ""
+        steps = f"{self.sample_steps or 'all'} timesteps{order}{evenly}"
         return f"temperature {self.temperature:g}{chosen}{final}, {steps}{guided}{asked}"
 
     def trajectory(self) -> Tensor:

@@ -92,25 +92,41 @@ def test_conditions_are_taken_over_where_they_are_the_same():
 
 # ---- what is drawn ----
 
+EVENLY = 0.001  # how much frequencies among 4,000 or 2,000 samples may differ from those in training
+
+
+def frequencies(drawn):
+    counts = torch.zeros(COUNTS.shape).index_put_(tuple(drawn.T), torch.ones(len(drawn)), accumulate=True)
+    return counts / len(drawn)
+
 
 def test_a_sample_has_the_conditions_of_a_training_image():
     conditions = denoiser_of("both").conditions
     drawn = conditions.draw(0, range(4000))
-    frequency = torch.zeros(COUNTS.shape).index_put_(tuple(drawn.T), torch.ones(4000), accumulate=True) / 4000
-    torch.testing.assert_close(frequency, COUNTS / COUNTS.sum(), atol=0.04, rtol=0)
+    torch.testing.assert_close(frequencies(drawn), COUNTS / COUNTS.sum(), atol=EVENLY, rtol=0)
     assert torch.equal(conditions.draw(0, [7, 3]), drawn[[7, 3]]), "whatever it is drawn together with"
     asked = conditions.draw(0, range(4000), [i % 2 for i in range(4000)])
     assert torch.equal(asked[:, 1], torch.arange(4000) % 2)
     shares = torch.stack([asked[label::2, 0].bincount(minlength=4) for label in (0, 1)], 1) / 2000
-    torch.testing.assert_close(shares, COUNTS[:, :2] / COUNTS.sum(0)[:2], atol=0.06, rtol=0)
+    torch.testing.assert_close(shares, COUNTS[:, :2] / COUNTS.sum(0)[:2], atol=EVENLY, rtol=0)
     assert torch.equal(conditions.draw(0, [8, 3], [0, 1]), asked[[8, 3]])
+    with pytest.raises(ValueError):
+        conditions.draw(0, [0], [2])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_even_a_few_samples_have_each_condition_about_as_often_as_it_occurs(seed):
+    """Independent draws would miss by more: 20 of them, by 0.1 (one standard deviation of a condition of 0.3)."""
+    for count in (20, 100):
+        drawn = denoiser_of("both").conditions.draw(seed, range(count))
+        torch.testing.assert_close(frequencies(drawn), COUNTS / COUNTS.sum(), atol=2 / count, rtol=0)
 
 
 def test_labels_alone():
     conditions = denoiser_of("label").conditions
     assert torch.equal(conditions.draw(0, range(5), [1, 0, 1, 1, 0]), torch.tensor([[1], [0], [1], [1], [0]]))
     drawn = conditions.draw(0, range(4000))
-    assert drawn.double().mean() == pytest.approx(14 / 19, abs=0.04)
+    assert drawn.double().mean() == pytest.approx(14 / 19, abs=EVENLY)
 
 
 def test_what_occurs_together_is_counted():
@@ -342,15 +358,6 @@ def test_packed_runs_from_before_there_was_the_option(prototypes, condition, tmp
     start = ("--start_from", str(old.path), "--stage", "sdid", "--denoiser", "residual", "--result_path", str(tmp_path))
     options = resolve([*start, "--condition", "both"]).options.denoiser
     assert (options.condition, options.images_per_prototype) == ("both", prototypes or DEFAULTS["images_per_prototype"])
-
-
-def test_prototypes_alone_are_drawn_as_before_there_were_labels():
-    counts = load_weights(RunFolder(PRETRAINED / "mnist").denoiser)["prototypes.counts"]
-    denoiser = ResidualSDID(128, denoiser_channels=16, denoiser_blocks=1, prototypes=len(counts))
-    denoiser.prototypes.counts.copy_(counts)
-    images = [np.random.default_rng((42, sample, 1)).integers(int(counts.sum())) for sample in range(100)]
-    expected = torch.searchsorted(counts.cumsum(0), torch.tensor(images), right=True)
-    assert torch.equal(denoiser.conditions.draw(42, range(100))[:, 0], expected)
 
 
 def test_packed(trained, cli, tmp_path):
