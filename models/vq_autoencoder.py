@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.quantizer import Codebook
-from models.spiking import full_precision
 
 
 class VQOutput(NamedTuple):
@@ -77,17 +76,13 @@ class VQAutoencoder(nn.Module, ABC):
         return (self.decoder(self.vq_layer.decode(codes)) + 0.5).clamp(0, 1)
 
     @torch.no_grad()
-    def sort_codes(self) -> None:
-        """Renumber the codes by the brightness of what each decodes to on its own, darkest first.
+    def renumber(self, order: Tensor) -> None:
+        """Let number i stand for what code `order[i]` of `order [K]`, a permutation, has stood for until now.
 
-        Reconstructions stay the same. A denoiser that reads codes as plain numbers, as SDID does, then finds similar
-        numbers where patches are similar. The model has to be in evaluation mode.
+        Images of the same embeddings stay the same.
         """
         weight = self.vq_layer.embeddings.weight
-        with full_precision(weight):
-            alone = torch.arange(self.codebook_size, device=weight.device).view(-1, 1, 1)
-            brightness = self.decode(alone).mean((1, 2, 3))
-        weight.copy_(weight[brightness.argsort(stable=True)])
+        weight.copy_(weight[order.to(weight.device)])
 
     def forward(self, images: Tensor, variance: float = 1.0, generator: torch.Generator | None = None) -> VQOutput:
         """Reconstruct images `[N,C,H,W]` in [0,1].

@@ -269,7 +269,7 @@ class TrainingOptions:
     )
     sort_codes: bool = option(
         False,
-        "after stage 1, number the codes by brightness: sdid, which reads the numbers, learns faster",
+        "after stage 1, give similar codes similar numbers: sdid, which reads the numbers, learns faster",
         Role.TRAINING,
         of=CODES,
     )

@@ -8,6 +8,7 @@ import torch
 
 from errors import UserError
 from models import FSVAE
+from models.code_order import code_order
 from pipeline.checkpoints import load_weights, save_weights
 from pipeline.parser import as_written
 from pipeline.runtime.processes import from_rank_0
@@ -17,6 +18,8 @@ from pipeline.session import Session
 from pipeline.training.loop import Place, Trainer
 from pipeline.training.objectives import fsvae_trainer, sdid_trainer, vqsvae_trainer
 from pipeline.training.schedules import Schedule
+
+SORTING_IMAGES = 10_000  # whose codes show which codes are similar
 
 
 def check(session: Session) -> None:
@@ -81,8 +84,10 @@ def train_autoencoder(session: Session) -> bool:
         return _train(session, fsvae_trainer(model, data.train, data.test, place))
     finished = _train(session, vqsvae_trainer(model, data.train, data.test, data.variance, place))
     if finished and o.sort_codes:
-        trained = session.load_vq_autoencoder().eval()
-        trained.sort_codes()
+        trained = session.load_vq_autoencoder()
+        images = data.train[:SORTING_IMAGES]
+        codes = encode_images(trained, images, machine, session.options.sampling.eval_batch_size)
+        trained.renumber(code_order(codes, trained.codebook_size))
         save_weights(session.run.model, trained.state_dict())
     return finished
 

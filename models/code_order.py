@@ -1,0 +1,69 @@
+"""Numbers for codes that a denoiser reads as plain numbers, as SDID does: similar codes get similar numbers."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def code_order(codes: Tensor, codebook_size: int) -> Tensor:
+    """Which code each of the numbers 0..K-1 should stand for: int64 `[K]`, given the `codes [N,h,w]` of many images.
+
+    Codes are similar if they have similar neighbours. The codes in use are put in a line, along a short path from one
+    to the next that begins with the most frequent, and spread evenly over the numbers; unused codes fill the gaps. The
+    mask token, K, is thus farthest from the most frequent code.
+    """
+    codes = codes.long()
+    used, counts = codes.unique(return_counts=True)
+    contexts = _contexts(codes, used, codebook_size)
+    line = used[_short_path(torch.cdist(contexts, contexts), int(counts.argmax()))]
+    order = torch.full((codebook_size,), -1)
+    order[torch.arange(len(used)) * codebook_size // len(used)] = line
+    unused = torch.ones(codebook_size, dtype=torch.bool)
+    unused[used] = False
+    order[order < 0] = unused.nonzero().flatten()
+    return order
+
+
+def _contexts(codes: Tensor, used: Tensor, codebook_size: int) -> Tensor:
+    """Square roots of how often each code is a neighbour of the L `used` ones, by direction: float64 `[L,8(K+1)]`.
+
+    Beyond the edge is one more code. Euclidean distances of these are Hellinger distances of the frequencies.
+    """
+    beyond = codebook_size
+    windows = F.pad(codes, (1, 1, 1, 1), value=beyond).unfold(1, 3, 1).unfold(2, 3, 1).flatten(3)  # [N,h,w,9]
+    rows, size = torch.searchsorted(used, codes) * (beyond + 1), len(used) * (beyond + 1)
+    joint = [(rows + windows[..., i]).flatten().bincount(minlength=size) for i in range(9) if i != 4]
+    counts = torch.stack([each.view(len(used), -1) for each in joint], 1).double()
+    return (counts / counts.sum(2, keepdim=True)).sqrt().flatten(1)
+
+
+def _short_path(distances: Tensor, first: int) -> Tensor:
+    """A short path from the point `first` through all L points, given their `distances [L,L]`: int64 `[L]`."""
+    paths = [
+        _two_opt(_nearest_neighbours(distances, [first, i]), distances) for i in range(len(distances)) if i != first
+    ]
+    return min(paths, key=lambda path: distances[path[:-1], path[1:]].sum(), default=torch.tensor([first]))
+
+
+def _nearest_neighbours(distances: Tensor, path: list[int]) -> Tensor:
+    """The points of `path`, and then always the nearest that is left: int64 `[L]`."""
+    distances = distances.clone()
+    distances[:, path] = torch.inf
+    while len(path) < len(distances):
+        path.append(int(distances[path[-1]].argmin()))
+        distances[:, path[-1]] = torch.inf
+    return torch.tensor(path)
+
+
+def _two_opt(path: Tensor, distances: Tensor) -> Tensor:
+    """The path `[L]`, parts of which are reversed as long as that makes it shorter (2-opt); its first point stays."""
+    end = F.pad(distances, (0, 1, 0, 1))  # a last point that is at no distance from the others
+    path = F.pad(path, (0, 1), value=len(distances))
+    while True:
+        d, edges = end[path][:, path], end[path[:-1], path[1:]]
+        gain = edges[:, None] + edges - d[:-1, :-1] - d[1:, 1:]  # of replacing the edges i, i+1 and j, j+1
+        best = int(gain.triu(1).argmax())
+        i, j = divmod(best, len(edges))
+        if gain.triu(1).flatten()[best] < 1e-9:
+            return path[:-1]
+        path[i + 1 : j + 1] = path[i + 1 : j + 1].flip(0)
