@@ -15,7 +15,8 @@ def code_order(codes: Tensor, codebook_size: int) -> Tensor:
     codes = codes.long()
     used, counts = codes.unique(return_counts=True)
     contexts = _contexts(codes, used, codebook_size)
-    line = used[_short_path(torch.cdist(contexts, contexts), int(counts.argmax()))]
+    distances = torch.cdist(contexts, contexts)
+    line = used[_two_opt(_nearest_neighbours(distances, int(counts.argmax())), distances)]
     order = torch.full((codebook_size,), -1)
     order[torch.arange(len(used)) * codebook_size // len(used)] = line
     unused = torch.ones(codebook_size, dtype=torch.bool)
@@ -37,21 +38,12 @@ def _contexts(codes: Tensor, used: Tensor, codebook_size: int) -> Tensor:
     return (counts / counts.sum(2, keepdim=True)).sqrt().flatten(1)
 
 
-def _short_path(distances: Tensor, first: int) -> Tensor:
-    """A short path from the point `first` through all L points, given their `distances [L,L]`: int64 `[L]`."""
-    paths = [
-        _two_opt(_nearest_neighbours(distances, [first, i]), distances) for i in range(len(distances)) if i != first
-    ]
-    return min(paths, key=lambda path: distances[path[:-1], path[1:]].sum(), default=torch.tensor([first]))
-
-
-def _nearest_neighbours(distances: Tensor, path: list[int]) -> Tensor:
-    """The points of `path`, and then always the nearest that is left: int64 `[L]`."""
-    distances = distances.clone()
-    distances[:, path] = torch.inf
-    while len(path) < len(distances):
-        path.append(int(distances[path[-1]].argmin()))
-        distances[:, path[-1]] = torch.inf
+def _nearest_neighbours(distances: Tensor, first: int) -> Tensor:
+    """A path from the point `first` to the nearest of the L points, and always on to the nearest left: int64 `[L]`."""
+    path, left = [first], distances.clone()
+    for _ in range(len(distances) - 1):
+        left[:, path[-1]] = torch.inf
+        path.append(int(left[path[-1]].argmin()))
     return torch.tensor(path)
 
 
