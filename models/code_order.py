@@ -19,16 +19,16 @@ def code_order(codes: Tensor, codebook_size: int) -> Tensor:
     line = used[_two_opt(_nearest_neighbours(distances, int(counts.argmax())), distances)]
     order = torch.full((codebook_size,), -1)
     order[torch.arange(len(used)) * codebook_size // len(used)] = line
-    unused = torch.ones(codebook_size, dtype=torch.bool)
-    unused[used] = False
-    order[order < 0] = unused.nonzero().flatten()
+    numbers = torch.arange(codebook_size)
+    order[order < 0] = numbers[~torch.isin(numbers, used)]
     return order
 
 
 def _contexts(codes: Tensor, used: Tensor, codebook_size: int) -> Tensor:
     """Square roots of how often each code is a neighbour of the L `used` ones, by direction: float64 `[L,8(K+1)]`.
 
-    Beyond the edge is one more code. Euclidean distances of these are Hellinger distances of the frequencies.
+    Beyond the edge is one more code. Euclidean distances of these are Hellinger distances of the frequencies, but for a
+    factor.
     """
     beyond = codebook_size
     windows = F.pad(codes, (1, 1, 1, 1), value=beyond).unfold(1, 3, 1).unfold(2, 3, 1).flatten(3)  # [N,h,w,9]
@@ -53,9 +53,8 @@ def _two_opt(path: Tensor, distances: Tensor) -> Tensor:
     path = F.pad(path, (0, 1), value=len(distances))
     while True:
         d, edges = end[path][:, path], end[path[:-1], path[1:]]
-        gain = edges[:, None] + edges - d[:-1, :-1] - d[1:, 1:]  # of replacing the edges i, i+1 and j, j+1
-        best = int(gain.triu(1).argmax())
-        i, j = divmod(best, len(edges))
-        if gain.triu(1).flatten()[best] < 1e-9:
+        gain = (edges[:, None] + edges - d[:-1, :-1] - d[1:, 1:]).triu(1)  # of replacing edges i, i+1 and j, j+1
+        i, j = divmod(int(gain.argmax()), len(edges))
+        if gain[i, j] < 1e-9:
             return path[:-1]
         path[i + 1 : j + 1] = path[i + 1 : j + 1].flip(0)
