@@ -118,6 +118,12 @@ class Trainer(Generic[Network]):
 
     def save(self) -> None:
         """Write last.pth, then the weights. Raises UserError, and writes nothing, if loss or weights are non-finite."""
+        self._save_state()
+        self._save_kept()
+        processes.wait_for_all()  # the first process to end is taken for a failure, and ends the others
+
+    def _save_state(self) -> None:
+        """Write last.pth, which is all that `--resume` needs."""
         progress, states = self.progress, {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self._check_finite(progress.sums, states["model"])
         if self.average:
@@ -125,8 +131,6 @@ class Trainer(Generic[Network]):
         sums = {name: value.item() for name, value in progress.sums.items()}
         where = {"epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds, "sums": sums}
         self.run.write_last({"stage": self.name, **where, **states})
-        self._save_kept()
-        processes.wait_for_all()  # the first process to end is taken for a failure, and ends the others
 
     def _save_kept(self) -> None:
         """Write the weights that are kept."""
@@ -137,14 +141,16 @@ class Trainer(Generic[Network]):
     def train(self) -> bool:
         """Train to the last epoch; False if time ran out.
 
-        Saves every `save_every` minutes, after each epoch and at the end. Raises Interrupted, after saving, if a signal
-        came, and UserError, without saving, if loss or weights are not finite.
+        Saves after each epoch and at the end, and every `save_every` minutes what `--resume` needs. Raises Interrupted,
+        after saving, if a signal came, and UserError, without saving, if loss or weights are not finite.
         """
         deadline = time.monotonic() + 60 * (self.schedule.max_minutes or float("inf"))
         with Interruption(self.run.resume_hint) as interruption:
             while self.progress.epoch < self.schedule.epochs:
                 if self._train_epoch(deadline, interruption):
                     self._end_epoch()
+                else:
+                    print(f"{self.title}: stopped, saving", flush=True)
                 self.save()
                 signal, over, _ = self._agree(interruption, time.monotonic() > deadline)
                 if signal or (over and self.progress.epoch < self.schedule.epochs):
@@ -192,7 +198,7 @@ class Trainer(Generic[Network]):
                 if signal or over:
                     return False
                 if due:
-                    self.save()
+                    self._save_state()
                     saved = now
         return True
 

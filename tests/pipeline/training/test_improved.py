@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -350,6 +351,17 @@ def test_kept_statistics_are_those_of_the_averaged_weights(tmp_path):
     torch.testing.assert_close(kept[2].running_var, out.var(0), rtol=0.1, atol=0)
     assert kept[2].momentum == 0.1 and not torch.allclose(model[2].running_mean, kept[2].running_mean, rtol=1e-3)
     assert torch.equal(load_weights(tmp_path / "kept.pth")["2.running_mean"], kept[2].running_mean)
+
+
+def test_saves_within_an_epoch_take_no_statistics(tmp_path):
+    """They would cost minutes of every ten: a save within an epoch writes only what is needed to go on."""
+
+    def watched(name):
+        return mock.patch.object(Trainer, name, autospec=True, side_effect=getattr(Trainer, name))
+
+    with watched("_calibrate_average") as statistics, watched("_save_state") as saves:
+        trained_layer(tmp_path, epochs=3, ema_decay=0.9, save_every=1e-9)
+    assert (statistics.call_count, saves.call_count) == (3, 60)
 
 
 def test_stopped_and_ended_at_once(tmp_path):
