@@ -1,12 +1,13 @@
-"""Metrics from Inception's features and logits: FID, the paper's FID, KID and Inception score."""
+"""Metrics from Inception's features and logits: FID, the paper's FID, KID and Inception score.
+
+torchmetrics, which imports matplotlib, is imported when it is needed.
+"""
 
 import warnings
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.inception import InceptionScore
-from torchmetrics.image.kid import poly_mmd
 
 from metrics.counts import check_enough
 from metrics.frechet import feature_statistics, frechet_distance, frechet_distance_of_release
@@ -46,6 +47,8 @@ def kid(generated: np.ndarray, real: np.ndarray, seed: int) -> tuple[float, floa
     set has fewer than 1,000 images.
     """
     check_enough("KID", KID_SUBSET_SIZE, generated=generated, real=real)
+    from torchmetrics.image.kid import poly_mmd
+
     generator = torch.Generator().manual_seed(seed)
 
     def subset(features: np.ndarray) -> Tensor:
@@ -62,6 +65,8 @@ def inception_score(logits: np.ndarray) -> tuple[float, float]:
     than 1,000 images.
     """
     check_enough("the Inception score", FEWEST_SCORED, generated=logits)
+    from torchmetrics.image.inception import InceptionScore
+
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", "Metric `InceptionScore` will save all extracted features")
         torch.default_generator.manual_seed(0)

@@ -1,10 +1,12 @@
-"""MSE and SSIM between images and their reconstructions."""
+"""MSE and SSIM between images and their reconstructions.
+
+torchmetrics, which imports matplotlib, is imported when it is needed.
+"""
 
 from typing import cast
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 
 def mse(images: Tensor, reconstructions: Tensor) -> float:
@@ -22,6 +24,8 @@ def ssim(images: Tensor, reconstructions: Tensor, batch_size: int = 256) -> floa
     Both are float [N,C,H,W] in [0,1]; raises ValueError if shapes or types differ. `batch_size` limits the memory and
     does not change the value.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     _check_pair(images, reconstructions)
     batches = zip(reconstructions.split(batch_size), images.split(batch_size), strict=True)
     per_image = [
