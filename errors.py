@@ -1,4 +1,8 @@
-"""The one exception that stands for a mistake of the user, not of the program."""
+"""The one exception that stands for a mistake of the user, not of the program, and how a script reports it."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -6,3 +10,13 @@ class UserError(Exception):
 
     The command line prints that line and exits with status 2; everything else keeps its traceback.
     """
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Context of a script: a mistake of the user, or of the file system, is one line on stderr and exit status 2."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -106,8 +106,11 @@ class SpikingDiffusion:
     ) -> np.ndarray:
         """Draw the pixels `hidden`, bool `[H,W]`, of images uint8 `[N,C,H,W]` anew, given the others; see `sample`.
 
-        Codes whose encoder sees a hidden pixel are drawn anew, so that nothing of what was there is known.
+        Codes whose encoder sees a hidden pixel are drawn anew, so that nothing of what was there is known. `guidance`
+        is of the labels: without them, UserError.
         """
+        if guidance and labels is None:
+            raise UserError("guidance when inpainting is of the labels: name them, or leave it out")
         pixels = self._checked(images)
         if hidden.dtype != bool or hidden.shape != self.image_shape[1:]:
             raise ValueError(

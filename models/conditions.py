@@ -14,7 +14,7 @@ from models.quantizer import Codebook
 NOT_GIVEN = -1
 """Stands in for an index where an image does not have the condition."""
 
-GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples modulo 1 are spread evenly, however many there are
+INVERSE_GOLDEN_RATIO = (5**0.5 - 1) / 2  # its multiples modulo 1 are spread evenly, however many there are
 
 
 class Conditions:
@@ -78,7 +78,7 @@ class Conditions:
         start = np.random.default_rng((seed, 0, 1)).random()
         drawn = []
         for sample, label in zip(samples, wanted, strict=True):
-            image = int((start + GOLDEN_RATIO * sample) % 1 * ends[label][-1])
+            image = int((start + INVERSE_GOLDEN_RATIO * sample) % 1 * ends[label][-1])
             drawn.append(ends[label].searchsorted(image, "right"))
         return torch.from_numpy(np.stack(np.unravel_index(drawn, counts.T.shape)[::-1], 1))
 

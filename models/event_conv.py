@@ -1,6 +1,6 @@
 """Event-driven convolutions on the CPU: they add up the weights of the inputs that fired and skip the rest.
 
-In the trained denoiser 2 to 8 % of a convolution's inputs are spikes; a dense convolution multiplies zeros for the
+In the trained denoiser 3 to 9 % of a convolution's inputs are spikes; a dense convolution multiplies zeros for the
 rest. If the share of spikes is small enough, `event_conv.cpp` computes the layer and its weight gradient from a list of
 the spikes. The gradient with respect to the spikes is not sparse and stays dense. Results differ from those of dense
 convolutions by rounding alone and do not depend on the number of threads.

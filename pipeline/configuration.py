@@ -6,7 +6,16 @@ from typing import Any, NamedTuple
 
 from errors import UserError
 from pipeline.declaration import Role
-from pipeline.options import CONDITIONS, DECLARATIONS, DEFAULTS, Options, with_role
+from pipeline.options import (
+    CONDITIONS,
+    DECLARATIONS,
+    DEFAULTS,
+    AutoencoderOptions,
+    DenoiserOptions,
+    Options,
+    names,
+    with_role,
+)
 from pipeline.parser import as_read, as_written, build_parser
 from pipeline.presets import PRESETS
 from pipeline.run_folder import RunFolder
@@ -35,6 +44,7 @@ def assemble(typed: dict[str, Any]) -> Call:
     """The same from a dictionary of option values, as the library passes them."""
     if unknown := set(typed) - set(DEFAULTS):
         raise UserError(f"there is no option {', '.join(sorted(unknown))}")
+    typed = {key: as_read(key, value, "") for key, value in typed.items()}
     _check_combination(typed)
     started = _started_from(typed.get("start_from"))
     run = RunFolder(_folder(DEFAULTS | started | typed))
@@ -94,8 +104,6 @@ def _started_from(start: Path | None) -> dict[str, Any]:
     config = RunFolder(start).read_config()
     if not config:
         raise UserError(f"--start_from {start} is not a run folder: it has no config.json")
-    if not config.get("images_per_prototype"):  # 0 once stood for a denoiser without prototypes
-        config["images_per_prototype"] = DEFAULTS["images_per_prototype"]
     return {key: as_read(key, config.get(key, DEFAULTS[key])) for key in with_role(Role.NETWORKS)}
 
 
@@ -119,6 +127,8 @@ def _made(typed: Mapping[str, Any], run: RunFolder) -> Path | None:
 def _check_fixed(options: Options, run: RunFolder, saved: Mapping[str, Any]) -> None:
     """Refuse changes to options that the saved run has fixed."""
     fixed = with_role(Role.TRAINING if options.run.resume else Role.IDENTITY)
+    if options.run.checkpoint:
+        fixed += [key for key in names(DenoiserOptions) + names(AutoencoderOptions) if key not in fixed]
     if options.run.resume and run.denoiser.exists():
         fixed.append("epochs")  # stage 1 is over
     values = options.values()
@@ -154,11 +164,14 @@ def _check_values(options: Options) -> None:
         raise UserError("--images_per_prototype is for --condition prototype or both: leave it out, or say which")
     if options.sampling.guidance and condition == "none" and "guidance" in typed:
         raise UserError("--guidance needs a denoiser with a condition: leave it out, or train with --condition label")
-    if options.sampling.labels is not None and options.run.stage not in ("sample", "inpaint"):
+    labels, stage = options.sampling.labels, options.run.stage
+    if options.sampling.guidance and "guidance" in typed and stage == "inpaint" and labels is None:
+        raise UserError("--guidance with --stage inpaint is of the labels: name them with --labels, or leave it out")
+    if labels is not None and stage not in ("sample", "inpaint"):
         raise UserError("--labels is for --stage sample and --stage inpaint: leave it out")
     if options.sampling.temperature == "auto" and options.origins["final_temperature"] == TYPED:
         raise UserError("--temperature auto chooses one for all timesteps: leave out --final_temperature")
-    evaluates = options.run.stage in ("all", "evaluate")  # else what a run has recorded may have moved away
+    evaluates = stage in ("all", "evaluate")  # else what a run has recorded may have moved away
     for key in ("fid_weights", "paper_fid_weights", "fad_weights"):
         path = getattr(options.evaluation, key)
         if path and not path.exists() and (evaluates or key in typed):

@@ -21,6 +21,10 @@ class Role(IntEnum):
     CALL = 5  # of one call only
 
 
+POSITIVE = 1e-9
+"""The least value of an option that must be greater than 0."""
+
+
 class Limits(TypedDict):
     """Bounds that several options share."""
 
@@ -52,7 +56,10 @@ def option(default: Any, help: str, role: Role = Role.SETTING, **more: Any) -> A
 
 def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
     """A reader of numbers of this kind from `low` to `high`."""
-    bounds = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+    if low == POSITIVE:
+        bounds = "greater than 0" + ("" if high == float("inf") else f" and at most {high}")
+    else:
+        bounds = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
 
     def read(text: str) -> Any:
         try:
@@ -74,7 +81,7 @@ def autoencoder_weights(text: str) -> Path:
 
 def temperature_or_auto(text: str) -> float | str:
     """A positive number, or "auto"."""
-    return text if text == "auto" else number(float, 1e-9)(text)
+    return text if text == "auto" else number(float, POSITIVE)(text)
 
 
 def comma_separated(text: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from diffusion.absorbing import LOSSES, REVEAL_ORDERS
 from models import AUTOENCODERS, DENOISERS
 from models.quantizer import READOUTS, SPIKE_GENERATORS
 from pipeline.declaration import (
+    POSITIVE,
     Declaration,
     Limits,
     Role,
@@ -39,7 +40,7 @@ METRICS = (*SAMPLE_METRICS, *AUTOENCODER_METRICS, "energy")
 
 COUNT: Limits = {"low": 1, "high": 10**9, "metavar": "N"}
 WIDTH: Limits = {"low": 1, "high": 4096, "metavar": "N"}
-RATE: Limits = {"low": 1e-9, "high": 1, "metavar": "X"}
+RATE: Limits = {"low": POSITIVE, "high": 1, "metavar": "X"}
 STEPS: Limits = {"low": 1, "high": 1024, "metavar": "S"}
 
 
@@ -96,12 +97,12 @@ class RunOptions:
         None,
         "stop each stage after this many minutes, saved and ready to resume",
         Role.CALL,
-        low=1e-9,
+        low=POSITIVE,
         metavar="M",
         absent="none",
     )
     save_every: float = option(
-        10.0, "save every M minutes, in addition to after each epoch", Role.RESUMED, low=1e-9, metavar="M"
+        10.0, "save every M minutes, in addition to after each epoch", Role.RESUMED, low=POSITIVE, metavar="M"
     )
     report: bool = option(True, "write report.html, which summarises the run", Role.CALL)
     seed: int = option(42, "random seed", Role.TRAINING, low=0, high=2**32 - 1, metavar="N")
@@ -290,7 +291,7 @@ class SamplingOptions:
     final_temperature: float | None = option(
         None,
         "temperature at t = 0, approached linearly from --temperature at t = T; not with auto; same: no change",
-        low=1e-9,
+        low=POSITIVE,
         metavar="X",
         absent="same",
         of=CODES,

@@ -21,16 +21,24 @@ def as_written(value: Any) -> Any:
     return str(value.absolute()) if isinstance(value, Path) else value
 
 
-def as_read(name: str, value: Any) -> Any:
-    """An option's value from config.json. Raises UserError if the value is invalid."""
-    value = tuple(value) if isinstance(value, list) else value
+def as_read(name: str, value: Any, source: str = " in config.json") -> Any:
+    """An option's value from config.json or from Python, with the same checks as one that was typed.
+
+    Raises UserError, which names the source, if the value is invalid.
+    """
+    kind = KINDS[name]
+    if value is None or kind is bool:
+        if isinstance(value, bool) if kind is bool else type(None) in get_args(kind):
+            return value
+        raise UserError(f"--{name}{source} is {value}, not of type {kind.__name__}")
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     try:
-        value = reader(name)(value) if isinstance(value, str) else value
+        value = reader(name)(text)
     except (argparse.ArgumentTypeError, ValueError) as error:
-        raise UserError(f"--{name} in config.json: {error}") from error
+        raise UserError(f"--{name}{source}: {error}") from error
     choices = DECLARATIONS[name].choices
-    if choices and value is not None and value not in choices:
-        raise UserError(f"--{name} in config.json is {value}, not one of {', '.join(map(str, choices))}")
+    if choices and value not in choices:
+        raise UserError(f"--{name}{source} is {value}, not one of {', '.join(map(str, choices))}")
     return value
 
 

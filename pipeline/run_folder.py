@@ -133,7 +133,7 @@ class RunFolder:
     def read_config(self) -> dict[str, Any]:
         """The options of the run; empty if the folder has no config.json, as with checkpoints of the release.
 
-        A run from before there was --condition had prototypes if there were images for them.
+        A run from before there was --condition had prototypes if there were images for them (0: none).
         """
         if not self.config.is_file():
             return {}
@@ -141,7 +141,9 @@ class RunFolder:
             config = dict(**json.loads(self.config.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{self.config} cannot be read ({error}): restore the file that the run wrote") from error
-        return {"condition": "prototype" if config.get("images_per_prototype") else "none"} | config
+        if not config.get("images_per_prototype", 1):
+            del config["images_per_prototype"]
+        return {"condition": "prototype" if "images_per_prototype" in config else "none"} | config
 
     @property
     def trained(self) -> "RunFolder":

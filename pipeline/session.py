@@ -64,12 +64,10 @@ class Session:
         """How the data differ from those the run was trained on; None if they do not, or if that is unknown."""
         before, now = self.recorded["data"] or {}, data.fingerprint
         changed = [split for split in before if before[split] != now[split]]
-        counts = [f"{split} ({now[split]['count']} images, then {before[split]['count']})" for split in changed]
-        return (
-            f"{self.options.data.data_path} has different images from those of the run: {', '.join(counts)}"
-            if counts
-            else None
-        )
+        counts = [f"{name} ({now[name]['count']} images now, {before[name]['count']} in the run)" for name in changed]
+        if not counts:
+            return None
+        return f"{self.options.data.data_path} has different images from those of the run: {', '.join(counts)}"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

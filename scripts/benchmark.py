@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.absorbing import AbsorbingDiffusion
-from errors import UserError
+from errors import UserError, reported
 from image_files import expand
 from models import SDID, VQSVAE, event_conv
 from models.spiking import use_backend
@@ -74,15 +74,19 @@ def networks(args: argparse.Namespace) -> tuple[VQSVAE, SDID]:
         return VQSVAE(spike_steps=steps), SDID(spike_steps=steps, denoiser_channels=args.denoiser_channels or 64)
     run = RunFolder(args.run)
     config = run.read_config()
-    return load(VQSVAE, run.model, config), load(SDID, run.denoiser, config)
+    if not config:
+        raise UserError(f"{run.path} is not a run folder: it has no config.json")
+    steps = config["spike_steps"]
+    denoiser_steps = config.get("denoiser_spike_steps") or steps
+    return load(VQSVAE, run.model, steps), load(SDID, run.denoiser, denoiser_steps)
 
 
-def load(kind: type[Trained], path: Path, config: dict[str, Any]) -> Trained:
+def load(kind: type[Trained], path: Path, spike_steps: int) -> Trained:
     """One of the paper's networks with trained weights. Raises UserError for the weights of another network."""
     weights = load_weights(path)
     try:
         options: dict[str, Any] = kind.options_of(weights)
-        network = kind(**options, spike_steps=config["spike_steps"])
+        network = kind(**options, spike_steps=spike_steps)
         network.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{path} is not for the paper's networks: name another --run") from error
@@ -303,7 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7, help="repeats of each task, of sampling a third [7]")
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
-    try:
+    with reported():
         machine = {**describe_machine(find_device(args.device)), "cores": os.cpu_count(), "versions": versions()}
         if args.scaling:
             measured = {"machine": machine, "milliseconds_an_image": scaling(args)}
@@ -319,8 +323,6 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             with use_backend("reference" if args.mode == "reference" else "fast"):
                 measured = {"machine": machine, **measure(args, args.mode)}
-    except UserError as error:
-        sys.exit(f"error: {error}")
     if args.json == "-":
         print(json.dumps(measured))
     elif args.json:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import spiking_diffusion
 from datasets import DATASETS, ImageData, load_dataset
-from errors import UserError
+from errors import UserError, reported
 from image_files import alternate, expand, find_images, read_images
 from metrics.fad import FAD_IMAGES
 from pipeline.checkpoints import write_json
@@ -41,14 +41,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the metrics with their protocols; for a mistake of the user, one line on stderr and exit status 2."""
     print_anywhere()
     args = parse(arguments)
-    try:
+    with reported():
         records = evaluate(args)
         if args.output:
             write_json(args.output, records)
         print_records(records)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -60,7 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("real", type=expand, nargs="?", help="real images; omit for a run folder or with --dataset_name")
     add("--dataset_name", choices=DATASETS, help="use this data set as the real images")
     add("--data_path", type=expand, help="where the data set is [that of the run, else data]")
-    add("--held_out", type=int, default=0, help="training images left out, as in the run that is compared [0]")
+    add("--held_out", type=int, help="training images of --dataset_name left out, as in the run that is compared [0]")
     add("--metrics", type=parse_metrics(SAMPLE_METRICS), help=f"of {','.join(SAMPLE_METRICS)} [all available]")
     add("--reference", choices=("test", "train"), default="test", help="split that real images are taken from [test]")
     add("--fid_weights", type=expand, help="pytorch-fid's Inception weights [downloaded]")
@@ -88,12 +85,14 @@ def load_sides(args: argparse.Namespace) -> tuple[ImageData, Tensor, str]:
     """The real side, the generated images uint8 [N,C,H,W], and where these are from."""
     if args.real and args.dataset_name:
         raise UserError("both real images and --dataset_name are given: leave one out")
+    if args.held_out and not args.dataset_name:
+        raise UserError("--held_out is for --dataset_name: leave it out, or name the data set")
     if not (args.generated or args.dataset_name):
         raise UserError("nothing to evaluate: name a run folder, images, or --dataset_name")
     if args.real:
         data, generated = as_data(args.real), args.generated
     elif args.dataset_name:
-        data = load_dataset(args.dataset_name, args.data_path or "data", held_out=args.held_out)
+        data = load_dataset(args.dataset_name, args.data_path or "data", held_out=args.held_out or 0)
         generated = args.generated
     else:
         data, generated = load_data_of(args.generated, args.data_path), args.generated / "samples" / "images.npz"

@@ -31,7 +31,7 @@ try:
 except ImportError:  # of nir or nirtorch
     nir_exchange = None
 
-from errors import UserError
+from errors import UserError, reported
 from image_files import expand
 from models import SDID, VQSVAE, ResidualSDID, VQAutoencoder
 from models.spiking import SpikingStack, membrane_weights, use_backend, weighted_sum
@@ -213,7 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--raster", type=expand, metavar="FILE", help="also plot some of the spikes")
     args = parser.parse_args(arguments)
     folder, compared = args.output or args.run / "nir", {}
-    try:
+    with reported():
         if nir_exchange is None:
             raise UserError("two packages are missing: pip install nir nirtorch")
         for network in networks(args.run, args.data_path):
@@ -224,9 +224,6 @@ def main(arguments: list[str] | None = None) -> None:
             compared[network.name] = write(network, folder)
         if args.raster and compared:
             plot_raster(compared, args.raster)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     sys.exit(0 if all(each.alike for each in compared.values()) else 1)
 
 

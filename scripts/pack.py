@@ -1,7 +1,7 @@
 """Make a small copy of a run to share: weights in half precision, options, log, metrics; no optimizer, no images.
 
 python scripts/pack.py RUN_FOLDER pretrained/fmnist
-python scripts/pack.py RUN_FOLDER pretrained/kmnist-faithful --int8   # half as large again
+python scripts/pack.py RUN_FOLDER pretrained/kmnist-faithful --int8   # half the size
 
 The copy is a run folder: `python main.py --checkpoint pretrained/fmnist` evaluates it, and with `--stage sample` draws
 images from it.
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 import torch
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, reported
 from image_files import expand
 from pipeline.checkpoints import SCALE, load_weights, per_row, save_weights, write_json
 from pipeline.declaration import Role
@@ -27,12 +27,18 @@ from pipeline.runtime.terminal import print_anywhere
 
 
 def pack(run: RunFolder, copy: RunFolder, int8: bool = False) -> None:
-    """Write the copy, optionally with the denoiser's weights in int8. Raises UserError if the run is incomplete."""
+    """Write the copy, optionally with the denoiser's weights in int8.
+
+    Raises UserError, with nothing written, if the run is incomplete or the copy exists.
+    """
     config = run.read_config()
     if not config:
         raise UserError(f"{run.path} is not a run folder: it has no config.json")
-    save_weights(copy.model, compact(load_weights(run.model)))
-    save_weights(copy.denoiser, compact(load_weights(run.denoiser), int8))
+    if copy.config.exists() or copy.model.exists():
+        raise UserError(f"{copy.path} already holds a run: choose another folder for the copy, or delete it")
+    autoencoder, denoiser = load_weights(run.model), load_weights(run.denoiser)
+    save_weights(copy.model, compact(autoencoder))
+    save_weights(copy.denoiser, compact(denoiser, int8))
     kept = {key for key in with_role(Role.SETTING) if not key.endswith(("_path", "_weights"))}
     write_json(copy.config, {key: value for key, value in config.items() if key in kept or key not in DEFAULTS})
     for source, target in ((run.metrics, copy.metrics), (run.log_file, copy.log_file)):
@@ -70,11 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("copy", type=expand, help="folder for the copy")
     parser.add_argument("--int8", action="store_true", help="pack the denoiser's weights in 8 bits instead of 16")
     args = parser.parse_args(arguments)
-    try:
+    with reported():
         pack(RunFolder(args.run), RunFolder(args.copy), args.int8)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     size = sum(path.stat().st_size for path in args.copy.rglob("*.pth")) / 2**20
     print(f"{args.copy}: {size:.1f} MiB of weights")
 

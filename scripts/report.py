@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 import pipeline.runtime.threads  # noqa: F401  before torch
 
 # isort: split
-from errors import UserError
+from errors import UserError, reported
 from image_files import expand
 from pipeline.report.report import write_report
 from pipeline.run_folder import RunFolder
@@ -45,14 +45,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=expand, metavar="FILE", help="the page [report.html in the run folder]")
     parser.add_argument("--data_path", type=expand, metavar="DIR", help="folder of the data sets [as in the run]")
     args = parser.parse_args(arguments)
-    try:
+    with reported():
         if len(args.runs) > 1 and not args.output:
             raise UserError("several runs: name the page with --output")
         output = args.output or RunFolder(args.runs[0]).report
         write_report([open_run(run, args.data_path) for run in args.runs], output)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(output)
 
 

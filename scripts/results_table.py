@@ -21,7 +21,7 @@ from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
-from errors import UserError
+from errors import UserError, reported
 from image_files import expand
 from pipeline.checkpoints import write_whole
 from pipeline.evaluation.records import describe
@@ -197,7 +197,10 @@ def _letter(number: int) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Bars of the distances (lower is better), one panel per data set and distance; published ones in grey."""
+    """Bars of the distances (lower is better), one panel per data set and distance; published ones in grey.
+
+    Raises UserError if no run has any.
+    """
     import matplotlib.pyplot as plt  # here because importing it takes a second
 
     distances = ("paper_fid", "fid", "fad", "classifier_frechet")
@@ -208,7 +211,7 @@ def plot(rows: list[Row], path: Path) -> None:
     ]
     panels = [panel for panel in panels if any(row.training for row in panel[2])]
     if not panels:
-        return
+        raise UserError(f"no run has {', '.join(distances[:-1])} or {distances[-1]}: evaluate one with --metrics fad")
     figure, axes = plt.subplots(len(panels), squeeze=False, figsize=(8, 2.2 * len(panels)), layout="constrained")
     for axis, (dataset, column, shown) in zip(axes[:, 0], panels, strict=True):
         values = [row.values[column].value for row in shown]
@@ -270,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--classes_plot", type=expand, help="plot the share recognised as their class against recall")
     args = parser.parse_args(arguments)
     runs = [RunFolder(path.parent) for folder in args.folders for path in sorted(folder.rglob("metrics.json"))]
-    try:
+    with reported():
         rows = [read_run(run) for run in runs]
         if not rows:
             raise UserError(f"no metrics.json below {', '.join(map(str, args.folders))}: evaluate a run first")
@@ -284,9 +287,6 @@ def main(arguments: list[str] | None = None) -> None:
             write_whole(args.output, table(rows).encode())
         else:
             print(table(rows))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -102,11 +102,11 @@ def test_unknown_and_shortened_options(option, mistake):
         ("--codebook_size", 10**9, "from 2 to"),
         ("--hidden_channels", 10**9, "from 1 to"),
         ("--spike_steps", "many", "whole number"),
-        ("--lr", "nan", "from 1e-09 to 1"),
-        ("--lr", "inf", "from 1e-09 to 1"),
-        ("--lr", 0, "from 1e-09 to 1"),
-        ("--temperature", 0, "at least"),
-        ("--max_minutes", "inf", "at least"),
+        ("--lr", "nan", "greater than 0 and at most 1"),
+        ("--lr", "inf", "greater than 0 and at most 1"),
+        ("--lr", 0, "'0' is not greater than 0 and at most 1 \\("),
+        ("--temperature", 0, "'0' is not greater than 0 \\("),
+        ("--max_minutes", "inf", "greater than 0"),
         ("--seed", -1, "from 0 to"),
         ("--image_size", 30, "multiple of 4"),
         ("--image_size", 4, "from 8 to"),
@@ -276,10 +276,10 @@ def own_data(cli, tmp_path, grey, small):
 @pytest.mark.parametrize(
     ("split", "change", "expected"),
     [
-        ("train", "removed", "train (119 images, then 120)"),
-        ("train", "added", "train (121 images, then 120)"),
-        ("train", "altered", "train (120 images, then 120)"),
-        ("test", "added", "test (5 images, then 4)"),
+        ("train", "removed", "train (119 images now, 120 in the run)"),
+        ("train", "added", "train (121 images now, 120 in the run)"),
+        ("train", "altered", "train (120 images now, 120 in the run)"),
+        ("test", "added", "test (5 images now, 4 in the run)"),
     ],
 )
 def test_data_that_has_changed(split, change, expected, cli, mistake, own_data):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from helpers import ROOT, SMALL
 from datasets import load_dataset
 from errors import UserError
 from pipeline.checkpoints import load_weights
-from spiking_diffusion import SpikingDiffusion, evaluate, train_autoencoder, train_denoiser
+from spiking_diffusion import SpikingDiffusion, evaluate, open_session, train_autoencoder, train_denoiser
 
 README = ROOT / "README.md"
 
@@ -93,6 +94,28 @@ def test_a_model_that_is_not_there(tmp_path, finished):
         SpikingDiffusion.load(tmp_path / "none")
     with pytest.raises(UserError, match="no option temprature"):
         SpikingDiffusion.load(finished.path, temprature=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "imporved"}, "--preset is imporved, not one of faithful, improved"),
+        ({"loss": "elbow"}, "--loss is elbow, not one of"),
+        ({"epochs": 0}, "--epochs: '0' is not from 1 to 1000000000, a whole number"),
+        ({"epochs": None}, "--epochs is None, not of type int"),
+        ({"sort_codes": 1}, "--sort_codes is 1, not of type bool"),
+        ({"temperature": -1.0}, "--temperature: '-1.0' is not greater than 0"),
+        ({"metrics": ["fad", "fod"]}, "--metrics: unknown metric 'fod'"),
+    ],
+)
+def test_options_are_checked_as_if_they_were_typed(options, message):
+    with pytest.raises(UserError, match=message):
+        open_session(**options)
+
+
+def test_a_run_may_be_named_by_text(finished):
+    options = open_session(start_from=str(finished.path), stage="sdid", result_path="elsewhere").options
+    assert options.run.start_from == finished.path and options.run.result_path == Path("elsewhere")
 
 
 def test_training_and_evaluation(small, finished, tmp_path, grey):

@@ -24,7 +24,7 @@ def check_held_out(data: ImageData) -> None:
     """Raise UserError if too few images are held out to choose a temperature."""
     if len(data.held_out) <= FEATURES:
         fewest = f"more than {FEATURES} images that no training sees, not {len(data.held_out)}"
-        raise UserError(f"--temperature auto needs {fewest}: train with --held_out 1000, or choose a temperature")
+        raise UserError(f"--temperature auto needs {fewest}: train with --held_out 1001, or choose a temperature")
 
 
 def choose_temperature(

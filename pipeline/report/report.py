@@ -27,7 +27,6 @@ TITLES = {
     "quantizer_loss": "quantiser loss",
     "codebook_usage": "share of the codes in use",
     "mmd": "maximum mean discrepancy",
-    "fad": "Fréchet autoencoder distance",
 }
 """Headings of logged values whose names are not self-explanatory."""
 
@@ -143,8 +142,6 @@ def curves(runs: Sequence[RunView]) -> Summary:
     logs, gaps = _found(runs, of_each("the curves of", runs, RunView.curves))
     keys = sorted(dict.fromkeys(key for log in logs.values() for key in log), key=lambda key: key[0])
     plots = [attempt(f"the curve of {key[1]}", partial(curve_plot, key, list(logs.values()))) for key in keys]
-    if not any(name == "fad" for _, name in keys):
-        gaps.append("FAD along training was not logged.")
     return Summary(plots, gaps)
 
 

@@ -92,8 +92,8 @@ def save_figure(path: Path, figure: Any) -> None:
 
 def code_colours(codebook_size: int) -> Tensor:
     """A colour for each code and black for the mask token, uint8 `[K+1,3]`; neighbours in number look different."""
-    golden = 0.618033988749895
-    colours = [colorsys.hsv_to_rgb(k * golden % 1, 0.55 + 0.3 * (k % 2), 0.95) for k in range(codebook_size)]
+    turn = 0.618033988749895  # of the colour wheel from each code to the next: the inverse of the golden ratio
+    colours = [colorsys.hsv_to_rgb(k * turn % 1, 0.55 + 0.3 * (k % 2), 0.95) for k in range(codebook_size)]
     return to_uint8(torch.tensor([*colours, (0.0, 0.0, 0.0)]))
 
 

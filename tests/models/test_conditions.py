@@ -273,6 +273,8 @@ def test_rows_of_classes(trained, cli, tmp_path, float64):
     theirs = model.sample(5, labels=[1, "dark blue"], guidance=1.0)
     assert (theirs.transpose(0, 2, 3, 1) == images[0]).all()
     assert (model.sample(5, labels="sea", guidance=1)[[0, 2]] == theirs[[0, 2]]).all()
+    with pytest.raises(UserError, match="guidance when inpainting is of the labels"):
+        model.inpaint(theirs, np.zeros(theirs.shape[2:], bool), guidance=1)
 
 
 def test_inpainting_as_a_class(trained, cli, tmp_path, monkeypatch):
@@ -296,6 +298,10 @@ def test_inpainting_as_a_class(trained, cli, tmp_path, monkeypatch):
         (("--stage", "sample", "--labels", "all", "--num_samples", 1), "say 2 at least"),
         (("--stage", "evaluate", "--labels", "all"), "--labels is for --stage sample and --stage inpaint"),
         (("--stage", "sample", "--guidance", -1), "not from 0 to 100"),
+        (("--stage", "inpaint", "--guidance", 1), "--guidance with --stage inpaint is of the labels"),
+        (("--stage", "sample", "--condition", "none"), "made with different options: omit --condition ("),
+        (("--stage", "sample", "--denoiser_blocks", 3), "made with different options: omit --denoiser_blocks ("),
+        (("--stage", "evaluate", "--readout", "rate"), "made with different options: omit --readout (both in the run)"),
     ],
 )
 def test_what_cannot_be_asked_for(options, words, trained, cli):

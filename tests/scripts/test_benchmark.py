@@ -1,7 +1,9 @@
 """The benchmark runs as a user would run it, on networks too small to measure anything."""
 
+import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -50,9 +52,19 @@ def test_figure_of_time_against_spikes(tmp_path):
     assert (tmp_path / "pass.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_that_is_not_there_is_one_line(tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: .*model\.pth does not exist"):
+def test_a_run_that_is_not_there_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
         benchmark.main(["--run", str(tmp_path), "--mode", "fast"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} is not a run folder: it has no config.json\n"
+
+
+def test_each_network_has_the_spike_steps_of_the_run(tmp_path):
+    shutil.copytree(ROOT / "pretrained" / "fmnist-faithful", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"spike_steps": 4, "denoiser_spike_steps": 2}))
+    options = argparse.Namespace(spike_steps=None, denoiser_channels=None, run=tmp_path / "run")
+    assert [network.spike_steps for network in benchmark.networks(options)] == [4, 2]
 
 
 def test_idle_threads_sleep_unless_the_user_says_otherwise():

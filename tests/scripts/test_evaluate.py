@@ -142,6 +142,7 @@ def test_training_images_stand_in_for_generated_ones(monkeypatch, capsys):
     (kept,) = records("--dataset_name", "Digits", "--seed", 1, "--held_out", 100)
     assert kept["value"] != first["value"], "chosen from the others"
     assert "nothing to evaluate" in mistake(capsys)
+    assert "--held_out is for --dataset_name" in mistake(capsys, "a", "b", "--held_out", 5)
 
 
 def test_sizes_and_colours_must_be_alike(tmp_path, capsys):

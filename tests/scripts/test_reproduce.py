@@ -189,6 +189,13 @@ def test_damaged_files_of_a_run(name, content, run, capsys):
     assert str(run / name) in refused(capsys, run)
 
 
+def test_nothing_to_plot(tmp_path, capsys):
+    make_run(tmp_path / "a", "MNIST", [("mse", 0.5, "mean")])
+    with pytest.raises(SystemExit):
+        results_table.main([str(tmp_path), "--plot", str(tmp_path / "plot.png")])
+    assert "no run has paper_fid, fid, fad or classifier_frechet" in capsys.readouterr().err
+
+
 def test_no_runs(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         results_table.main([str(tmp_path)])

@@ -116,6 +116,23 @@ def test_what_is_no_run_is_not_packed(tmp_path, capsys):
     assert exit_.value.code == 2 and "no config.json" in capsys.readouterr().err
 
 
+def test_packing_overwrites_nothing(improved, capsys):
+    before = (improved / "model.pth").read_bytes()
+    with pytest.raises(SystemExit) as exit_:
+        pack.main([str(improved), str(improved)])
+    assert exit_.value.code == 2 and "already holds a run" in capsys.readouterr().err
+    assert (improved / "model.pth").read_bytes() == before
+
+
+def test_an_unfinished_run_leaves_no_half_of_a_copy(improved, tmp_path, capsys):
+    shutil.copytree(improved, tmp_path / "run")
+    RunFolder(tmp_path / "run").denoiser.unlink()
+    with pytest.raises(SystemExit) as exit_:
+        pack.main([str(tmp_path / "run"), str(tmp_path / "packed")])
+    assert exit_.value.code == 2 and "diff_model.pth" in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
