@@ -37,14 +37,18 @@ class Call(NamedTuple):
 
 def resolve(arguments: list[str] | None, description: str = "") -> Call:
     """Options and run folder of a command line. Raises UserError if they are inconsistent."""
-    return assemble(vars(build_parser(description).parse_args(arguments)))
+    return _assemble(vars(build_parser(description).parse_args(arguments)))
 
 
-def assemble(typed: dict[str, Any]) -> Call:
-    """The same from a dictionary of option values, as the library passes them."""
-    if unknown := set(typed) - set(DEFAULTS):
+def assemble(values: Mapping[str, Any]) -> Call:
+    """The same from option values by name, as the library passes them; they are checked as typed ones are."""
+    if unknown := set(values) - set(DEFAULTS):
         raise UserError(f"there is no option {', '.join(sorted(unknown))}")
-    typed = {key: as_read(key, value, "") for key, value in typed.items()}
+    return _assemble({key: as_read(key, value, "") for key, value in values.items()})
+
+
+def _assemble(typed: dict[str, Any]) -> Call:
+    """The same from values that have been read."""
     _check_combination(typed)
     started = _started_from(typed.get("start_from"))
     run = RunFolder(_folder(DEFAULTS | started | typed))
@@ -52,9 +56,8 @@ def assemble(typed: dict[str, Any]) -> Call:
     if made and made.exists():
         ways = f"resume it with --resume {run.path}, evaluate with --checkpoint {run.model}"
         raise UserError(f"{made} already exists: {ways}, or choose another --result_path")
-    saved = {} if made == run.model else run.read_config()
-    if "resume" in typed and not saved:
-        raise UserError(f"{run.path} is not a run folder: it has no config.json")
+    read = run.require_config if "resume" in typed else run.read_config
+    saved = {} if made == run.model else read()
     lasting = with_role(Role.RESUMED if "resume" in typed else Role.SETTING)
     kept = {key: as_read(key, saved[key]) for key in lasting if key in saved}
     preset = (DEFAULTS | started | kept | typed)["preset"]

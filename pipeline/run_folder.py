@@ -145,6 +145,13 @@ class RunFolder:
             del config["images_per_prototype"]
         return {"condition": "prototype" if "images_per_prototype" in config else "none"} | config
 
+    def require_config(self) -> dict[str, Any]:
+        """The same; raises UserError if the folder has none."""
+        config = self.read_config()
+        if not config:
+            raise UserError(f"{self.path} is not a run folder: it has no config.json")
+        return config
+
     @property
     def trained(self) -> "RunFolder":
         """The folder of the training: another one where this holds only what `--checkpoint` wrote to --result_path."""

@@ -73,9 +73,7 @@ def networks(args: argparse.Namespace) -> tuple[VQSVAE, SDID]:
         steps = args.spike_steps or 16
         return VQSVAE(spike_steps=steps), SDID(spike_steps=steps, denoiser_channels=args.denoiser_channels or 64)
     run = RunFolder(args.run)
-    config = run.read_config()
-    if not config:
-        raise UserError(f"{run.path} is not a run folder: it has no config.json")
+    config = run.require_config()
     steps = config["spike_steps"]
     denoiser_steps = config.get("denoiser_spike_steps") or steps
     return load(VQSVAE, run.model, steps), load(SDID, run.denoiser, denoiser_steps)

@@ -31,9 +31,7 @@ def pack(run: RunFolder, copy: RunFolder, int8: bool = False) -> None:
 
     Raises UserError, with nothing written, if the run is incomplete or the copy exists.
     """
-    config = run.read_config()
-    if not config:
-        raise UserError(f"{run.path} is not a run folder: it has no config.json")
+    config = run.require_config()
     if copy.config.exists() or copy.model.exists():
         raise UserError(f"{copy.path} already holds a run: choose another folder for the copy, or delete it")
     autoencoder, denoiser = load_weights(run.model), load_weights(run.denoiser)
