@@ -172,6 +172,8 @@ def _check_values(options: Options) -> None:
         raise UserError("--guidance with --stage inpaint is of the labels: name them with --labels, or leave it out")
     if labels is not None and stage not in ("sample", "inpaint"):
         raise UserError("--labels is for --stage sample and --stage inpaint: leave it out")
+    if options.training.sort_codes and "sort_codes" in typed and stage not in ("all", "vqsvae"):
+        raise UserError(f"--sort_codes acts at the end of stage 1, which --stage {stage} leaves out: omit it")
     if options.sampling.temperature == "auto" and options.origins["final_temperature"] == TYPED:
         raise UserError("--temperature auto chooses one for all timesteps: leave out --final_temperature")
     evaluates = stage in ("all", "evaluate")  # else what a run has recorded may have moved away

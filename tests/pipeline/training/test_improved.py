@@ -145,6 +145,7 @@ def test_an_unfinished_run_leaves_no_half_of_a_copy(improved, tmp_path, capsys):
         (("--images_per_prototype", 5), "sdid has no --images_per_prototype"),
         (("--preset", "improved", "--denoiser", "sdid"), "is for residual: sdid has no --condition"),
         (("--model", "snn-vae", "--sort_codes"), "snn-vae has no --sort_codes"),
+        (("--stage", "sdid", "--sort_codes"), "--sort_codes acts at the end of stage 1"),
     ],
 )
 def test_mistakes(options, expected, cli, grey, tmp_path):
