@@ -46,7 +46,8 @@ COLUMNS = {
 """Name in metrics.json to heading; columns without values are left out, except for FID."""
 
 PAPER, CLEAN = "the paper's: 1,280 images, see the release's protocol", "clean-fid, 5,000 generated against test"
-DDIM, FAD = "clean-fid, 10,000 generated against test", "published weights, 5,000 generated against test"
+DDIM = "clean-fid, 10,000 generated against test"
+FAD = "published weights; 10,000 generated against test, by the configuration in the release"
 OWN, RECONSTRUCTION = "protocol not stated", "reconstruction error as published"
 PUBLISHED = {
     ("Spiking-Diffusion (paper)", "paper_fid", PAPER): {
