@@ -12,6 +12,7 @@ import sys
 import pipeline.runtime.threads  # noqa: F401  before torch
 from errors import UserError
 from pipeline.configuration import Call, resolve
+from pipeline.options import TRAINING_STAGES
 from pipeline.runtime import processes
 from pipeline.runtime.device import choose_machine, keep_freed_memory
 from pipeline.runtime.terminal import print_anywhere
@@ -30,7 +31,7 @@ def stop(message: str, status: int = 2) -> None:
 def resume_hint(call: Call | None) -> str:
     """What to do after an end before its time, in words: resume a training that has saved, else begin again."""
     fresh = "nothing was saved, run the same command again"
-    if call is None or call.options.run.stage not in ("all", "vqsvae", "sdid") or call.options.run.checkpoint:
+    if call is None or call.options.run.stage not in TRAINING_STAGES or call.options.run.checkpoint:
         return fresh
     saved = call.run.last.is_file() or not processes.is_rank_0()  # others may not see the folder
     return call.run.resume_hint if saved else fresh

@@ -6,20 +6,23 @@ images = model.sample(16, seed=1)
 
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from datasets import ImageData
+from datasets import DATASETS, ImageData
 from errors import UserError
 from models.vq_autoencoder import VQAutoencoder
 from pipeline.configuration import assemble
 from pipeline.declaration import autoencoder_weights
 from pipeline.evaluation.metrics import Evaluation
 from pipeline.evaluation.records import context
-from pipeline.options import EvaluationOptions
+from pipeline.evaluation.temperature import at_recorded_temperature
+from pipeline.options import SAMPLE_METRICS, EvaluationOptions
+from pipeline.parser import as_read
 from pipeline.runtime.device import choose_machine
 from pipeline.sampling.batches import decode_codes
 from pipeline.sampling.image_models import CodeDiffusion
@@ -47,14 +50,16 @@ class SpikingDiffusion:
         """The model in a run folder, in a packed copy of one, or in a model.pth beside its diff_result/.
 
         `options` are named as on the command line and override those of the run, such as `temperature=0.8` or
-        `sample_steps=20`. Raises UserError if there is no such model, or if it draws from a prior instead of codes.
+        `sample_steps=20`. Raises UserError if there is no such model, if it draws from a prior instead of codes, or if
+        its temperature, `auto`, has not been chosen by an evaluation.
         """
         weights = autoencoder_weights(str(path))
         session = open_session(checkpoint=weights, stage="sample", device=device, precision=precision, **options)
         autoencoder = session.load_autoencoder()
         if not isinstance(autoencoder, VQAutoencoder):
             raise UserError(f"{path} is of {session.options.autoencoder.model}, which has no codes")
-        return cls(session.code_diffusion(autoencoder, session.networks.load_denoiser(autoencoder)))
+        model = session.code_diffusion(autoencoder, session.networks.load_denoiser(autoencoder))
+        return cls(at_recorded_temperature(session, model))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -70,8 +75,10 @@ class SpikingDiffusion:
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Codes, integers `[N,h,w]` in 0..K-1, to images uint8 `[N,C,H,W]`. Raises ValueError for other codes."""
         grid, size = self.model.grid, self.model.autoencoder.codebook_size
-        if codes.ndim != 3 or codes.shape[1:] != grid or (codes.size and not 0 <= codes.min() <= codes.max() < size):
-            raise ValueError(f"codes [N,{grid[0]},{grid[1]}] from 0 to {size - 1} expected, not {list(codes.shape)}")
+        if codes.dtype.kind not in "iu" or codes.shape[1:] != grid or not len(codes):
+            raise ValueError(f"integers [N,{grid[0]},{grid[1]}] expected, not {codes.dtype} {list(codes.shape)}")
+        if not 0 <= codes.min() <= codes.max() < size:
+            raise ValueError(f"codes from 0 to {size - 1} expected, not {codes.min()} to {codes.max()}")
         model = self.model
         tensor = torch.from_numpy(np.ascontiguousarray(codes, dtype=np.int64))
         return decode_codes(model.autoencoder, tensor, model.machine, model.batch_size).numpy()
@@ -87,13 +94,16 @@ class SpikingDiffusion:
         """Draw `count` images uint8 `[N,C,H,W]`; image i depends on seed, i and its label alone.
 
         Args:
-            count: N.
+            count: N, at least 1.
             seed: by default, the run's.
-            labels: classes to draw, by number or name; image i is of labels[i modulo their number]. By default, of any.
+            labels: classes to draw, by number or name; image i is of labels[i modulo their number]. By default those
+                that the model was loaded with, or any.
             guidance: weight of classifier-free guidance; by default, the run's.
 
-        Raises UserError for labels or guidance that the model cannot follow.
+        Raises UserError for labels, guidance or a seed that the model cannot follow.
         """
+        if count < 1:
+            raise ValueError(f"count must be at least 1, not {count}")
         return self._asked(seed, labels, guidance).draw(range(count)).numpy()
 
     def inpaint(
@@ -109,7 +119,7 @@ class SpikingDiffusion:
         Codes whose encoder sees a hidden pixel are drawn anew, so that nothing of what was there is known. `guidance`
         is of the labels: without them, UserError.
         """
-        if guidance and labels is None:
+        if guidance and labels is None and not self.model.labels:
             raise UserError("guidance when inpainting is of the labels: name them, or leave it out")
         pixels = self._checked(images)
         if hidden.dtype != bool or hidden.shape != self.image_shape[1:]:
@@ -119,11 +129,13 @@ class SpikingDiffusion:
         return self._asked(seed, labels, guidance).inpaint(pixels, torch.from_numpy(hidden)).numpy()
 
     def _asked(self, seed: int | None, labels: Labels | None, guidance: float | None) -> CodeDiffusion:
-        model = self.model if seed is None else replace(self.model, seed=seed)
-        return model.asked([labels] if isinstance(labels, str | int) else labels, guidance)
+        given = {"seed": seed, "guidance": guidance}
+        values = {name: as_read(name, value, "") for name, value in given.items() if value is not None}
+        model = replace(self.model, **values)
+        return model.asked([labels] if isinstance(labels, str | Integral) else labels, values.get("guidance"))
 
     def _checked(self, images: np.ndarray) -> torch.Tensor:
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != self.image_shape:
+        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape or not len(images):
             shape = ",".join(map(str, self.image_shape))
             raise ValueError(f"images uint8 [N,{shape}] expected, not {images.dtype} {list(images.shape)}")
         return torch.from_numpy(np.ascontiguousarray(images))
@@ -132,7 +144,9 @@ class SpikingDiffusion:
 def train_autoencoder(data: ImageData, result_path: str | Path, **options: Any) -> Path:
     """Train stage 1 on a data set and return the run folder, which is made below `result_path`.
 
-    `options` are named as on the command line. Raises UserError where the program would end with a message.
+    `options` are named as on the command line; `held_out` is that of the data. Images of your own, not loaded with
+    `load_dataset`, have the name "ImageFolder" and sides that are multiples of `downsampling`. Raises UserError where
+    the program would end with a message.
     """
     return _train("vqsvae", data, result_path, options)
 
@@ -143,8 +157,10 @@ def train_denoiser(data: ImageData, result_path: str | Path, **options: Any) -> 
 
 
 def _train(stage: str, data: ImageData, result_path: str | Path, options: dict[str, Any]) -> Path:
-    place = {"stage": stage, "dataset_name": data.name, "result_path": Path(result_path)}
-    session = open_session(data, **place, **options)
+    if data.name not in DATASETS:
+        raise UserError(f"there is no data set {data.name}: images of your own have the name ImageFolder")
+    about = {"dataset_name": data.name, "held_out": len(data.held_out)}
+    session = open_session(data, stage=stage, result_path=Path(result_path), **{**about, **options})
     with session.run:
         train(session)
     return session.run.path
@@ -164,10 +180,13 @@ def evaluate(
 
     `metrics` are names of `--metrics`, by default all that are available. `drawn` is recorded as the images' origin.
     Further options: `reference`, `fid_weights`, `paper_fid_weights`, `fad_weights`. Raises UserError if a metric that
-    is named cannot be computed.
+    is named does not exist or cannot be computed.
     """
     machine = choose_machine(device, "float32")
-    evaluation = Evaluation(EvaluationOptions(metrics=metrics, **options), data, machine, seed, len(images))
+    if unknown := set(metrics or ()) - set(SAMPLE_METRICS):
+        raise UserError(f"no metric of images is named {', '.join(sorted(unknown))}: choose from {SAMPLE_METRICS}")
+    values = {name: as_read(name, value, "") for name, value in {"metrics": metrics, **options}.items()}
+    evaluation = Evaluation(EvaluationOptions(**values), data, machine, seed, len(images))
     records = evaluation.compute(torch.from_numpy(np.ascontiguousarray(images)), drawn)
     return [{**record, **context(machine)} for record in records]
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -45,12 +46,13 @@ def _processor() -> str:
 
 
 def _load() -> ctypes.CDLL:
-    """The kernels, from the cache or newly compiled. Raises OSError or subprocess.CalledProcessError."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    """The kernels, from the cache or newly compiled. Raises OSError, ValueError or subprocess.CalledProcessError."""
+    installed = shutil.which("g++") or shutil.which("clang++")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ([installed] if installed else [])
+    if not compiler:
         raise OSError("no C++ compiler found")
     sources = (file.read_text(encoding="utf-8") for file in SOURCES)
-    key = "\n".join((compiler, *FLAGS, platform.machine(), _processor(), *sources))
+    key = "\n".join((*compiler, *FLAGS, platform.machine(), _processor(), *sources))
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.summed.so"
     kept = from_cache(name, _load_checked)
     if kept:
@@ -58,7 +60,7 @@ def _load() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder) / name
         units = [str(file) for file in SOURCES if file.suffix == ".cpp"]
-        command = [compiler, *FLAGS, *units, "-o", str(fresh)]
+        command = [*compiler, *FLAGS, *units, "-o", str(fresh)]
         subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
         content = fresh.read_bytes()
         return ctypes.CDLL(str(to_cache(name, content + _checksum(content)) or fresh))
@@ -81,7 +83,7 @@ def _load_checked(path: Path) -> ctypes.CDLL:
 def _library() -> ctypes.CDLL | None:
     try:
         return _load()
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
         warnings.warn(
             f"fused LIF not compiled ({reason}); using SpikingJelly's LIFNode and dense convolutions, much slower",

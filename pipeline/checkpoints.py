@@ -32,22 +32,22 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @on_rank_0
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole, see `files.write_whole`. Raises UserError."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole, see `files.write_whole`, in rank 0 alone. Raises UserError."""
     with writing(path):
         files.write_whole(path, content)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file for people and programs, whole."""
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def save_weights(path: Path, content: Any) -> None:
     """Write a state dict, or a dict that holds some, whole."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_whole(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

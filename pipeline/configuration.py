@@ -10,6 +10,7 @@ from pipeline.options import (
     CONDITIONS,
     DECLARATIONS,
     DEFAULTS,
+    TRAINING_STAGES,
     AutoencoderOptions,
     DenoiserOptions,
     Options,
@@ -56,6 +57,9 @@ def _assemble(typed: dict[str, Any]) -> Call:
     if made and made.exists():
         ways = f"resume it with --resume {run.path}, evaluate with --checkpoint {run.model}"
         raise UserError(f"{made} already exists: {ways}, or choose another --result_path")
+    if made and _is_interrupted(run, made):
+        way = f"resume it with --resume {run.path}"
+        raise UserError(f"{run.last} is of an interrupted training: {way}, or choose another --result_path")
     read = run.require_config if "resume" in typed else run.read_config
     saved = {} if made == run.model else read()
     lasting = with_role(Role.RESUMED if "resume" in typed else Role.SETTING)
@@ -72,6 +76,7 @@ def _assemble(typed: dict[str, Any]) -> Call:
     )
     _check_fixed(options, run, saved)
     _check_owners(options)
+    _check_stages(options)
     _check_values(options)
     return Call(options, _results_folder(options, run), {key: saved.get(key) for key in RECORDED})
 
@@ -104,9 +109,7 @@ def _started_from(start: Path | None) -> dict[str, Any]:
     """The options that a new run inherits from the one it starts from."""
     if start is None:
         return {}
-    config = RunFolder(start).read_config()
-    if not config:
-        raise UserError(f"--start_from {start} is not a run folder: it has no config.json")
+    config = RunFolder(start).require_config()
     return {key: as_read(key, config.get(key, DEFAULTS[key])) for key in with_role(Role.NETWORKS)}
 
 
@@ -122,9 +125,14 @@ def _folder(values: Mapping[str, Any]) -> Path:
 def _made(typed: Mapping[str, Any], run: RunFolder) -> Path | None:
     """The first file of weights that a new training will write; None where none begins."""
     stage = typed.get("stage", "all")
-    if "resume" in typed or "checkpoint" in typed or stage not in ("all", "vqsvae", "sdid"):
+    if "resume" in typed or "checkpoint" in typed or stage not in TRAINING_STAGES:
         return None
     return run.denoiser if stage == "sdid" and "start_from" not in typed else run.model
+
+
+def _is_interrupted(run: RunFolder, made: Path) -> bool:
+    """Whether last.pth holds a training that was to write `made`, and not the stage before."""
+    return run.last.exists() and (made == run.model or run.read_config().get("stage") != "vqsvae")
 
 
 def _check_fixed(options: Options, run: RunFolder, saved: Mapping[str, Any]) -> None:
@@ -160,6 +168,15 @@ def _check_owners(options: Options) -> None:
             raise UserError(f"{preset} is for {' and '.join(owners)}: {lacking} has no --{key}")
 
 
+def _check_stages(options: Options) -> None:
+    """Refuse options that have no effect in the chosen stage, instead of ignoring them."""
+    stage = options.run.stage
+    for key, value in options.values().items():
+        stages = DECLARATIONS[key].stages or (stage,)
+        if options.origins[key] == TYPED and value != DEFAULTS[key] and stage not in stages:
+            raise UserError(f"--{key} is for --stage {' and --stage '.join(stages)}: leave it out")
+
+
 def _check_values(options: Options) -> None:
     """Refuse values that are known to be wrong before anything is loaded."""
     condition, typed = options.denoiser.condition, {key for key, origin in options.origins.items() if origin == TYPED}
@@ -170,10 +187,6 @@ def _check_values(options: Options) -> None:
     labels, stage = options.sampling.labels, options.run.stage
     if options.sampling.guidance and "guidance" in typed and stage == "inpaint" and labels is None:
         raise UserError("--guidance with --stage inpaint is of the labels: name them with --labels, or leave it out")
-    if labels is not None and stage not in ("sample", "inpaint"):
-        raise UserError("--labels is for --stage sample and --stage inpaint: leave it out")
-    if options.training.sort_codes and "sort_codes" in typed and stage not in ("all", "vqsvae"):
-        raise UserError(f"--sort_codes acts at the end of stage 1, which --stage {stage} leaves out: omit it")
     if options.sampling.temperature == "auto" and options.origins["final_temperature"] == TYPED:
         raise UserError("--temperature auto chooses one for all timesteps: leave out --final_temperature")
     evaluates = stage in ("all", "evaluate")  # else what a run has recorded may have moved away

@@ -47,6 +47,7 @@ class Declaration(NamedTuple):
     parse: Callable[[str], Any] | None = None
     common: bool = False  # one of the few that most people need, which the help lists first
     of: Collection[str] = ()  # the models or denoisers that have the option; empty: it belongs to all
+    stages: Collection[str] = ()  # the values of --stage with which it has an effect; empty: all
 
 
 def option(default: Any, help: str, role: Role = Role.SETTING, **more: Any) -> Any:

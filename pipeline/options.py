@@ -25,14 +25,15 @@ from pipeline.declaration import (
     temperature_or_auto,
 )
 from pipeline.presets import PRESETS
+from pipeline.sampling.masks import MASKS
+from pipeline.training.schedules import LR_SCHEDULES
 
 SPIKING_CODES = ("snn-vq-vae",)
 CODES = (*SPIKING_CODES, "vq-vae")  # the models with codes, hence with a second stage
-STAGES = ("all", "vqsvae", "sdid", "sample", "inpaint", "evaluate")
+TRAINING_STAGES = ("all", "vqsvae", "sdid")
+STAGES = (*TRAINING_STAGES, "sample", "inpaint", "evaluate")
 PRECISIONS = ("auto", "float32", "bf16")
-MASKS = ("left", "right", "top", "bottom", "center")
 CONDITIONS = {"none": (), "prototype": ("prototype",), "label": ("label",), "both": ("prototype", "label")}
-LR_SCHEDULES = ("constant", "cosine")
 SAMPLE_METRICS = ("fid", "kid", "is", "prdc", "paper_fid", "fad", "classifier", "recognition", "memorisation")
 AUTOENCODER_METRICS = ("mse", "ssim", "codebook")  # no denoiser is needed
 METRICS = (*SAMPLE_METRICS, *AUTOENCODER_METRICS, "energy")
@@ -81,6 +82,7 @@ class RunOptions:
         Role.RESUMED,
         metavar="RUN",
         shown="none",
+        stages=TRAINING_STAGES,
     )
     new_denoiser: bool = option(
         False, "take only the autoencoder from --start_from; the denoiser is trained from scratch", Role.RESUMED
@@ -273,6 +275,7 @@ class TrainingOptions:
         "after stage 1, give similar codes similar numbers: sdid, which reads the numbers, learns faster",
         Role.TRAINING,
         of=CODES,
+        stages=("all", "vqsvae"),
     )
     loss: str = option("reweighted_elbo", "loss of stage 2", Role.TRAINING, choices=LOSSES, of=CODES)
 
@@ -322,6 +325,7 @@ class SamplingOptions:
         absent="any",
         parse=comma_separated,
         of=("residual",),
+        stages=("sample", "inpaint"),
     )
     num_samples: int | None = option(
         None,
@@ -340,8 +344,11 @@ class SamplingOptions:
         Role.RESUMED,
         metavar="M",
         of=CODES,
+        stages=("inpaint",),
     )
-    png: bool = option(False, "also write each sample as a PNG file", Role.RESUMED)
+    png: bool = option(
+        False, "also write each sample as a PNG file", Role.RESUMED, stages=(*TRAINING_STAGES, "sample", "evaluate")
+    )
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import files
 from errors import UserError
-from pipeline.checkpoints import load_checkpoint, save_weights, write_json, write_whole, writing
+from pipeline.checkpoints import load_checkpoint, save_weights, write_file, write_json, writing
 from pipeline.declaration import Role
 from pipeline.options import with_role
 from pipeline.runtime.processes import on_rank_0
@@ -164,7 +164,7 @@ class RunFolder:
         """Lock the folder; raise UserError now, not after hours of computing, if nothing can be written there."""
         self.lock()
         probe = self.path / ".writable"
-        write_whole(probe, b"")
+        write_file(probe, b"")
         probe.unlink()
 
     def write_last(self, state: dict[str, Any]) -> None:
@@ -231,7 +231,7 @@ class RunFolder:
         now = datetime.now(UTC).isoformat("T", "seconds")
         line = {"stage": stage, "epoch": epoch, **values, "time": now}
         before = [old for old in self.read_log() if old.get("stage") != stage or old["epoch"] < epoch]
-        write_whole(self.log_file, "".join(json.dumps(each) + "\n" for each in (*before, line)).encode())
+        write_file(self.log_file, "".join(json.dumps(each) + "\n" for each in (*before, line)).encode())
         with writing(self.path):
             curves = self._open_curves(stage, epoch)
             for name, value in values.items():

@@ -7,12 +7,14 @@ import torch
 from errors import UserError
 from pipeline.evaluation.evaluate import check_evaluation, evaluate
 from pipeline.evaluation.temperature import with_temperature
+from pipeline.options import TRAINING_STAGES
 from pipeline.report.report import write_report
-from pipeline.sampling.batches import CLASS_IMAGES, GRID_IMAGES
+from pipeline.runtime.processes import from_rank_0
 from pipeline.sampling.draw import draw
 from pipeline.sampling.grids import GREY, grid, named_rows, save_png
 from pipeline.sampling.image_models import CodeDiffusion
 from pipeline.sampling.masks import hidden_pixels
+from pipeline.sampling.sample_files import CLASS_IMAGES, GRID_IMAGES
 from pipeline.session import Session
 from pipeline.training.train import begin, check, train_autoencoder, train_denoiser
 
@@ -23,7 +25,7 @@ COMPLETIONS = 4  # of each image
 def execute(session: Session) -> None:
     """Run the requested stages; stop after one that ran out of time."""
     o = session.options.run
-    trains = o.stage in ("all", "vqsvae", "sdid") and not o.checkpoint
+    trains = o.stage in TRAINING_STAGES and not o.checkpoint
     if trains and not train(session):
         print(f"--max_minutes {o.max_minutes:g} reached: saved; {session.run.resume_hint}")
         return
@@ -72,7 +74,7 @@ def inpaint(session: Session) -> None:
     model = with_temperature(session, session.load_model())
     assert isinstance(model, CodeDiffusion)
     images = session.data.test[: o.sampling.num_samples or INPAINTED_IMAGES]
-    hidden = hidden_pixels(o.sampling.mask, *images.shape[2:])
+    hidden = from_rank_0(lambda: hidden_pixels(o.sampling.mask, *images.shape[2:]))
     labels = model.labels if len(model.labels) > 1 else model.labels * COMPLETIONS
     rows = len(labels) or COMPLETIONS
     model = replace(model, labels=tuple(label for label in labels for _ in images))

@@ -194,7 +194,8 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, dict]:
     shares = shares_of_spikes(sdid, *masked(codes, machine.device))
     print(f"{mode:6} {'spikes':13} ", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True)
     facts: dict[str, Any] = {"spikes": shares, "batch": batch, "precision": machine.precision}
-    facts["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes
+    facts["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
     if machine.device.type == "cuda":
         facts["peak_device_memory_mib"] = round(torch.cuda.max_memory_allocated(machine.device) / 2**20)
     return {variant: {**measured, **facts} for variant, measured in rates.items()}

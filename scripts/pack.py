@@ -1,10 +1,10 @@
-"""Make a small copy of a run to share: weights in half precision, options, log, metrics; no optimizer, no images.
+"""Make a small copy of a run to share: weights in half precision, options and log; no optimizer, no images.
 
 python scripts/pack.py RUN_FOLDER pretrained/fmnist
 python scripts/pack.py RUN_FOLDER pretrained/kmnist-faithful --int8   # half the size
 
 The copy is a run folder: `python main.py --checkpoint pretrained/fmnist` evaluates it, and with `--stage sample` draws
-images from it.
+images from it. Metrics are not copied, because they are of other weights: those before rounding.
 """
 
 import argparse
@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 import torch
 from torch import Tensor
 
+from datasets import digest
 from errors import UserError, reported
 from image_files import expand
 from pipeline.checkpoints import SCALE, load_weights, per_row, save_weights, write_json
 from pipeline.declaration import Role
+from pipeline.evaluation.temperature import recorded_temperature
 from pipeline.options import DEFAULTS, with_role
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
@@ -29,19 +31,22 @@ from pipeline.runtime.terminal import print_anywhere
 def pack(run: RunFolder, copy: RunFolder, int8: bool = False) -> None:
     """Write the copy, optionally with the denoiser's weights in int8.
 
-    Raises UserError, with nothing written, if the run is incomplete or the copy exists.
+    A temperature that was chosen on held-out images is written as a number. Raises UserError, with nothing written, if
+    the run is incomplete or the copy exists.
     """
     config = run.require_config()
     if copy.config.exists() or copy.model.exists():
         raise UserError(f"{copy.path} already holds a run: choose another folder for the copy, or delete it")
     autoencoder, denoiser = load_weights(run.model), load_weights(run.denoiser)
+    if config.get("temperature") == "auto":
+        config["temperature"] = recorded_temperature(run, digest(autoencoder, denoiser))
+        config["final_temperature"] = None
     save_weights(copy.model, compact(autoencoder))
     save_weights(copy.denoiser, compact(denoiser, int8))
     kept = {key for key in with_role(Role.SETTING) if not key.endswith(("_path", "_weights"))}
     write_json(copy.config, {key: value for key, value in config.items() if key in kept or key not in DEFAULTS})
-    for source, target in ((run.metrics, copy.metrics), (run.log_file, copy.log_file)):
-        if source.exists():
-            shutil.copy(source, target)
+    if run.log_file.exists():
+        shutil.copy(run.log_file, copy.log_file)
 
 
 def compact(weights: dict[str, Tensor], int8: bool = False) -> dict[str, Tensor]:

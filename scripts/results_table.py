@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 from errors import UserError, reported
 from image_files import expand
-from pipeline.checkpoints import write_whole
+from pipeline.checkpoints import write_file
 from pipeline.evaluation.records import describe
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
@@ -242,6 +242,7 @@ def plot_classes(rows: list[Row], path: Path) -> None:
         shown = [row for row in rows if row.dataset == dataset]
         for number, weights in enumerate(dict.fromkeys(row.weights for row in shown)):
             points = [row for row in shown if row.weights == weights]
+            points = [row for row in points if y in row.values] or points
             recalls, name = [row.values[x].value for row in points], f"{points[0].model}; {points[0].training}"
             style: dict[str, Any] = {"color": f"C{number}", "label": name}
             if y not in points[0].values:
@@ -285,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.classes_plot:
             plot_classes(rows, args.classes_plot)
         if args.output:
-            write_whole(args.output, table(rows).encode())
+            write_file(args.output, table(rows).encode())
         else:
             print(table(rows))
 

@@ -35,6 +35,15 @@ def precision():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Caches that begin empty: no test depends on what an earlier program has left in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("XDG_CACHE_HOME", "TORCH_HOME"):
+            patch.setenv(variable, str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def float64():
     """Networks made or loaded during the test compute in float64, whose rounding changes no spike."""

@@ -18,12 +18,10 @@ import main
 from models import AUTOENCODERS, DENOISERS, SDID, build_model
 from pipeline.configuration import resolve
 from pipeline.evaluation.metrics import GENERATED_METRICS
-from pipeline.options import CODES, DECLARATIONS, DEFAULTS, LR_SCHEDULES, MASKS, SAMPLE_METRICS, SECTIONS
+from pipeline.options import CODES, DECLARATIONS, DEFAULTS, SAMPLE_METRICS, SECTIONS, STAGES
 from pipeline.parser import MOST_USED, TITLES, as_shown
 from pipeline.presets import PRESETS
-from pipeline.sampling.masks import MASKS as HIDDEN
 from pipeline.training import loop as training
-from pipeline.training import schedules
 
 
 def shell(*arguments, folder):
@@ -70,10 +68,23 @@ def test_help_tells_every_option_with_its_default(cli, monkeypatch):
 
 
 def test_choices_are_those_of_the_rooms_that_use_them():
-    assert set(SAMPLE_METRICS) == set(GENERATED_METRICS) and set(MASKS) == set(HIDDEN)
-    assert set(LR_SCHEDULES) == set(schedules.LR_SCHEDULES)
+    assert set(SAMPLE_METRICS) == set(GENERATED_METRICS)
     assert set(CODES) | {"snn-vae"} == set(AUTOENCODERS)
     assert {owner for declared in DECLARATIONS.values() for owner in declared.of} <= {*AUTOENCODERS, *DENOISERS}
+
+
+@pytest.mark.parametrize(
+    ("options", "stages"),
+    [
+        (("--stage", "sample", "--mask", "top"), "--mask is for --stage inpaint"),
+        (("--stage", "inpaint", "--png"), "--png is for --stage all and"),
+        (("--stage", "sample", "--start_from", "pretrained/fmnist"), "--start_from is for --stage all and"),
+    ],
+)
+def test_options_without_effect_in_a_stage(options, stages, mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert stages in mistake(*options, "--result_path", tmp_path)
+    assert {stage for declared in DECLARATIONS.values() for stage in declared.stages} <= set(STAGES)
 
 
 @pytest.mark.parametrize("option", ["--epoch", "--data", "--nonsense", "--no-png"])

@@ -95,6 +95,8 @@ def test_digits_split_range_and_determinism(tmp_path):
     assert data.train.min() == 0 and data.train.max() == 255
     assert torch.equal(data.train, again.train) and torch.equal(data.test, again.test)
     assert not (tmp_path / "absent").exists()
+    digests = [data.fingerprint[split]["sha256"] for split in ("train", "test")]
+    assert digests == ["b5e108a6fd57d242", "5fd75f4351dfb841"], "the same on every processor"
 
 
 def test_digits_are_the_bundled_ones_in_order(tmp_path):

@@ -73,13 +73,23 @@ def test_tested_versions_are_allowed():
         assert exact.version in ranges[name] and any(bound.operator == ">=" for bound in ranges[name]), name
 
 
-def test_versions_of_what_metrics_import_are_recorded():
+def imported_by(folders):
+    """Names of the distributions whose packages the Python files in these folders import."""
     distributions = packages_distributions()
-    files = [ast.parse(path.read_text()) for path in (ROOT / "metrics").glob("*.py")]
+    files = [ast.parse(path.read_text()) for folder in folders for path in (ROOT / folder).rglob("*.py")]
     nodes = [node for file in files for node in ast.walk(file)]
     imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     imported |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     packages = {name.split(".")[0] for name in imported} & distributions.keys() - sys.stdlib_module_names
-    needed = {distributions[name][0].lower() for name in packages}
+    return {distributions[name][0].lower() for name in packages}
+
+
+def test_what_the_program_imports_is_required():
+    needed = imported_by(("models", "diffusion", "metrics", "pipeline"))
+    assert needed > {"torch", "spikingjelly", "jinja2"} and needed <= requirements("requirements.txt").keys()
+
+
+def test_versions_of_what_metrics_import_are_recorded():
+    needed = imported_by(("metrics",))
     assert needed >= {"torch", "torchmetrics", "pytorch-fid", "numpy"}
     assert needed - {"tqdm"} <= set(PACKAGES)  # which draws the progress bar only

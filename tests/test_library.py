@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,18 @@ def test_the_readme_example_runs(monkeypatch):
 def test_samples_are_those_of_the_command_line(model, finished):
     with np.load(finished.path / "samples" / "images.npz") as archive:
         assert np.array_equal(model.sample(5).transpose(0, 2, 3, 1), archive["images"])
-    assert np.array_equal(model.sample(3, seed=7), model.sample(5, seed=7)[:3])
     assert np.array_equal(model.sample(2, seed=42), model.sample(2)), "the seed of the run"
+
+
+def test_an_image_does_not_depend_on_the_others(finished, float64):
+    model = SpikingDiffusion.load(finished.path, device="cpu", precision="float32")
+    images = model.sample(5, seed=7)
+    assert np.array_equal(model.sample(3, seed=7), images[:3])
+    hidden = np.zeros((16, 16), bool)
+    hidden[:, 8:] = True
+    completed = model.inpaint(images, hidden, seed=1)
+    assert np.array_equal(completed[..., :8], images[..., :8])
+    assert np.array_equal(model.inpaint(images[:2], hidden, seed=1), completed[:2])
 
 
 def test_a_run_whose_feature_networks_have_moved_away_still_draws(run, cli):
@@ -64,11 +75,6 @@ def test_codes_and_back(model, grey):
     assert codes.shape == (4, 4, 4) and codes.dtype == np.int64
     assert model.decode(codes).shape == images.shape and model.decode(codes).dtype == np.uint8
     assert np.array_equal(model.decode(codes[:, :, ::1].astype(np.int16)), model.decode(codes))
-    hidden = np.zeros((16, 16), bool)
-    hidden[:, 8:] = True
-    completed = model.inpaint(images, hidden, seed=1)
-    assert np.array_equal(completed[..., :8], images[..., :8])
-    assert np.array_equal(model.inpaint(images[:2], hidden, seed=1), completed[:2])
 
 
 @pytest.mark.parametrize(
@@ -80,6 +86,10 @@ def test_codes_and_back(model, grey):
         lambda model: model.decode(np.zeros((2, 5, 4), np.int64)),
         lambda model: model.decode(np.full((2, 4, 4), 8)),
         lambda model: model.decode(np.full((2, 4, 4), -1)),
+        lambda model: model.decode(np.full((2, 4, 4), 3.7)),
+        lambda model: model.decode(np.zeros((0, 4, 4), np.int64)),
+        lambda model: model.encode(np.zeros((0, 1, 16, 16), np.uint8)),
+        lambda model: model.sample(0),
         lambda model: model.inpaint(np.zeros((2, 1, 16, 16), np.uint8), np.zeros((16, 16))),
         lambda model: model.inpaint(np.zeros((2, 1, 16, 16), np.uint8), np.zeros((8, 16), bool)),
     ],
@@ -92,6 +102,8 @@ def test_arrays_that_do_not_fit(mistake, model):
 def test_a_model_that_is_not_there(tmp_path, finished):
     with pytest.raises(UserError, match="does not exist"):
         SpikingDiffusion.load(tmp_path / "none")
+    with pytest.raises(UserError, match="--seed: '-1' is not from 0"):
+        SpikingDiffusion.load(finished.path).sample(1, seed=-1)
     with pytest.raises(UserError, match="no option temprature"):
         SpikingDiffusion.load(finished.path, temprature=1)
 
@@ -127,6 +139,12 @@ def test_training_and_evaluation(small, finished, tmp_path, grey):
     plain = [word for word in words if word not in switches]
     options |= {name[2:]: value for name, value in zip(plain[::2], plain[1::2], strict=True)}
     options |= {"data_path": grey[3], "image_size": 16}
+    for strange, message in (
+        (replace(data, name="mine"), "have the name ImageFolder"),
+        (replace(data, train=data.train[..., :15]), "images of 15x16 pixels: both sides must be multiples"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train_autoencoder(strange, tmp_path / "strange", **options)
     run = train_autoencoder(data, tmp_path, **options)
     assert train_denoiser(data, tmp_path, **options) == run
     for name in ("model.pth", "diff_result/diff_model.pth"):
@@ -135,4 +153,7 @@ def test_training_and_evaluation(small, finished, tmp_path, grey):
     images = SpikingDiffusion.load(run, device="cpu", precision="float32").sample(5)
     with pytest.raises(UserError, match="needs at least 5000 generated images, not 5"):
         evaluate(images, data, ("fad",), device="cpu")
+    for unknown in (("fadd",), ("mse", "fad"), "fad"):
+        with pytest.raises(UserError, match="no metric of images is named"):
+            evaluate(images, data, unknown, device="cpu")
     assert "--num_samples" in SMALL and evaluate(images, data, device="cpu") == []

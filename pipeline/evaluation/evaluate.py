@@ -9,8 +9,8 @@ from pipeline.evaluation.records import write_records
 from pipeline.evaluation.temperature import check_held_out, with_temperature
 from pipeline.options import METRICS, SAMPLE_METRICS
 from pipeline.parser import as_written
-from pipeline.sampling.batches import GRID_IMAGES
 from pipeline.sampling.draw import draw
+from pipeline.sampling.sample_files import GRID_IMAGES
 from pipeline.session import Session
 
 
@@ -29,14 +29,14 @@ def evaluate(session: Session) -> None:
     model = session.load_model(draws)
     evaluation = prepare_evaluation(session)
     model = with_temperature(session, model) if draws else model
-    records = []
-    if of_samples:
-        count = o.sampling.num_samples or evaluation.images_needed or GRID_IMAGES
-        images, labels = draw(session, model, count, reuse=True), model.labels_of(range(count))
-        records += evaluation.compute(images, model.drawn, labels=labels)
-    records += reconstruction_records(model, evaluation, wanted)
+    count = o.sampling.num_samples or evaluation.images_needed or GRID_IMAGES
+    images = draw(session, model, count, reuse=True) if of_samples else None
+    # what all processes compute comes first, so that none waits for the metrics of samples, which rank 0 alone computes
+    records = reconstruction_records(model, evaluation, wanted)
     if "energy" in wanted:
         records += energy_records(model, session.data.test, o.run.seed)
+    if images is not None:
+        records = evaluation.compute(images, model.drawn, labels=model.labels_of(range(count))) + records
     if change := session.data_change(session.data):
         print(f"warning: {change}", file=sys.stderr)
         records = [record | {"data": change} for record in records]

@@ -62,19 +62,46 @@ def choose_temperature(
     return best
 
 
-def _chosen_before(path: Path, depends_on: dict[str, Any]) -> float | None:
-    """The temperature in the file, if it was chosen with the same networks, settings and images."""
+def _read(path: Path) -> tuple[float | None, dict[str, Any]]:
+    """The temperature in the file, and what it depends on; None where there is none."""
     try:
         content = dict(**json.loads(path.read_text(encoding="utf-8")))
+        depends_on = dict(**content["depends_on"])
     except FileNotFoundError:
+        return None, {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        print(f"{path} cannot be read ({error}): the temperature has to be chosen again")
+        return None, {}
+    temperature = content.get("temperature")
+    return (temperature, depends_on) if temperature in TEMPERATURES else (None, {})
+
+
+def _chosen_before(path: Path, depends_on: dict[str, Any]) -> float | None:
+    """The temperature in the file, if it was chosen with the same networks, settings and images."""
+    temperature, before = _read(path)
+    if temperature is None or before != depends_on:
         return None
-    except (OSError, ValueError, TypeError) as error:
-        print(f"{path} cannot be read ({error}): choosing the temperature again")
-        return None
-    if content.get("depends_on") != depends_on or content.get("temperature") not in TEMPERATURES:
-        return None
-    print(f"temperature {content['temperature']:g}, as chosen before in {path}")
-    return content["temperature"]
+    print(f"temperature {temperature:g}, as chosen before in {path}")
+    return temperature
+
+
+def recorded_temperature(run: RunFolder, weights: str) -> float:
+    """The temperature that an evaluation has chosen for `weights`, a digest. Raises UserError if none has."""
+    temperature, before = _read(run.path / "temperature.json")
+    if temperature is None or before.get("weights") != weights:
+        raise UserError(f"no temperature has been chosen for the weights in {run.path}: evaluate them, or name one")
+    return temperature
+
+
+def at_recorded_temperature(session: Session, model: CodeDiffusion) -> CodeDiffusion:
+    """The model at the temperature of the options; with "auto", at the one that an evaluation has chosen.
+
+    Nothing is drawn, and no data are needed. Raises UserError if none has been chosen.
+    """
+    if session.options.sampling.temperature != "auto":
+        return model
+    temperature = recorded_temperature(session.run, session.networks.digest())
+    return replace(model, temperature=temperature, chosen=True)
 
 
 def with_temperature(session: Session, model: ImageModel) -> ImageModel:

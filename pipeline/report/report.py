@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from markupsafe import Markup
 
-from pipeline.checkpoints import write_whole
+from pipeline.checkpoints import write_file
 from pipeline.declaration import Role
 from pipeline.options import DECLARATIONS, DEFAULTS, with_role
 from pipeline.report.plots import Curve, Plot, line_plot
@@ -65,7 +65,7 @@ def write_report(sessions: Sequence[Session], path: Path) -> None:
     """
     if processes.is_rank_0():
         with processes.alone():
-            write_whole(path, render(sessions).encode("utf-8", "backslashreplace"))
+            write_file(path, render(sessions).encode("utf-8", "backslashreplace"))
 
 
 def render(sessions: Sequence[Session]) -> str:

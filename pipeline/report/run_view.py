@@ -14,12 +14,13 @@ from torchvision.transforms.functional import pil_to_tensor
 from datasets import ImageData, needs_download
 from errors import UserError
 from pipeline.evaluation.records import describe
+from pipeline.evaluation.temperature import at_recorded_temperature
 from pipeline.report.pictures import Picture, animation, picture
 from pipeline.report.plots import Curve, Plot, bar_plot, in_digits, line_of
 from pipeline.run_folder import LOG_KEYS
-from pipeline.sampling.batches import GRID_IMAGES, load_samples
 from pipeline.sampling.grids import to_float, ungrid
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel
+from pipeline.sampling.sample_files import GRID_IMAGES, load_samples
 from pipeline.session import Session
 
 COLUMNS = 8  # of the grids
@@ -141,8 +142,10 @@ class RunView:
             trajectory = ungrid(pil_to_tensor(Image.open(strip)), *images.shape[2:]) if strip.exists() else None
             return Drawn(images[:GRID_IMAGES], settings["drawn"], trajectory, len(settings.get("labels", ())))
         model = self.model()
-        trajectory = model.trajectory() if isinstance(model, CodeDiffusion) else None
-        return Drawn(model.draw(range(GRID_IMAGES)), model.drawn, trajectory)
+        if not isinstance(model, CodeDiffusion):
+            return Drawn(model.draw(range(GRID_IMAGES)), model.drawn, None)
+        model = at_recorded_temperature(self.session, model)
+        return Drawn(model.draw(range(GRID_IMAGES)), model.drawn, model.trajectory())
 
     def curves(self) -> dict[tuple[int, str], Curve]:
         """Each logged value against the images seen, by stage number and name."""

@@ -1,27 +1,17 @@
-"""Running trained networks over many images: encode, draw codes, decode; and the files of `samples/`."""
+"""Running trained networks over many images: encode, draw codes, decode."""
 
-import io
-import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from models import Denoiser, VQAutoencoder
-from pipeline.checkpoints import write_whole
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine
-from pipeline.sampling.grids import class_grid, encode_png, grid, save_png, to_float, to_uint8
-
-GRID_IMAGES = 64
-CLASS_IMAGES = 10  # of each class that is asked for
+from pipeline.sampling.grids import to_float, to_uint8
 
 
 def in_batches(tensor: Tensor, batch_size: int, title: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
@@ -92,47 +82,3 @@ def draw_codes(
 
     with machine.autocast():
         return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", draw)
-
-
-@processes.on_rank_0
-def write_samples(folder: Path, images: Tensor, settings: dict[str, Any], classes: Sequence[str] = ()) -> None:
-    """Write `images`, uint8 `[N,C,H,W]`, as `grid.png` and `images.npz`; the PNG files of earlier ones are removed.
-
-    The archive has the keys "images", uint8 `[N,H,W,C]`, and "settings", the JSON text of what they were drawn with.
-    Where they were drawn of `classes` in turn, with these names, each class has a row of the grid.
-    """
-    buffer = io.BytesIO()
-    pixels = images.permute(0, 2, 3, 1).numpy()  # [N,C,H,W] -> [N,H,W,C]
-    np.savez_compressed(buffer, images=pixels, settings=np.array(json.dumps(settings, sort_keys=True)))
-    write_whole(folder / "images.npz", buffer.getvalue())
-    shutil.rmtree(folder / "png", ignore_errors=True)
-    shown = class_grid(images, classes, CLASS_IMAGES) if classes else grid(images[:GRID_IMAGES], 8)
-    save_png(folder / "grid.png", shown)
-
-
-def load_samples(folder: Path) -> tuple[Tensor, dict[str, Any]] | None:
-    """The images, uint8 `[N,C,H,W]`, and settings that `write_samples` left; None if there are none to be read."""
-    path = folder / "images.npz"
-    if not path.exists():
-        return None
-    try:
-        with np.load(path) as archive:
-            images, settings = torch.from_numpy(archive["images"]), dict(**json.loads(str(archive["settings"])))
-    except Exception:  # whatever a damaged archive raises: the images are drawn again
-        return None
-    return images.permute(0, 3, 1, 2).contiguous(), settings  # [N,H,W,C] -> [N,C,H,W]
-
-
-def read_samples(folder: Path, settings: dict[str, Any], count: int) -> Tensor | None:
-    """The first `count` images, uint8 `[N,C,H,W]`, that `write_samples` left; None unless drawn with these settings."""
-    found = load_samples(folder)
-    if found is None or found[1] != settings or len(found[0]) < count:
-        return None
-    return found[0][:count]
-
-
-@processes.on_rank_0
-def write_single_files(folder: Path, images: Tensor) -> None:
-    """Write each of `images`, uint8 `[N,C,H,W]`, as a PNG file, numbered from 0."""
-    for i, image in enumerate(images):
-        write_whole(folder / f"{i:05d}.png", encode_png(image))

@@ -5,9 +5,9 @@ from functools import partial
 from torch import Tensor
 
 from pipeline.runtime.processes import from_rank_0
-from pipeline.sampling.batches import read_samples, write_samples, write_single_files
 from pipeline.sampling.grids import grid, save_png
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel
+from pipeline.sampling.sample_files import read_samples, write_samples, write_single_files
 from pipeline.session import Session
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from errors import UserError
-from pipeline.checkpoints import write_whole
+from pipeline.checkpoints import write_file
 
 GREY = 128
 ZOOM = 3  # screen pixels per image pixel
@@ -77,7 +77,7 @@ def encode_png(image: Tensor) -> bytes:
 
 def save_png(path: Path, image: Tensor) -> None:
     """Write an image, uint8 `[C,H,W]`."""
-    write_whole(path, encode_png(image))
+    write_file(path, encode_png(image))
 
 
 def save_figure(path: Path, figure: Any) -> None:
@@ -87,7 +87,7 @@ def save_figure(path: Path, figure: Any) -> None:
         figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png", dpi=110)
     except ValueError as error:
         raise UserError(f"{path} cannot be written: {error}") from error
-    write_whole(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def code_colours(codebook_size: int) -> Tensor:

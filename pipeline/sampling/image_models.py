@@ -11,34 +11,17 @@ from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from errors import UserError
-from metrics.energy import Operations, count_layers, firing_rates
-from models import FSVAE, Autoencoder, Denoiser, VQAutoencoder
+from models import FSVAE, Denoiser, VQAutoencoder
 from models.conditions import NOT_GIVEN
-from models.spiking import use_backend
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import is_rank_0
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images, in_batches
+from pipeline.sampling.cost import Cost, Parts, count_parts, sums
 from pipeline.sampling.grids import to_float, to_uint8, trajectory_images
 from pipeline.sampling.labels import find_labels
 
 TRAJECTORY_MOMENTS = 12
 TEST_IMAGES = "test images"
-
-Parts = dict[str, tuple[Autoencoder | Denoiser, Callable[[], Any]]]
-"""Parts of a model that are counted: a network, and a function that runs it."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Synaptic operations of each part of a model and of a whole sample, per image, and firing rates of its layers.
-
-    `layers` has the operations of each part by layer, `protocols` what each part was counted on.
-    """
-
-    operations: dict[str, Operations]
-    layers: dict[str, dict[str, Operations]]
-    firing_rates: dict[str, float]
-    protocols: dict[str, str]
 
 
 class ImageModel(Protocol):
@@ -113,16 +96,16 @@ class CodeDiffusion:
         }
 
     def asked(self, labels: Sequence[int | str] | None, guidance: float | None = None) -> "CodeDiffusion":
-        """The same model, set to draw these classes (see `find_labels`), or any for None.
+        """The same model, set to draw these classes (see `find_labels`), with this guidance.
 
-        `guidance` None keeps its own. Raises UserError if it lacks the conditions, or has no such class.
+        None keeps its own. Raises UserError if it lacks the conditions, or has no such class.
         """
         conditions = self._denoiser.conditions
         guidance = self.guidance if guidance is None else guidance
         if guidance and not conditions:
             raise UserError("guidance needs a denoiser with a condition, and this one has none: leave it out")
         if labels is None:
-            return replace(self, guidance=guidance, labels=())
+            return replace(self, guidance=guidance)
         if conditions.labels is None:
             raise UserError("this denoiser is not conditioned on labels: omit them, or train with --condition label")
         chosen = find_labels(labels, conditions.labels.present, self.class_names)
@@ -223,9 +206,9 @@ class CodeDiffusion:
             "decode": (model, lambda: model.decode(codes)),
             "denoiser_pass": (denoiser, lambda: [denoiser(*inputs) for inputs in shown]),
         }
-        layers, rates = _count(parts, len(images))
+        layers, rates = count_parts(parts, len(images))
         layers["denoiser_pass"] = {name: 1 / len(passes) * each for name, each in layers["denoiser_pass"].items()}
-        operations = _sums(layers)
+        operations = sums(layers)
         operations["sample"] = len(passes) * operations["denoiser_pass"] + operations["decode"]
         at_each = "each on what the sampler has at its timestep"
         at_each += ", two at each timestep for guidance" if self.guidance else ""
@@ -307,29 +290,5 @@ class PriorSampling:
             "sample": (model, lambda: model.decode(model.sample(picks))),
         }
         protocols = {"encode": TEST_IMAGES, "decode": "latents of samples", "sample": "prior and decoding"}
-        layers, rates = _count(parts, len(images))
-        return Cost(_sums(layers), layers, rates, protocols)
-
-
-def _count(parts: Parts, images: int) -> tuple[dict[str, dict[str, Operations]], dict[str, float]]:
-    """Operations of each call per image and layer, and firing rates; in float32, on the reference backend."""
-    measured = {name: _measure(*part, images) for name, part in parts.items()}
-    layers = {name: counted for name, (counted, _) in measured.items()}
-    rates = {f"{name}: {layer}": rate for name, (_, own) in measured.items() for layer, rate in own.items()}
-    return layers, rates
-
-
-def _sums(layers: dict[str, dict[str, Operations]]) -> dict[str, Operations]:
-    """Operations of each part."""
-    return {name: sum(own.values(), Operations(0, 0, 0)) for name, own in layers.items()}
-
-
-def _measure(
-    model: Autoencoder | Denoiser, call: Callable[[], Any], images: int
-) -> tuple[dict[str, Operations], dict[str, float]]:
-    """Operations and firing rates in one run, as neurons are not counted."""
-    counted: list[dict[str, Operations]] = []
-    model.eval()
-    with use_backend("reference"):
-        rates = firing_rates(model, lambda: counted.append(count_layers(model, call, images, model.spike_steps)))
-    return counted[0], rates
+        layers, rates = count_parts(parts, len(images))
+        return Cost(sums(layers), layers, rates, protocols)

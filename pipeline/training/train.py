@@ -27,6 +27,9 @@ def check(session: Session) -> None:
     o, run = session.options, session.run
     if session.data.variance == 0:
         raise UserError("all training images are one uniform colour: there is nothing to learn")
+    factor, (height, width) = o.autoencoder.downsampling, session.data.shape[1:]
+    if height % factor or width % factor:
+        raise UserError(f"images of {width}x{height} pixels: both sides must be multiples of --downsampling {factor}")
     run.read_log()
     run.read_records()
     stage, size = o.run.stage, o.autoencoder.codebook_size

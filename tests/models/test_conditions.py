@@ -181,6 +181,17 @@ def test_classes_by_name_or_number(wanted, found):
     assert find_labels(wanted, [0, 1, 2], NAMES) == found
 
 
+def test_classes_whose_names_differ_by_case_alone():
+    assert find_labels(["A", "a", "1", "B", "b"], [0, 1, 2], ("A", "a", "b")) == (0, 1, 1, 2, 2)
+    with pytest.raises(UserError, match="no class 'AB'"):
+        find_labels(["AB"], [0, 1], ("Ab", "aB"))
+
+
+def test_no_class():
+    with pytest.raises(UserError, match=r"no class is named: choose from 0 \(T-shirt/top\)"):
+        find_labels([], [0, 1, 2], NAMES)
+
+
 @pytest.mark.parametrize("wanted", ["8", "shoe", 3, -1])
 def test_a_class_that_is_not_there(wanted):
     with pytest.raises(UserError, match=r"choose from 0 \(T-shirt/top\), 2 \(Bag\), or all") as error:

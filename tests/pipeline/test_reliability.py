@@ -339,12 +339,13 @@ def test_ctrl_c_advises_what_works(cli, small, run, tmp_path, monkeypatch):
     shutil.rmtree(run / "samples")
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.sampling.image_models.CodeDiffusion.draw", interrupt)
-        for call in (("--checkpoint", run), (*small, "--stage", "evaluate", "--result_path", run.parents[1])):
+        evaluates = ("--checkpoint", run, "--num_samples", 2)
+        for call in (evaluates, (*small, "--stage", "evaluate", "--result_path", run.parents[1])):
             shutil.copytree(run, run_in(run.parents[1]), dirs_exist_ok=True)
             outcome = cli(*call)
             assert (outcome.status, outcome.err) == (130, again)
         (run / "last.pth").unlink()
-        assert cli("--checkpoint", run).err == again  # a packed run
+        assert cli(*evaluates).err == again  # a packed run
     with monkeypatch.context() as patch:
         patch.setattr(stages, "evaluate", interrupt)
         outcome = cli(*small, "--result_path", tmp_path / "new")
@@ -736,9 +737,14 @@ def read_an_image(path):
     return load_dataset("ImageFolder", path.parent, image_size=16)
 
 
+def read_statistics(path):
+    arrays = files.from_cache(path, cache._read)
+    assert arrays is None or (list(arrays) == ["mean"] and arrays["mean"].tolist() == [1, 1, 1])
+
+
 READERS = {
     "checkpoint": ("model.pth", load_weights),
-    "statistics": ("statistics.npz", lambda path: files.from_cache(path, cache._read)),
+    "statistics": ("statistics.npz", read_statistics),
     "image": ("image.png", read_an_image),
     "options": ("config.json", lambda path: RunFolder(path.parent).read_config()),
 }

@@ -20,6 +20,7 @@ from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
 from pipeline.evaluation import metrics as evaluation
 from pipeline.evaluation.loaders import FeatureNetwork
 from pipeline.evaluation.metrics import Metric
+from pipeline.runtime import processes
 from pipeline.training import loop as training
 from pipeline.training import objectives as trainers
 
@@ -384,3 +385,14 @@ def test_a_model_without_second_stage(cli, grey, tmp_path):
     assert outcome.status == 2 and "no second stage" in outcome.err and outcome.err.count("\n") == 1
     outcome = cli(*arguments, "--readout", "rate")
     assert outcome.status == 2 and "snn-vae has no --readout" in outcome.err
+
+
+def test_nothing_is_shared_after_the_metrics_of_samples(cli, run, monkeypatch):
+    """Rank 0 alone computes these, for an hour maybe, and the other processes would give up on it."""
+    calls, gather, compute = [], processes.gather, evaluation.Evaluation.compute
+    monkeypatch.setattr(processes, "gather", lambda parts: calls.append("gather") or gather(parts))
+    monkeypatch.setattr(
+        evaluation.Evaluation, "compute", lambda *given, **more: calls.append("compute") or compute(*given, **more)
+    )
+    assert cli("--checkpoint", run, "--num_samples", 2).status == 0
+    assert calls.count("compute") == 1 and calls.count("gather") > 3 and calls[-1] == "compute"

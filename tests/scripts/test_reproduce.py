@@ -129,6 +129,7 @@ def test_accuracy_is_plotted_against_recall(tmp_path, monkeypatch, capsys):
             {"classifier_recall": 0.6, "label_accuracy": 0.85, "classifier_accuracy": 0.9},
         ),
         ("plain", "w", "", {"classifier_recall": 0.6, "label_accuracy": 0.8, "classifier_accuracy": 0.9}),
+        ("of classifier alone", "w", ", guidance 3", {"classifier_recall": 0.5}),
         ("unconditional", "v", "", {"classifier_recall": 0.7}),
     ):
         values = [(metric, value, "own") for metric, value in metrics.items()]

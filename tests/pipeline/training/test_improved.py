@@ -22,6 +22,8 @@ from helpers import (
 from PIL import Image
 from torch import nn
 
+from datasets import digest
+from errors import UserError
 from models.spiking import LIF, fire
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
 from pipeline.declaration import Role
@@ -35,6 +37,7 @@ from pipeline.training.interruption import Interruption
 from pipeline.training.loop import Place, Trainer
 from pipeline.training.schedules import LR_SCHEDULES, Schedule
 from scripts import pack
+from spiking_diffusion import SpikingDiffusion
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,24 @@ def test_what_is_no_run_is_not_packed(tmp_path, capsys):
     assert exit_.value.code == 2 and "no config.json" in capsys.readouterr().err
 
 
+def test_a_temperature_that_was_chosen_is_packed(improved, tmp_path):
+    """As a number: the copy has neither the held-out images nor the file with all distances."""
+    run = RunFolder(shutil.copytree(improved, tmp_path / "run"))
+    chosen = {"temperature": 0.7, "depends_on": {"weights": digest(*map(load_weights, (run.model, run.denoiser)))}}
+    run.config.write_text(json.dumps(json.loads(run.config.read_text()) | {"temperature": "auto"}))
+    (run.path / "temperature.json").write_text(json.dumps(chosen))
+    assert SpikingDiffusion.load(run.path).model.temperature == 0.7
+    pack.pack(run, RunFolder(tmp_path / "packed"))
+    model = SpikingDiffusion.load(tmp_path / "packed").model
+    assert (model.temperature, model.final_temperature) == (0.7, None)
+    for missing in (chosen | {"depends_on": {"weights": "others"}}, {"temperature": 0.7}, {}):
+        (run.path / "temperature.json").write_text(json.dumps(missing))
+        for use in (SpikingDiffusion.load, lambda path: pack.pack(RunFolder(path), RunFolder(tmp_path / "again"))):
+            with pytest.raises(UserError, match="no temperature has been chosen"):
+                use(run.path)
+    assert not (tmp_path / "again").exists()
+
+
 def test_packing_overwrites_nothing(improved, capsys):
     before = (improved / "model.pth").read_bytes()
     with pytest.raises(SystemExit) as exit_:
@@ -145,7 +166,7 @@ def test_an_unfinished_run_leaves_no_half_of_a_copy(improved, tmp_path, capsys):
         (("--images_per_prototype", 5), "sdid has no --images_per_prototype"),
         (("--preset", "improved", "--denoiser", "sdid"), "is for residual: sdid has no --condition"),
         (("--model", "snn-vae", "--sort_codes"), "snn-vae has no --sort_codes"),
-        (("--stage", "sdid", "--sort_codes"), "--sort_codes acts at the end of stage 1"),
+        (("--stage", "sdid", "--sort_codes"), "--sort_codes is for --stage all and --stage vqsvae"),
     ],
 )
 def test_mistakes(options, expected, cli, grey, tmp_path):
@@ -404,8 +425,23 @@ def test_stopped_while_statistics_are_taken(improved, cli, grey, tmp_path, monke
         assert cli(*grey, *IMPROVED, "--result_path", tmp_path, "--save_every", 1e-9).status == 130
     run = run_in(tmp_path)
     assert (run / "last.pth").exists() and not (run / "model.pth").exists()
+    again = cli(*grey, *IMPROVED, "--result_path", tmp_path)
+    assert again.status == 2 and f"interrupted training: resume it with --resume {run}" in again.err
     assert cli("--resume", run).status == 0
     assert_same_run(improved, run)
+
+
+def test_a_second_stage_that_was_stopped_early_is_not_begun_again(improved, cli, grey, tmp_path, monkeypatch):
+    """The first stage's last.pth may be replaced by the second's, but not that of the second."""
+    place = ("--result_path", tmp_path, "--save_every", 1e-9)
+    assert cli(*grey, *IMPROVED, *place, "--stage", "vqsvae").status == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_calibrate_average", interrupt)
+        assert cli(*grey, *IMPROVED, *place, "--stage", "sdid").status == 130
+    again = cli(*grey, *IMPROVED, *place, "--stage", "sdid")
+    assert again.status == 2 and "interrupted training" in again.err
+    assert cli("--resume", run_in(tmp_path)).status == 0
+    assert_same_weights(improved, run_in(tmp_path))
 
 
 @pytest.mark.parametrize("ema_decay", [0, 0.9])
