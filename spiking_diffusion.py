@@ -6,7 +6,6 @@ images = model.sample(16, seed=1)
 
 from collections.abc import Sequence
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ class SpikingDiffusion:
         given = {"seed": seed, "guidance": guidance}
         values = {name: as_read(name, value, "") for name, value in given.items() if value is not None}
         model = replace(self.model, **values)
-        return model.asked([labels] if isinstance(labels, str | Integral) else labels, values.get("guidance"))
+        return model.asked([labels] if isinstance(labels, str | int | np.integer) else labels, values.get("guidance"))
 
     def _checked(self, images: np.ndarray) -> torch.Tensor:
         if images.dtype != np.uint8 or images.shape[1:] != self.image_shape or not len(images):

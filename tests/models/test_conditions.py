@@ -284,6 +284,8 @@ def test_rows_of_classes(trained, cli, tmp_path, float64):
     theirs = model.sample(5, labels=[1, "dark blue"], guidance=1.0)
     assert (theirs.transpose(0, 2, 3, 1) == images[0]).all()
     assert (model.sample(5, labels="sea", guidance=1)[[0, 2]] == theirs[[0, 2]]).all()
+    asked = SpikingDiffusion.load(trained, device="cpu", precision="float32", labels="sea", guidance=1.0)
+    assert (asked.sample(5) == model.sample(5, labels=np.int64(1), guidance=1)).all()
     with pytest.raises(UserError, match="guidance when inpainting is of the labels"):
         model.inpaint(theirs, np.zeros(theirs.shape[2:], bool), guidance=1)
 
