@@ -131,8 +131,9 @@ def _made(typed: Mapping[str, Any], run: RunFolder) -> Path | None:
 
 
 def _is_interrupted(run: RunFolder, made: Path) -> bool:
-    """Whether last.pth holds a training that was to write `made`, and not the stage before."""
-    return run.last.exists() and (made == run.model or run.read_config().get("stage") != "vqsvae")
+    """Whether last.pth holds the training that was to write `made`, and not that of the stage before."""
+    stage = run.unfinished_stage()
+    return stage == "sdid" or (stage != "" and made == run.model)
 
 
 def _check_fixed(options: Options, run: RunFolder, saved: Mapping[str, Any]) -> None:

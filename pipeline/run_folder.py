@@ -203,6 +203,16 @@ class RunFolder:
             raise UserError(f"{self.last} is of a run with {', '.join(other)}: restore the file that the run wrote")
         return state
 
+    def unfinished_stage(self) -> str:
+        """The stage that last.pth has stopped in; empty if it is finished, or if nothing can be resumed from there."""
+        try:
+            state = load_checkpoint(self.last)
+        except UserError:
+            return ""
+        stage = state.get("stage", "")
+        epochs = self.read_config().get("diffusion_epochs" if stage == "sdid" else "epochs", 0)
+        return stage if state.get("epoch", 0) < epochs else ""
+
     @property
     def resume_hint(self) -> str:
         """The command that goes on with this run, in words."""
