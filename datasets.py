@@ -215,7 +215,8 @@ def _load_digits(root: Path, train_images: int | None) -> Source:
     digits = load_digits()
     images = torch.from_numpy(digits.images)[:, None] * (255 / 16)
     images = F.interpolate(images, size=(28, 28), mode="bicubic", antialias=True)
-    images = images.round(decimals=6).round().clamp(0, 255).byte()  # ties are ties everywhere; bicubic overshoots
+    images = images.round(decimals=6)  # ties, which are off by the rounding of the processor, are ties again
+    images = images.round().clamp(0, 255).byte()  # bicubic overshoots at edges
     both, is_test = Split(images, torch.from_numpy(digits.target)), torch.arange(len(images)) % 5 == 0
     train = both.take(~is_test)
     class_names = tuple(map(str, digits.target_names))

@@ -130,8 +130,8 @@ class SpikingDiffusion:
     def _asked(self, seed: int | None, labels: Labels | None, guidance: float | None) -> CodeDiffusion:
         given = {"seed": seed, "guidance": guidance}
         values = {name: as_read(name, value, "") for name, value in given.items() if value is not None}
-        model = replace(self.model, **values)
-        return model.asked([labels] if isinstance(labels, str | int | np.integer) else labels, values.get("guidance"))
+        wanted = [labels] if isinstance(labels, str | int | np.integer) else labels
+        return replace(self.model, **values).asked(wanted)
 
     def _checked(self, images: np.ndarray) -> torch.Tensor:
         if images.dtype != np.uint8 or images.shape[1:] != self.image_shape or not len(images):
@@ -183,7 +183,8 @@ def evaluate(
     """
     machine = choose_machine(device, "float32")
     if unknown := set(metrics or ()) - set(SAMPLE_METRICS):
-        raise UserError(f"no metric of images is named {', '.join(sorted(unknown))}: choose from {SAMPLE_METRICS}")
+        names = ", ".join(SAMPLE_METRICS)
+        raise UserError(f"no metric of images is named {', '.join(sorted(unknown))}: choose from {names}")
     values = {name: as_read(name, value, "") for name, value in {"metrics": metrics, **options}.items()}
     evaluation = Evaluation(EvaluationOptions(**values), data, machine, seed, len(images))
     records = evaluation.compute(torch.from_numpy(np.ascontiguousarray(images)), drawn)
