@@ -20,7 +20,7 @@ from pipeline.declaration import autoencoder_weights
 from pipeline.evaluation.metrics import Evaluation
 from pipeline.evaluation.records import context
 from pipeline.evaluation.temperature import at_recorded_temperature
-from pipeline.options import SAMPLE_METRICS, EvaluationOptions
+from pipeline.options import SAMPLE_METRICS, EvaluationOptions, names
 from pipeline.parser import as_read
 from pipeline.runtime.device import choose_machine
 from pipeline.sampling.batches import decode_codes
@@ -178,13 +178,15 @@ def evaluate(
     """Metrics of generated images, uint8 `[N,C,H,W]`, against a data set: records as in metrics.json.
 
     `metrics` are names of `--metrics`, by default all that are available. `drawn` is recorded as the images' origin.
-    Further options: `reference`, `fid_weights`, `paper_fid_weights`, `fad_weights`. Raises UserError if a metric that
-    is named does not exist or cannot be computed.
+    Further options: `reference`, `fid_weights`, `paper_fid_weights`, `fad_weights`. Raises UserError if a metric or
+    an option does not exist, or a metric that is named cannot be computed.
     """
     machine = choose_machine(device, "float32")
     if unknown := set(metrics or ()) - set(SAMPLE_METRICS):
-        names = ", ".join(SAMPLE_METRICS)
-        raise UserError(f"no metric of images is named {', '.join(sorted(unknown))}: choose from {names}")
+        known = ", ".join(SAMPLE_METRICS)
+        raise UserError(f"no metric of images is named {', '.join(sorted(unknown))}: choose from {known}")
+    if unknown := set(options) - set(names(EvaluationOptions)):
+        raise UserError(f"the evaluation has no option {', '.join(sorted(unknown))}")
     values = {name: as_read(name, value, "") for name, value in {"metrics": metrics, **options}.items()}
     evaluation = Evaluation(EvaluationOptions(**values), data, machine, seed, len(images))
     records = evaluation.compute(torch.from_numpy(np.ascontiguousarray(images)), drawn)

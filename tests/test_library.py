@@ -156,4 +156,6 @@ def test_training_and_evaluation(small, finished, tmp_path, grey):
     for unknown in (("fadd",), ("mse", "fad"), "fad"):
         with pytest.raises(UserError, match="no metric of images is named"):
             evaluate(images, data, unknown, device="cpu")
+    with pytest.raises(UserError, match="the evaluation has no option fad_weigths"):
+        evaluate(images, data, ("classifier",), device="cpu", fad_weigths="somewhere")
     assert "--num_samples" in SMALL and evaluate(images, data, device="cpu") == []
