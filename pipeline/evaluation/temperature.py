@@ -2,16 +2,20 @@
 
 import json
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from datasets import ImageData, digest
 from errors import UserError
-from metrics.fad import FEATURES, fad_features
+from metrics.fad import FEATURES, Statistics, fad_features
 from metrics.frechet import feature_statistics, frechet_distance
 from pipeline.checkpoints import write_json
-from pipeline.evaluation.feature_networks import fad_network, reference_features
+from pipeline.evaluation.feature_networks import FadNetwork, fad_network, reference_features
 from pipeline.run_folder import RunFolder
+from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import from_rank_0, is_rank_0
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel
 from pipeline.session import Session
@@ -27,6 +31,37 @@ def check_held_out(data: ImageData) -> None:
         raise UserError(f"--temperature auto needs {fewest}: train with --held_out 1001, or choose a temperature")
 
 
+class _HeldOut:
+    """How far samples are from the held-out images. The first process alone asks, and then loads the networks."""
+
+    def __init__(self, data: ImageData, fad_weights: Path | None, machine: Machine):
+        self.data, self.fad_weights, self.machine = data, fad_weights, machine
+
+    @cached_property
+    def fad(self) -> FadNetwork:
+        """The network whose features are compared."""
+        return fad_network(self.data, self.fad_weights, self.machine)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Mean and covariance of the held-out images' features."""
+        name = f"{self.data.name}-held_out"
+        return feature_statistics(reference_features(self.fad.network, fad_features, self.data.held_out, name))
+
+    def distance(self, images: Tensor) -> float:
+        """Fréchet autoencoder distance of images uint8 `[N,C,H,W]`."""
+        return frechet_distance(*feature_statistics(fad_features(images, self.fad.network)), *self.statistics)
+
+    def identity(self) -> dict[str, str]:
+        """Digests of what the distance depends on."""
+        return {"held_out": digest(self.data.held_out), "fad_network": digest(self.fad.network.state_dict())}
+
+    def protocol(self) -> str:
+        """What the distance is, in words."""
+        count = len(self.data.held_out)
+        return f"Fréchet autoencoder distance ({self.fad.protocol}) of {IMAGES} samples to {count} held-out images"
+
+
 def choose_temperature(
     model: CodeDiffusion, data: ImageData, fad_weights: Path | None, run: RunFolder, weights: str
 ) -> float:
@@ -36,29 +71,21 @@ def choose_temperature(
     images. `weights` is the digest of the model's. Raises UserError where too few images are held out.
     """
     check_held_out(data)
-    path, depends_on = run.path / "temperature.json", {}
-    if is_rank_0():
-        network, origin, _ = fad_network(data, fad_weights, model.machine)
-        depends_on = {"weights": weights, **model.settings, "temperatures": list(TEMPERATURES), "images": IMAGES}
-        depends_on |= {"held_out": digest(data.held_out), "fad_network": digest(network.state_dict())}
-    chosen = from_rank_0(lambda: _chosen_before(path, depends_on))
+    held_out = _HeldOut(data, fad_weights, model.machine)
+    path, settings = run.path / "temperature.json", {"weights": weights, **model.settings}
+    settings |= {"temperatures": list(TEMPERATURES), "images": IMAGES}
+    chosen = from_rank_0(lambda: _chosen_before(path, settings | held_out.identity()))
     if chosen is not None:
         return chosen
-    if is_rank_0():
-        held_out = reference_features(network, fad_features, data.held_out, f"{data.name}-held_out")
-        reference = feature_statistics(held_out)
     distances = {}
     for temperature in TEMPERATURES:
         images = replace(model, temperature=temperature).draw(range(IMAGES))
-        if is_rank_0():
-            distances[temperature] = frechet_distance(*feature_statistics(fad_features(images, network)), *reference)
-            print(f"temperature {temperature:g}: distance to held-out images {distances[temperature]:.2f}", flush=True)
-    best = from_rank_0(lambda: min(distances, key=distances.__getitem__))
+        distances[temperature] = from_rank_0(partial(held_out.distance, images))
+        print(f"temperature {temperature:g}: distance to held-out images {distances[temperature]:.2f}", flush=True)
+    best = min(distances, key=distances.__getitem__)
     if is_rank_0():
-        count = len(data.held_out)
-        protocol = f"Fréchet autoencoder distance ({origin}) of {IMAGES} samples to {count} held-out images"
-        content = {"temperature": best, "distances": distances, "protocol": protocol, "depends_on": depends_on}
-        write_json(path, content)
+        content = {"temperature": best, "distances": distances, "protocol": held_out.protocol()}
+        write_json(path, content | {"depends_on": settings | held_out.identity()})
     return best
 
 

@@ -15,6 +15,7 @@ from metrics.frechet import feature_statistics, frechet_distance
 from models import FSVAE, SDID, VQSVAE, VQVAE
 from pipeline.evaluation import metrics as evaluation
 from pipeline.evaluation import model_metrics, temperature
+from pipeline.evaluation.feature_networks import FadNetwork
 from pipeline.evaluation.loaders import FeatureNetwork
 from pipeline.evaluation.metrics import Evaluation, Metric
 from pipeline.evaluation.model_metrics import energy_records, reconstruction_records
@@ -169,7 +170,7 @@ class Stub:
 @pytest.fixture
 def pooled_fad(monkeypatch):
     """The stand-in instead of the FAD network."""
-    monkeypatch.setattr(temperature, "fad_network", lambda *_: (Pooling(), "pooling", None))
+    monkeypatch.setattr(temperature, "fad_network", lambda *_: FadNetwork(Pooling(), "pooling", None))
     monkeypatch.setattr(temperature, "fad_features", pooled)
 
 
@@ -201,7 +202,7 @@ def test_a_temperature_is_chosen_once(data, tmp_path, pooled_fad, monkeypatch, c
     assert images_drawn(Stub(brighter.held_out), brighter) == 6 and images_drawn(Stub(brighter.held_out), brighter) == 0
     other = Pooling()
     other.scale.data *= 2
-    monkeypatch.setattr(temperature, "fad_network", lambda *_: (other, "pooling", None))
+    monkeypatch.setattr(temperature, "fad_network", lambda *_: FadNetwork(other, "pooling", None))
     assert images_drawn(Stub(brighter.held_out), brighter) == 6
     (run.path / "temperature.json").write_text("{")
     assert images_drawn(Stub(brighter.held_out), brighter) == 6
