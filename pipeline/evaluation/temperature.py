@@ -1,7 +1,7 @@
 """Choosing a sampling temperature on held-out training images, never on the test split."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from pipeline.checkpoints import write_json
 from pipeline.evaluation.feature_networks import FadNetwork, fad_network, reference_features
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
-from pipeline.runtime.processes import from_rank_0, is_rank_0
+from pipeline.runtime.processes import from_rank_0
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel
 from pipeline.session import Session
 
@@ -31,11 +31,13 @@ def check_held_out(data: ImageData) -> None:
         raise UserError(f"--temperature auto needs {fewest}: train with --held_out 1001, or choose a temperature")
 
 
+@dataclass(frozen=True)
 class _HeldOut:
     """How far samples are from the held-out images. The first process alone asks, and then loads the networks."""
 
-    def __init__(self, data: ImageData, fad_weights: Path | None, machine: Machine):
-        self.data, self.fad_weights, self.machine = data, fad_weights, machine
+    data: ImageData
+    fad_weights: Path | None
+    machine: Machine
 
     @cached_property
     def fad(self) -> FadNetwork:
@@ -72,9 +74,10 @@ def choose_temperature(
     """
     check_held_out(data)
     held_out = _HeldOut(data, fad_weights, model.machine)
-    path, settings = run.path / "temperature.json", {"weights": weights, **model.settings}
-    settings |= {"temperatures": list(TEMPERATURES), "images": IMAGES}
-    chosen = from_rank_0(lambda: _chosen_before(path, settings | held_out.identity()))
+    path = run.path / "temperature.json"
+    settings = {"weights": weights, **model.settings, "temperatures": list(TEMPERATURES), "images": IMAGES}
+    depends_on = from_rank_0(lambda: settings | held_out.identity())
+    chosen = from_rank_0(lambda: _chosen_before(path, depends_on))
     if chosen is not None:
         return chosen
     distances = {}
@@ -83,9 +86,8 @@ def choose_temperature(
         distances[temperature] = from_rank_0(partial(held_out.distance, images))
         print(f"temperature {temperature:g}: distance to held-out images {distances[temperature]:.2f}", flush=True)
     best = min(distances, key=distances.__getitem__)
-    if is_rank_0():
-        content = {"temperature": best, "distances": distances, "protocol": held_out.protocol()}
-        write_json(path, content | {"depends_on": settings | held_out.identity()})
+    protocol = from_rank_0(held_out.protocol)
+    write_json(path, {"temperature": best, "distances": distances, "protocol": protocol, "depends_on": depends_on})
     return best
 
 
