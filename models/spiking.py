@@ -119,6 +119,15 @@ def apply_head(head: Convolution, x: Tensor, weights: Tensor) -> Tensor:
         return head(x) + (weights.sum() - 1) * bias_of(head).view(-1, 1, 1)
 
 
+def norm_lif(norm: nn.BatchNorm2d, lif: LIF, x: Tensor, spike_steps: int) -> Tensor:
+    """Batch norm and LIF: currents `[S*N,C,H,W]` to spikes `[S,N,C,H,W]`, in the type of the batch norm.
+
+    In bfloat16, batch norm would round a steady current just above the threshold to just that, and silence its neuron.
+    """
+    with full_precision(x):
+        return lif(norm(x.to(norm.weight.dtype)).unflatten(0, (spike_steps, -1)))
+
+
 def fire(
     norm: nn.BatchNorm2d,
     lif: LIF,
@@ -133,14 +142,13 @@ def fire(
 
     With `readout` weights `[S]`: to `sum_s readout[s] * spikes[s]`, `[N,C,H,W]`.
     """
+    dtype = _spike_dtype(x, readout)
     if not is_reference() and x.device.type == "cpu" and fused_lif.available():
-        dtype = _spike_dtype(x, readout)
         x = fused_lif.norm_lif(x, bias, norm, spike_steps, constant=constant, readout=readout, dtype=dtype)
         return x if readout is not None else x.unflatten(0, (spike_steps, -1))
-    x = x + bias.to(x.dtype).view(-1, 1, 1)
-    x = x.repeat(spike_steps, 1, 1, 1) if constant else x
-    spikes = lif(norm(x).unflatten(0, (spike_steps, -1)))
-    return spikes if readout is None else weighted_sum(readout, spikes)
+    x = x.to(bias.dtype) + bias.view(-1, 1, 1)
+    spikes = norm_lif(norm, lif, x.repeat(spike_steps, 1, 1, 1) if constant else x, spike_steps)
+    return spikes.to(dtype) if readout is None else weighted_sum(readout, spikes)
 
 
 class Firing(nn.Module):
@@ -205,7 +213,7 @@ class SpikingStack(nn.Sequential):
         conv, norm, lif = block
         if is_reference():
             x = x if x.dim() == 5 else x.expand(self.spike_steps, *x.shape)
-            return lif(norm(conv(x.flatten(0, 1))).unflatten(0, (self.spike_steps, -1)))
+            return norm_lif(norm, lif, conv(x.flatten(0, 1)), self.spike_steps)
         if x.dim() == 5:
             x = convolve_spikes(conv, x.flatten(0, 1))
             return fire(norm, lif, x, self.spike_steps, bias=bias_of(conv), readout=readout)
@@ -268,4 +276,5 @@ def _spike_dtype(x: Tensor, readout: Tensor | None) -> torch.dtype:
     """Spikes are 0 or 1, exact in the type that autocast computes the next convolution in; readouts are not."""
     if readout is not None:
         return readout.dtype
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 import main
+from models.spiking import SpikingStack
 from pipeline.checkpoints import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,6 +101,15 @@ def write_idx(folder, prefix, images):
 
 
 # ---- run folders ----
+
+
+@torch.no_grad()
+def with_steady_current(current):
+    """A stack of one neuron, which receives `current` at each of 16 steps at which its input is a spike."""
+    stack = SpikingStack(nn.Conv2d(1, 1, 1), spike_steps=16).eval()
+    for parameter, value in zip(stack.parameters(), (1, 0, 1, current - 1), strict=True):  # convolution, batch norm
+        parameter.fill_(value)
+    return stack
 
 
 def run_in(result_path, model="snn-vq-vae"):

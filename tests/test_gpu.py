@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import IMPROVED, LIVELY, SMALL, read_images, read_log, read_metrics, run_in
+from helpers import IMPROVED, LIVELY, SMALL, read_images, read_log, read_metrics, run_in, with_steady_current
 
 from models import SDID, VQSVAE, ResidualSDID
 from models.spiking import LIF
@@ -39,6 +39,14 @@ def test_lif_is_that_of_the_cpu():
     (spikes, gradient), (gpu_spikes, gpu_gradient) = results
     assert torch.equal(spikes, gpu_spikes) and 0.1 < spikes.mean() < 0.9
     torch.testing.assert_close(gpu_gradient, gradient)
+
+
+@torch.no_grad()
+def test_bfloat16_does_not_silence_a_neuron_just_above_its_threshold():
+    """As on the CPU, where the networks' tests say why it is the ninth step."""
+    with torch.autocast("cuda", torch.bfloat16):
+        spikes = with_steady_current(1.003).to(GPU)(torch.ones(16, 1, 1, 1, 1, device=GPU))
+    assert spikes.flatten().nonzero().tolist() == [[8]]
 
 
 def networks():

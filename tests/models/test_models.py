@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from helpers import with_steady_current
 from torch import nn
 
 from diffusion.absorbing import AbsorbingDiffusion
@@ -268,6 +269,19 @@ def test_lif_in_bfloat16_has_a_float32_membrane():
     spikes = LIF()(current)
     assert spikes.dtype == torch.bfloat16
     assert torch.equal(spikes.float(), LIF()(current.float()))
+
+
+@pytest.mark.parametrize("path", ["fused", "plain", "reference"])
+@torch.no_grad()
+def test_bfloat16_does_not_silence_a_neuron_just_above_its_threshold(path, monkeypatch):
+    """A steady current x charges a neuron at rest to x (1 - 2^-s); in bfloat16, 1.003 is 1, which is never reached."""
+    stack = with_steady_current(1.003)
+    if path == "plain":  # as on a GPU, or without a compiler
+        monkeypatch.setattr(fused_lif, "available", lambda: False)
+    with use_backend("reference" if path == "reference" else "fast"), torch.autocast("cpu", torch.bfloat16):
+        spikes = stack(torch.ones(16, 1, 1, 1, 1))
+    assert torch.tensor(1.003, dtype=torch.bfloat16) == 1
+    assert spikes.flatten().nonzero().tolist() == [[8]]  # 2^-9 < 0.003 / 1.003 < 2^-8
 
 
 def test_lif_surrogate_gradient():
