@@ -123,9 +123,10 @@ def _worthwhile(conv: nn.Conv2d | nn.ConvTranspose2d, spikes: Tensor) -> bool:
     return wide and spikes.device.type == "cpu" and available()
 
 
-def _as_computed(spikes: Tensor) -> Tensor:
-    """The spikes in the type in which convolutions compute under autocast."""
-    return spikes.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else spikes
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """The type in which convolutions of `x` compute: its own, or that of autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @torch.compiler.disable  # the compiler cannot trace into the library
@@ -136,7 +137,7 @@ def convolve(conv: nn.Conv2d | nn.ConvTranspose2d, spikes: Tensor) -> Tensor | N
     """
     if not _worthwhile(conv, spikes):
         return None
-    spikes = _as_computed(spikes).contiguous(memory_format=torch.channels_last)
+    spikes = spikes.to(computed_dtype(spikes)).contiguous(memory_format=torch.channels_last)
     output_padding = conv.output_padding[0] if isinstance(conv, nn.ConvTranspose2d) else None
     table = _neighbours(*spikes.shape[2:], conv.kernel_size[0], conv.stride[0], conv.padding[0], output_padding)
     events = find_events(spikes.detach().permute(0, 2, 3, 1).flatten(1, 2), table.flatten(0, 1))
@@ -150,7 +151,7 @@ def convolve_at(conv: nn.Conv2d, spikes: Tensor, rows: Tensor) -> Tensor | None:
     """`spiking.convolve_at`, without gradients: spikes `[S,R,C]` to `[S,P,C']`; None if a dense one should be used."""
     if torch.is_grad_enabled() or not _worthwhile(conv, spikes):
         return None
-    spikes = _as_computed(spikes).contiguous()
+    spikes = spikes.to(computed_dtype(spikes)).contiguous()
     events = find_events(spikes, rows)
     if events is None:
         return None

@@ -146,7 +146,7 @@ def fire(
     if not is_reference() and x.device.type == "cpu" and fused_lif.available():
         x = fused_lif.norm_lif(x, bias, norm, spike_steps, constant=constant, readout=readout, dtype=dtype)
         return x if readout is not None else x.unflatten(0, (spike_steps, -1))
-    x = x.to(bias.dtype) + bias.view(-1, 1, 1)
+    x = x + bias.view(-1, 1, 1)  # of the type of the bias: float32, even if the currents are bfloat16
     spikes = norm_lif(norm, lif, x.repeat(spike_steps, 1, 1, 1) if constant else x, spike_steps)
     return spikes.to(dtype) if readout is None else weighted_sum(readout, spikes)
 
@@ -274,7 +274,4 @@ def convolve_at(conv: Convolution, x: Tensor, rows: Tensor) -> Tensor:
 
 def _spike_dtype(x: Tensor, readout: Tensor | None) -> torch.dtype:
     """Spikes are 0 or 1, exact in the type that autocast computes the next convolution in; readouts are not."""
-    if readout is not None:
-        return readout.dtype
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return event_conv.computed_dtype(x) if readout is None else readout.dtype

@@ -100,7 +100,7 @@ def write_idx(folder, prefix, images):
     (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
 
 
-# ---- run folders ----
+# ---- networks ----
 
 
 @torch.no_grad()
@@ -110,6 +110,9 @@ def with_steady_current(current):
     for parameter, value in zip(stack.parameters(), (1, 0, 1, current - 1), strict=True):  # convolution, batch norm
         parameter.fill_(value)
     return stack
+
+
+# ---- run folders ----
 
 
 def run_in(result_path, model="snn-vq-vae"):
