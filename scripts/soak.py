@@ -1,6 +1,6 @@
 """Soak test: repeats runs in one process and checks that no memory, open file, thread or process leaks.
 
-python scripts/soak.py               # 6 rounds
+python scripts/soak.py               # 12 rounds
 python scripts/soak.py --rounds 200
 """
 
@@ -24,7 +24,7 @@ import main as program
 from pipeline.runtime.terminal import print_anywhere
 
 MEBIBYTE = 2**20
-LEAK = 2 * MEBIBYTE  # bytes in each of the last three rounds; earlier ones fill caches
+LEAK = 2 * MEBIBYTE  # bytes in each of the last three rounds; caches are full after seven
 OPTIONS = (
     *("--dataset_name", "Digits", "--train_images", "64", "--batch_size", "16", "--device", "cpu"),
     *("--spike_steps", "2", "--hidden_channels", "4", "--denoiser_channels", "2", "--codebook_size", "8"),
@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the resources in use after each round; exit status 1 if they grow."""
     print_anywhere()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6, help="number of rounds, at least 6 [6]")
-    rounds = max(6, parser.parse_args(arguments).rounds)
+    parser.add_argument("--rounds", type=int, default=12, help="number of rounds, at least 12 [12]")
+    rounds = max(12, parser.parse_args(arguments).rounds)
     torch.set_num_threads(1)
     states = []
     for i in range(rounds):
