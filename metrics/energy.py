@@ -13,6 +13,10 @@ the network runs.
 - Borders: a weight that would meet zero padding, or an output that a transposed convolution crops, is not an operation,
   with or without spikes. (The usual formulas and SpikingJelly's `MACCounter` count them: 22 % more for 3x3 weights on a
   7x7 grid.) If all neurons fired at every step, there would be S times the operations of the network without spikes.
+- A layer marked `one_hot` (see `models.spiking.one_hot`) has one-hot input: tokens, prototypes or labels. With spikes
+  it is counted like any other. A network without spikes does not multiply there but looks weights up, which is memory
+  access and therefore not counted: `dense_macs` are 0. (The additions of the rows that it looks up, some 0.05 % of all
+  its operations, are left out as well.)
 - Not counted: biases and batch norm (folded into the preceding layers), neurons and readouts (one update per neuron and
   step, without a synapse), the nearest-code search (K D MACs per code, with or without spikes), and memory access.
 
@@ -40,7 +44,8 @@ AXES = {nn.Conv2d: 3, nn.ConvTranspose2d: 3, nn.Linear: 1}  # layers, and the nu
 class Operations:
     """Synaptic operations per image: `macs`, `acs`, and the `dense_macs` of the same network without spikes.
 
-    Without spikes each layer runs once, on real values, instead of at every spike step. Operations can be added, and
+    Without spikes each layer runs once, on real values, instead of at every spike step, and one-hot input is looked up.
+    Operations can be added, and
     multiplied by a number of runs, as in `passes * mean_pass + decoding`.
     """
 
@@ -84,7 +89,7 @@ def count_layers(model: nn.Module, call: Callable[[], Any], images: int, spike_s
         full = len(x) * _synaptic_operations(layer, torch.ones_like(x[:1]))
         spiking = is_binary_tensor(x)
         acs, macs = (_synaptic_operations(layer, x), 0) if spiking else (0, full)
-        totals[layer] += Operations(macs, acs, full)
+        totals[layer] += Operations(macs, acs, 0 if getattr(layer, "one_hot", False) else full)
 
     with torch.no_grad(), ExitStack() as hooks:
         for layer in model.modules():

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.spiking import one_hot
+
 
 class Labels(nn.Module):
     """Conditions a denoiser on the label of an image, one of L classes.
@@ -28,7 +30,7 @@ class Labels(nn.Module):
         super().__init__()
         shape = (prototypes, classes) if prototypes else (classes,)
         self.register_buffer("counts", torch.zeros(shape, dtype=torch.int64))
-        self.embed = nn.ConvTranspose2d(classes, channels, grid, bias=False)
+        self.embed = one_hot(nn.ConvTranspose2d(classes, channels, grid, bias=False))
         nn.init.zeros_(self.embed.weight)
 
     @property

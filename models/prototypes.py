@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.quantizer import Codebook, nearest_rows
-from models.spiking import full_precision
+from models.spiking import full_precision, one_hot
 
 MAX_ITERATIONS = 10  # of k-means
 CHUNK = 4096  # grids whose embeddings are held in memory at a time
@@ -41,7 +41,7 @@ class Prototypes(nn.Module):
         self.codebook_size = codebook_size
         self.register_buffer("grids", torch.zeros(count, *grid, dtype=torch.int32))
         self.register_buffer("counts", torch.zeros(count, dtype=torch.int64))
-        self.embed = nn.Conv2d(codebook_size, channels, patch, stride=patch, bias=False)
+        self.embed = one_hot(nn.Conv2d(codebook_size, channels, patch, stride=patch, bias=False))
         nn.init.zeros_(self.embed.weight)
 
     def forward(self, indices: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from models.denoiser import Denoiser
 from models.labels import Labels
 from models.prototypes import Prototypes
-from models.spiking import Firing, apply_head, is_reference
+from models.spiking import Firing, apply_head, is_reference, one_hot
 
 HEADS = 16  # groups of channels, each with its own mixing matrix
 THRESHOLD_BIAS = 1.0  # initial bias of batch norm; a neuron at rest fires at a current of 2
@@ -94,7 +94,7 @@ class ResidualSDID(Denoiser):
         patch = 1 if any(side % 2 for side in grid) else 2
         height, columns = grid[0] // patch, grid[1] // patch
         self.patch, self.margin, side = patch, margin, patch + 2 * margin
-        self.embed = nn.Conv2d(codebook_size + 1, width, side, stride=patch, padding=margin, bias=False)
+        self.embed = one_hot(nn.Conv2d(codebook_size + 1, width, side, stride=patch, padding=margin, bias=False))
         if prototypes:
             self.prototypes = Prototypes(prototypes, codebook_size, width, patch, grid)
         if classes:

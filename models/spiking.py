@@ -12,7 +12,7 @@ there is a C++ compiler. "fast" is the default; `use_backend` chooses.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,7 @@ class LIF(neuron.LIFNode):
         return functional.lif_multi_step(x, rest, *parameters)[0]
 
 
+Layer = TypeVar("Layer", bound=nn.Module)
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 Block = tuple[Convolution, nn.BatchNorm2d, LIF]
 
@@ -231,6 +232,12 @@ class SpikingStack(nn.Sequential):
         x = convolve_at(conv, x, rows) if currents is None else currents
         x = x.flatten(0, 1)[:, :, None, None]  # [S*P,C',1,1]
         return fire(norm, lif, x, self.spike_steps, bias=bias_of(conv), readout=readout).flatten(-3)
+
+
+def one_hot(layer: Layer) -> Layer:
+    """Mark a layer whose input is one-hot: without spikes it would be a look-up, and `metrics.energy` counts it so."""
+    object.__setattr__(layer, "one_hot", True)
+    return layer
 
 
 def bias_of(conv: Convolution) -> Tensor:

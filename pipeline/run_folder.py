@@ -1,6 +1,6 @@
 """A run folder: where a run's files are, how they are written whole, and how they are read back.
 
-config.json                    resolved options, image shape, versions, git commit
+config.json                    resolved options, image shape, versions, git commit, lineage of the weights
 model.pth                      autoencoder, plain state dict
 diff_result/diff_model.pth     denoiser, plain state dict
 last.pth                       what --resume needs: stage, epoch, step, weights, optimizer, and what run it is of
@@ -55,13 +55,22 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def _git_commit() -> str | None:
-    command = ["git", "rev-parse", "HEAD"]
+def program_version() -> dict[str, Any]:
+    """The commit of this program, and whether its files differ from those of the commit; None for both without git."""
+    root = Path(__file__).resolve().parents[1]
+    prefix = _git(root, "rev-parse", "--show-prefix")  # not empty where another repository contains this folder
+    commit = _git(root, "rev-parse", "HEAD") if prefix == "" else None
+    changes = _git(root, "status", "--porcelain", "--", "*.py", "*.cpp", "*.h") if commit else None
+    return {"git_commit": commit or None, "git_changed": None if changes is None else bool(changes)}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints; None if it fails."""
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8")
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, encoding="utf-8")
     except OSError:
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _read_records(path: Path, parse: Callable[[str], Iterable], needed: set[str]) -> list[dict[str, Any]]:
@@ -127,8 +136,17 @@ class RunFolder:
     def write_config(self, options: dict[str, Any]) -> None:
         """Record the options and the data of a training, together with what else its results may depend on."""
         self.lock()
-        config = {**options, "versions": versions(), "git_commit": _git_commit()}
-        write_json(self.config, config)
+        write_json(self.config, {**options, "versions": versions(), **program_version()})
+
+    @property
+    def lineage(self) -> list[dict[str, Any]]:
+        """Where the weights come from, see `pipeline.lineage`; empty if config.json does not say."""
+        return self.read_config().get("lineage", [])
+
+    @on_rank_0
+    def write_lineage(self, lineage: list[dict[str, Any]]) -> None:
+        """Record it in config.json."""
+        write_json(self.config, self.read_config() | {"lineage": lineage})
 
     def read_config(self) -> dict[str, Any]:
         """The options of the run; empty if the folder has no config.json, as with checkpoints of the release.

@@ -23,6 +23,7 @@ from image_files import expand
 from pipeline.checkpoints import SCALE, load_weights, per_row, save_weights, write_json
 from pipeline.declaration import Role
 from pipeline.evaluation.temperature import recorded_temperature
+from pipeline.lineage import Lineage, known
 from pipeline.options import DEFAULTS, with_role
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
@@ -43,10 +44,20 @@ def pack(run: RunFolder, copy: RunFolder, int8: bool = False) -> None:
         config["final_temperature"] = None
     save_weights(copy.model, compact(autoencoder))
     save_weights(copy.denoiser, compact(denoiser, int8))
+    config["lineage"] = packed_lineage(run, copy)
     kept = {key for key in with_role(Role.SETTING) if not key.endswith(("_path", "_weights"))}
     write_json(copy.config, {key: value for key, value in config.items() if key in kept or key not in DEFAULTS})
     if run.log_file.exists():
         shutil.copy(run.log_file, copy.log_file)
+
+
+def packed_lineage(run: RunFolder, copy: RunFolder) -> Lineage:
+    """The lineage of a run, and an entry for each network whose weights packing has rounded."""
+    chains = [known(run, of_denoiser) for of_denoiser in (False, True)]
+    for chain, path in zip(chains, (copy.model, copy.denoiser), strict=True):
+        before, after = chain[-1]["weights_after"], digest(load_weights(path))
+        chain.append({"stage": chain[-1]["stage"], "packed": True, "weights_before": before, "weights_after": after})
+    return [entry for chain in chains for entry in chain]
 
 
 def compact(weights: dict[str, Tensor], int8: bool = False) -> dict[str, Tensor]:

@@ -3,17 +3,17 @@
 python scripts/results_table.py result/reproduce --output docs/table.md --plot docs/table.png
 
 Each value has a letter that stands for its protocol, explained below the table: only values with the same letter are
-comparable. "not run" means that the run lacks the metric. Evaluations of the same weights with different seeds
-(`--checkpoint RUN --seed N --result_path DIR_N`) become one row, with the mean and the half-width of the 95 %
-confidence interval where values differ.
+comparable. "not run" means that the run lacks the metric. Each setting of sampling has a row of its own. Evaluations
+of the same weights with different seeds (`--checkpoint RUN --seed N --result_path DIR_N`) become one row, with the mean
+and the half-width of the 95 % confidence interval where values differ.
 """
 
 import argparse
 import statistics
 import string
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from errors import UserError, reported
 from image_files import expand
 from pipeline.checkpoints import write_file
-from pipeline.evaluation.records import describe
+from pipeline.evaluation.records import comparable
+from pipeline.lineage import costs
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.grids import save_figure
@@ -78,73 +79,105 @@ PUBLISHED = {
 """(Model, column, protocol) to data set to value, as published by the authors."""
 
 
+Record = dict[str, Any]
+
 STANDARD = ("both", "adaptive", None)  # not an ablation; None: the run is older than the option
 
 
 class Value(NamedTuple):
-    """A number and its protocol; `half_width` is that of its confidence interval, 0 for a single number."""
+    """A number and its protocol; `half_width` is that of its confidence interval, 0 for a single number.
+
+    Values of one column are comparable if their protocol is the same.
+    """
 
     value: float
     protocol: str
-    seed: int | None = None
     half_width: float = 0.0
 
 
 class Row(NamedTuple):
-    """One model on one data set: values by column.
+    """One model on one data set: values by column, of samples drawn with one setting (empty: of none, or unknown).
 
-    `training` is empty for published values. `samples` says how they were drawn. `weights` is the digest of the
-    evaluated weights.
+    `training` is empty for published values. `drawn` says in words how samples were drawn. `weights` is the digest of
+    the evaluated weights.
     """
 
     dataset: str
     model: str
     training: str
-    values: dict[str, Value]
-    samples: str = ""
+    values: dict[str, list[Value]]
+    sampling: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    drawn: str = ""
     weights: str = ""
 
+    def first(self, column: str) -> float:
+        """The value of a column; of several protocols, that of the first."""
+        return self.values[column][0].value
 
-def read_run(run: RunFolder) -> Row:
-    """The row of a run, from its metrics, options and log.
 
-    Raises UserError if no config.json says what was trained.
+class Evaluated(NamedTuple):
+    """Whose records are put together: those of one model's weights."""
+
+    dataset: str
+    model: str
+    training: str
+    weights: str
+
+
+def read_rows(runs: Sequence[RunFolder]) -> list[Row]:
+    """The rows of runs: for each model, one for each setting of sampling; sets of samples with other seeds are merged.
+
+    Metrics of a model without samples are in each of its rows. Raises UserError if a run has no config.json that says
+    what was trained.
     """
-    options, values, epochs = run.trained.read_config(), run.read_records(), run.trained.read_log()
+    records: dict[Evaluated, list[Record]] = defaultdict(list)
+    for run in runs:
+        model, found = _model(run), run.read_records()
+        for weights in dict.fromkeys(record.get("weights") or str(run.path) for record in found):
+            own = [record for record in found if (record.get("weights") or str(run.path)) == weights]
+            records[Evaluated(*model, weights)] += own
+    return [row for model, found in records.items() for row in _rows(model, found)]
+
+
+def _model(run: RunFolder) -> tuple[str, str, str]:
+    """Data set, name and training of the model that a run trained."""
+    options = run.trained.read_config()
     if not {"dataset_name", "model"} <= options.keys():
         missing = f"{run.trained.config} does not say which model the metrics in {run.path} are for"
         raise UserError(f"{missing}: restore the file that the run wrote, or leave the folder out")
-    drawn = next((metric["drawn"] for metric in values if metric["name"] in COLUMNS and "drawn" in metric), "")
-    counts = " + ".join(map(str, Counter(line["stage"] for line in epochs).values()))
-    hours = sum(line["images"] / line["images_per_second"] for line in epochs) / 3600
     ablation = [options[key] for key in ("readout", "spike_generator") if options.get(key) not in STANDARD]
     improved = ["improved"] if options.get("preset") == "improved" else []
     condition = [f"condition {options['condition']}"] if options.get("condition", "none") != "none" else []
+    spent = [f"{cost.images:,} images in {cost.time}" for cost in costs(run.trained.lineage)]
     model = ", ".join([options["model"], *improved, *condition, *ablation])
-    training = f"{counts} epochs, {hours:.1f} h"
-    by_name = {metric["name"]: Value(metric["value"], describe(metric), metric.get("seed")) for metric in values}
-    weights = values[0].get("weights", "") if values else ""
-    return Row(options["dataset_name"], model, training, by_name, drawn, weights)
+    return options["dataset_name"], model, " + ".join(spent) or "training not recorded"
 
 
-def merge_seeds(rows: list[Row]) -> list[Row]:
-    """One row for all evaluations of the same weights whose samples differ only by the seed."""
-    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
-    for number, row in enumerate(rows):
-        groups[row.dataset, row.model, row.training, row.samples, row.weights or str(number)].append(row)
-    return [group[0]._replace(values=_merged(group)) for group in groups.values()]
+def _rows(model: Evaluated, records: Sequence[Record]) -> Iterator[Row]:
+    """A row for each setting of sampling; where there is none, one for all."""
+    settings = [_but_seed(record) for record in records]
+    drawn = [each for number, each in enumerate(settings) if each and each not in settings[:number]]
+    for sampling in drawn or [{}]:
+        own = [record for record, each in zip(records, settings, strict=True) if not each or each == sampling]
+        columns = dict.fromkeys(record["name"] for record in own)
+        values = {column: _merged([record for record in own if record["name"] == column]) for column in columns}
+        words = next((record["drawn"] for record in own if record.get("sampling")), "")
+        yield Row(model.dataset, model.model, model.training, values, sampling, words, model.weights)
 
 
-def _merged(group: list[Row]) -> dict[str, Value]:
-    """For each column, the mean over the seeds. Raises UserError if protocols differ."""
-    merged = {}
-    for column in dict.fromkeys(name for row in group for name in row.values):
-        values = [row.values[column] for row in group if column in row.values]
-        if len({each.protocol for each in values}) > 1:
-            raise UserError(f"{group[0].dataset}, {group[0].model}: {column} has several protocols: leave out a folder")
-        numbers = list({each.seed: each.value for each in values}.values())
-        merged[column] = values[0]._replace(value=statistics.fmean(numbers), half_width=half_width(numbers))
-    return merged
+def _but_seed(record: Record) -> dict[str, Any]:
+    """The settings that its samples were drawn with, but for the seed; empty for what is of no samples."""
+    return {key: value for key, value in record.get("sampling", {}).items() if key != "seed"}
+
+
+def _merged(records: Sequence[Record]) -> list[Value]:
+    """For each protocol, the mean over the seeds."""
+    values = []
+    for protocol in dict.fromkeys(map(comparable, records)):
+        own = [record for record in records if comparable(record) == protocol]
+        numbers = list({record.get("sampling", {}).get("seed"): record["value"] for record in own}.values())
+        values.append(Value(statistics.fmean(numbers), protocol, half_width(numbers)))
+    return values
 
 
 def half_width(numbers: list[float]) -> float:
@@ -159,7 +192,7 @@ def published_rows(datasets: set[str]) -> Iterator[Row]:
     for dataset in sorted(datasets):
         for model in dict.fromkeys(name for name, _, _ in PUBLISHED):
             values = {
-                column: Value(values[dataset], protocol)
+                column: [Value(values[dataset], protocol)]
                 for (name, column, protocol), values in PUBLISHED.items()
                 if name == model and dataset in values
             }
@@ -175,9 +208,11 @@ def table(rows: list[Row]) -> str:
     def cell(row: Row, column: str) -> str:
         if column not in row.values:
             return "not run" if row.training else ""
-        value, protocol, _, half = row.values[column]
-        letter = letters.setdefault((column, protocol), _letter(len(letters)))
-        return f"{value:.4g}{f' ± {half:.2g}' if half else ''} <sup>{letter}</sup>"
+        return "; ".join(number(column, each) for each in row.values[column])
+
+    def number(column: str, each: Value) -> str:
+        letter = letters.setdefault((column, each.protocol), _letter(len(letters)))
+        return f"{each.value:.4g}{f' ± {each.half_width:.2g}' if each.half_width else ''} <sup>{letter}</sup>"
 
     lines = [
         f"| data set | model | training; samples | {' | '.join(COLUMNS[column] for column in columns)} |",
@@ -185,7 +220,7 @@ def table(rows: list[Row]) -> str:
     ]
     for row in sorted(rows, key=lambda row: row.dataset):
         cells = " | ".join(cell(row, column) for column in columns)
-        how = "; ".join(filter(None, (row.training, row.samples)))
+        how = "; ".join(filter(None, (row.training, row.drawn)))
         lines.append(f"| {row.dataset} | {row.model} | {how} | {cells} |")
     notes = [f"- {letter}: {COLUMNS[column]}: {protocol}" for (column, protocol), letter in letters.items()]
     return "\n".join([*lines, "", *notes]) + "\n"
@@ -215,7 +250,7 @@ def plot(rows: list[Row], path: Path) -> None:
         raise UserError(f"no run has {', '.join(distances[:-1])} or {distances[-1]}: evaluate one with --metrics fad")
     figure, axes = plt.subplots(len(panels), squeeze=False, figsize=(8, 2.2 * len(panels)), layout="constrained")
     for axis, (dataset, column, shown) in zip(axes[:, 0], panels, strict=True):
-        values = [row.values[column].value for row in shown]
+        values = [row.first(column) for row in shown]
         colours = ["tab:blue" if row.training else "lightgrey" for row in shown]
         axis.bar_label(axis.barh([row.model for row in shown], values, color=colours), fmt="%.3g", padding=3)
         axis.invert_yaxis()
@@ -243,16 +278,16 @@ def plot_classes(rows: list[Row], path: Path) -> None:
         for number, weights in enumerate(dict.fromkeys(row.weights for row in shown)):
             points = [row for row in shown if row.weights == weights]
             points = [row for row in points if y in row.values] or points
-            recalls, name = [row.values[x].value for row in points], f"{points[0].model}; {points[0].training}"
+            recalls, name = [row.first(x) for row in points], f"{points[0].model}; {points[0].training}"
             style: dict[str, Any] = {"color": f"C{number}", "label": name}
             if y not in points[0].values:
                 axis.axvline(recalls[0], linestyle="dotted", **style)
                 continue
-            accuracies = [row.values[y].value for row in points]
+            accuracies = [row.first(y) for row in points]
             axis.plot(recalls, accuracies, marker="o", **style)
             for row, *point in zip(points, recalls, accuracies, strict=True):
                 axis.annotate(f"{_guidance(row):g}", point, xytext=(4, 4), textcoords="offset points")
-        real = next(row.values["classifier_accuracy"].value for row in shown if "classifier_accuracy" in row.values)
+        real = next(row.first("classifier_accuracy") for row in shown if "classifier_accuracy" in row.values)
         axis.axhline(real, color="grey", linestyle="dashed", label="real test images")
         axis.set(title=f"{dataset}; at the points, guidance", xlabel=COLUMNS[x], ylabel=COLUMNS[y])
         axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
@@ -261,7 +296,7 @@ def plot_classes(rows: list[Row], path: Path) -> None:
 
 def _guidance(row: Row) -> float:
     """With which the samples were drawn."""
-    return float(row.samples.partition(", guidance ")[2] or 0)
+    return float(row.sampling.get("guidance", 0))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -276,10 +311,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     runs = [RunFolder(path.parent) for folder in args.folders for path in sorted(folder.rglob("metrics.json"))]
     with reported():
-        rows = [read_run(run) for run in runs]
+        rows = read_rows(runs)
         if not rows:
             raise UserError(f"no metrics.json below {', '.join(map(str, args.folders))}: evaluate a run first")
-        rows = merge_seeds(rows)
         rows += published_rows({row.dataset for row in rows})
         if args.plot:
             plot(rows, args.plot)

@@ -34,12 +34,13 @@ def evaluate(session: Session) -> None:
     # what all processes compute comes first, so that none waits for the metrics of samples, which rank 0 alone computes
     records = reconstruction_records(model, evaluation, wanted)
     if "energy" in wanted:
-        records += energy_records(model, session.data.test, o.run.seed)
+        records += energy_records(model, session.data, o.run.seed)
     if images is not None:
-        records = evaluation.compute(images, model.drawn, labels=model.labels_of(range(count))) + records
+        labels = model.labels_of(range(count))
+        records = evaluation.compute(images, model.drawn, model.settings, labels=labels) + records
     if change := session.data_change(session.data):
         print(f"warning: {change}", file=sys.stderr)
-        records = [record | {"data": change} for record in records]
+        records = [record | {"data_change": change} for record in records]
     if run.path != session.networks.trained.path:
         records = [record | {"checkpoint": as_written(o.run.checkpoint)} for record in records]
     write_records(run, records, session.machine, session.networks.digest())  # by one process

@@ -1,6 +1,8 @@
 """Feature networks, trained once for each data set, and their features of real images, computed once."""
 
+import inspect
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -100,9 +102,9 @@ def _trained(
         network = build()
     epochs = max(training.epochs, math.ceil(FEWEST_STEPS * BATCH_SIZE / count))
     settings = f"{epochs} epochs, batches of {BATCH_SIZE}, lr {training.lr}, seed {seed}"
-    # the weights before training stand for the architecture
-    file_name = training.name.replace(" ", "_")
-    key = f"{file_name}-{name}-train-{count}-{digest(*examples)}-{digest(network.state_dict(), settings)}"
+    # the weights before training stand for the architecture, the source for loss, scaling and optimiser
+    how = digest(network.state_dict(), settings, _source(network))
+    key = f"{training.name.replace(' ', '_')}-{name}-train-{count}-{digest(*examples)}-{how}"
 
     def train() -> dict[str, np.ndarray]:
         minutes = math.ceil(epochs * count / training.rate / 60)
@@ -113,6 +115,11 @@ def _trained(
     weights = cached(key, train)
     network.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
     return network.to(machine.device).eval().requires_grad_(False), f"own {training.name}, {epochs} epochs"
+
+
+def _source(network: nn.Module) -> str:
+    """The code that decides what training makes of a network: that of this module and of the network's."""
+    return "".join(inspect.getsource(sys.modules[name]) for name in (__name__, type(network).__module__))
 
 
 def _train(

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic
 
 import numpy as np
 from torch import Tensor, nn
 
-from datasets import ImageData
+from datasets import ImageData, digest
 from metrics.classifier import Classifier, classifier_features
 from metrics.fad import FAD_IMAGES, FadAutoencoder, fad_features
 from metrics.fid import PAPER_IMAGES
@@ -34,6 +35,11 @@ class FeatureNetwork(Generic[Network]):
     protocol: str
     fixed: tuple[int, int] | None = None
     reference: Any = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights."""
+        return digest(self.network.state_dict())
 
 
 def _inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[nn.Module]:

@@ -268,14 +268,15 @@ class Evaluation:
         self,
         images: Tensor,
         drawn: str,
+        sampling: dict[str, Any] | None = None,
         metrics: Collection[str] | None = None,
         whole: bool = False,
         labels: Tensor | None = None,
     ) -> list[dict]:
-        """Metric records of generated `images`, uint8 `[N,C,H,W]`; `drawn` says how they were drawn.
+        """Metric records of generated `images`, uint8 `[N,C,H,W]`, of which `drawn` says where they are from.
 
-        Of all available metrics, or of those in `metrics`; empty in processes other than rank 0. `whole` and `labels`
-        as in `Features`.
+        Of all available metrics, or of those in `metrics`; empty in processes other than rank 0. `sampling` are the
+        settings of a model's samples; `whole` and `labels` as in `Features`.
         """
         computed = self.metrics if is_rank_0() else {}
         chosen = [metric for name, metric in computed.items() if metrics is None or name in metrics]
@@ -284,8 +285,9 @@ class Evaluation:
             name: Features(self._load(name), images, self.data, self.options.reference, self.seed, whole, labels)
             for name in networks
         }
+        origin = {"drawn": drawn} | ({} if sampling is None else {"sampling": sampling})
         return [
-            self._record(metric, name, value, features[metric.network]) | {"drawn": drawn}
+            self._record(metric, name, value, features[metric.network]) | origin
             for metric in chosen
             for name, value in metric.values(features[metric.network]).items()
         ]
@@ -294,7 +296,8 @@ class Evaluation:
         split = metric.split or features.split
         protocol = ", ".join(filter(None, (features.source.protocol, metric.protocol)))
         counts = {"real": len(features.real_images(split)), "generated": len(features.images)}
-        record = make_record(name, value, protocol, split=split, **counts, seed=self.seed)
+        about: dict[str, Any] = {"seed": self.seed, "network": features.source.digest}
+        record = make_record(name, value, protocol, data=self.data, split=split, **counts, **about)
         if per_class := self._per_class(name, features):
             record["per_class"] = per_class
         return record

@@ -4,8 +4,7 @@ from collections.abc import Collection
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
+from datasets import ImageData
 from metrics.codebook import perplexity, usage
 from metrics.energy import PICOJOULES_PER_AC, PICOJOULES_PER_MAC
 from metrics.fad import FAD_IMAGES
@@ -22,7 +21,7 @@ def reconstruction_records(model: ImageModel, evaluation: Evaluation, wanted: Co
     """Metrics of the autoencoder on the test split: MSE, SSIM, codebook use, and FAD, a lower bound for samples."""
     test, seed = evaluation.data.test, evaluation.seed
     records = []
-    record = partial(make_record, split="test", real=len(test), seed=seed)
+    record = partial(make_record, data=evaluation.data, split="test", real=len(test), seed=seed)
     mean = "reconstructions as 8-bit images in [0,1], mean over all"
     if {"mse", "ssim", "fad"} & set(wanted):
         reconstructed = model.reconstruct(test)
@@ -32,7 +31,7 @@ def reconstruction_records(model: ImageModel, evaluation: Evaluation, wanted: Co
         if "ssim" in wanted:
             records.append(record("ssim", ssim(*pair), f"{mean} images, torchmetrics"))
         if len(test) >= FAD_IMAGES:
-            scored = evaluation.compute(reconstructed, "reconstructions of the test split", ["fad"], whole=True)
+            scored = evaluation.compute(reconstructed, "reconstructions of the test split", metrics=["fad"], whole=True)
             records += [each | {"name": "reconstruction_fad"} for each in scored]
     if "codebook" in wanted and isinstance(model, CodeDiffusion):
         codes, size = model.encode(test), model.autoencoder.codebook_size
@@ -43,24 +42,28 @@ def reconstruction_records(model: ImageModel, evaluation: Evaluation, wanted: Co
     return records
 
 
-def energy_records(model: ImageModel, test: Tensor, seed: int) -> list[dict]:
+def energy_records(model: ImageModel, data: ImageData, seed: int) -> list[dict]:
     """Energy in µJ per image of each part and of a whole sample, with and without spikes, and the mean firing rate.
 
     Encoding is measured on ENERGY_IMAGES test images, everything that produces a sample on as many samples.
     """
-    images = test[:ENERGY_IMAGES]
+    images = data.test[:ENERGY_IMAGES]
     cost = model.cost(images)
-    on_test = partial(make_record, split="test", real=len(images), seed=seed)
-    on_samples = partial(make_record, split="test", real=0, generated=len(images), seed=seed, drawn=model.drawn)
+    record_of = partial(make_record, data=data, split="test", seed=seed)
+    on_test = partial(record_of, real=len(images))
+    on_samples = partial(record_of, real=0, generated=len(images), drawn=model.drawn, sampling=model.settings)
     records = []
     for part, counted in cost.operations.items():
         record, on = on_test if part == "encode" else on_samples, cost.protocols[part]
         counts: dict[str, Any] = {"macs": counted.macs, "acs": counted.acs}
+        if part == "sample":
+            counts["passes"] = cost.passes
         if part in cost.layers:
             counts["layers"] = {name: own.energy / 1e6 for name, own in cost.layers[part].items()}
         protocol = f"µJ an image, {PICOJOULES_PER_MAC} pJ a MAC, {PICOJOULES_PER_AC} pJ an AC; {on}"
         records.append(record(f"energy_{part}", counted.energy / 1e6, protocol, **counts))
-        protocol = f"µJ an image, each layer once, without spikes, {PICOJOULES_PER_MAC} pJ a MAC; {on}"
+        once = "without spikes: each layer once, one-hot input looked up"
+        protocol = f"µJ an image, {once}, {PICOJOULES_PER_MAC} pJ a MAC; {on}"
         dense = counted.dense_energy / 1e6
         records.append(record(f"energy_{part}_without_spikes", dense, protocol, macs=counted.dense_macs))
     if cost.firing_rates:

@@ -1,7 +1,22 @@
-"""Records of metrics.json: what each holds, how they are merged, and the table that is printed."""
+"""Records of metrics.json: what each holds, how they are merged, and the table that is printed.
 
+name, value             the metric
+protocol                how it is computed, in words
+split, num_real         the real images, of which `dataset` and `real_sha256` say what they are
+num_generated           how many samples it is of
+sampling                the settings that these were drawn with: passes, temperatures, guidance, labels, order, seed
+drawn                   the same, or another origin of the images, in words
+network                 digest of the feature network; values of different networks are not comparable
+seed                    of what is random in the metric itself
+weights                 digest of the networks that are evaluated
+processor, versions, …  what else its value depends on
+"""
+
+import json
+from collections.abc import Mapping
 from typing import Any
 
+from datasets import ImageData
 from pipeline.checkpoints import write_json
 from pipeline.run_folder import RunFolder, versions
 from pipeline.runtime.device import Machine, describe_machine
@@ -9,11 +24,12 @@ from pipeline.runtime.processes import on_rank_0
 
 
 def make_record(
-    name: str, value: float, protocol: str, *, split: str, real: int, generated: int = 0, **more: Any
+    name: str, value: float, protocol: str, *, data: ImageData, split: str, real: int, generated: int = 0, **more: Any
 ) -> dict:
-    """One metric as stored in metrics.json, with everything needed to compare it."""
+    """One metric as stored in metrics.json, with what is needed to compare it; `real` counts images of `split`."""
     counts = {"num_generated": generated, "num_real": real}
-    return {"name": name, "value": value, "protocol": protocol, "split": split, **counts, **more}
+    images = {"dataset": data.name, "real_sha256": data.fingerprint[split]["sha256"]}
+    return {"name": name, "value": value, "protocol": protocol, "split": split, **counts, **images, **more}
 
 
 def context(machine: Machine) -> dict[str, Any]:
@@ -25,8 +41,9 @@ def context(machine: Machine) -> dict[str, Any]:
 def write_records(run: RunFolder, records: list[dict], machine: Machine, weights: str) -> None:
     """Merge records of the networks with the digest `weights` into metrics.json, and print them as a table.
 
-    A record of the same name, protocol and split is replaced. The others are kept if they are of the same weights;
-    those of other or unknown weights are dropped, and a line says which.
+    A record of the same metric is replaced, if its samples were drawn with the same settings and it compares them with
+    the same real images by the same feature network. The others are kept if they are of the same weights; those of
+    other or unknown weights are dropped, and a line says which.
     """
     records = [{**record, **context(machine), "weights": weights} for record in records]
     computed = {_identity(record) for record in records}
@@ -37,8 +54,11 @@ def write_records(run: RunFolder, records: list[dict], machine: Machine, weights
     print_records(records)
 
 
-def _identity(record: dict) -> tuple[str, str, str]:
-    return record["name"], record["protocol"], record["split"]
+IDENTITY = ("name", "split", "dataset", "real_sha256", "network", "sampling")
+
+
+def _identity(record: Mapping[str, Any]) -> str:
+    return json.dumps([record.get(key) for key in IDENTITY], sort_keys=True)
 
 
 def print_records(records: list[dict]) -> None:
@@ -54,6 +74,14 @@ def print_records(records: list[dict]) -> None:
         protocol = describe(record)
         print(f"{record['name']:{width}}  {record['value']:10.4f}  {'same' if protocol == said else protocol}")
         said = protocol
+
+
+def comparable(record: dict) -> str:
+    """The same, and what tells its real images and its feature network from others: equal if values are comparable."""
+    digests = {"real images": record.get("real_sha256"), "network": record.get("network")}
+    named = [f"{what} {digest[:6]}" for what, digest in digests.items() if digest]
+    of = f" of {record['dataset']}" if "dataset" in record else ""
+    return ", ".join([f"{describe(record)}{of}", *named])
 
 
 def describe(record: dict) -> str:

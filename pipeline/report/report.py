@@ -1,6 +1,7 @@
 """The page as a whole: tables and plots over all runs, and the template filled in."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -40,6 +41,7 @@ SECTIONS: dict[str, tuple[str, Callable[[RunView], Shown]]] = {
 }
 """Sections that show the runs side by side: anchor to heading and contents."""
 
+CurveKey = tuple[int, str, str]
 Value = TypeVar("Value")
 
 
@@ -80,7 +82,7 @@ def render(sessions: Sequence[Session]) -> str:
     return pages.get_template(TEMPLATE.name).render(
         runs=runs,
         settings=settings(runs),
-        durations=of_each("the time of", runs, RunView.durations),
+        costs=of_each("the cost of", runs, RunView.costs),
         metrics=metrics(runs),
         circumstances=of_each("the metrics of", runs, RunView.circumstances),
         curves=curves(runs),
@@ -126,7 +128,7 @@ def option_in_words(name: str, value: Any) -> str:
 
 
 def metrics(runs: Sequence[RunView]) -> Summary:
-    """A row for each metric and protocol: only values in the same row are comparable."""
+    """A row for each metric, protocol, set of real images and feature network: only values in a row are comparable."""
     tables, gaps = _found(runs, of_each("the metrics of", runs, RunView.metrics))
     keys = dict.fromkeys(key for table in tables.values() for key in table)
     names = list(dict.fromkeys(name for name, _ in keys))
@@ -138,18 +140,23 @@ def metrics(runs: Sequence[RunView]) -> Summary:
 
 
 def curves(runs: Sequence[RunView]) -> Summary:
-    """A plot of each logged value, with a line for each run."""
+    """A plot of each logged value, with a line for each run on the same data set with the same loss."""
     logs, gaps = _found(runs, of_each("the curves of", runs, RunView.curves))
     keys = sorted(dict.fromkeys(key for log in logs.values() for key in log), key=lambda key: key[0])
-    plots = [attempt(f"the curve of {key[1]}", partial(curve_plot, key, list(logs.values()))) for key in keys]
+    kinds = Counter((stage, name) for stage, name, _ in keys)
+    plots = []
+    for key in keys:
+        stage, name, kind = key
+        title = f"stage {stage}: {TITLES.get(name, name)}{f' ({kind})' if kinds[stage, name] > 1 else ''}"
+        plots.append(attempt(f"the curve of {name}", partial(curve_plot, key, title, list(logs.values()))))
     return Summary(plots, gaps)
 
 
-def curve_plot(key: tuple[int, str], logs: Sequence[dict[tuple[int, str], Curve]]) -> Plot:
-    """The plot of one value, from the curves of each run."""
-    (stage, name), lines = key, [log[key] for log in logs if key in log]
-    logarithmic = name != "codebook_usage" and all(value > 0 for line in lines for value in line.y)
-    return line_plot(f"stage {stage}: {TITLES.get(name, name)}", "images seen", lines, logarithmic)
+def curve_plot(key: CurveKey, title: str, logs: Sequence[dict[CurveKey, Curve]]) -> Plot:
+    """The plot of one value, from the curves of the runs that have it."""
+    lines = [log[key] for log in logs if key in log]
+    logarithmic = key[1] != "codebook_usage" and all(value > 0 for line in lines for value in line.y)
+    return line_plot(title, "images seen", lines, logarithmic)
 
 
 def _found(runs: Sequence[RunView], each: Sequence[Value | Missing]) -> tuple[dict[str, Value], list[str]]:

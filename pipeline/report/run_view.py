@@ -13,8 +13,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from datasets import ImageData, needs_download
 from errors import UserError
-from pipeline.evaluation.records import describe
+from pipeline.evaluation.records import comparable
 from pipeline.evaluation.temperature import at_recorded_temperature
+from pipeline.lineage import Cost, costs, images_before
 from pipeline.report.pictures import Picture, animation, picture
 from pipeline.report.plots import Curve, Plot, bar_plot, in_digits, line_of
 from pipeline.run_folder import LOG_KEYS
@@ -54,16 +55,6 @@ class Drawn(NamedTuple):
     description: str
     trajectory: Tensor | None
     classes: int = 0
-
-
-class Duration(NamedTuple):
-    """How long a stage was trained; `time`, as text, is that of its training steps alone."""
-
-    stage: str
-    epochs: int
-    images: int
-    images_per_second: float
-    time: str
 
 
 def attempt(what: str, compute: Callable[[], Value]) -> Value | Missing:
@@ -147,34 +138,44 @@ class RunView:
         model = at_recorded_temperature(self.session, model)
         return Drawn(model.draw(range(GRID_IMAGES)), model.drawn, model.trajectory())
 
-    def curves(self) -> dict[tuple[int, str], Curve]:
-        """Each logged value against the images seen, by stage number and name."""
+    def curves(self) -> dict[tuple[int, str, str], Curve]:
+        """Each logged value against the images seen, by stage number, name, and what it is comparable within."""
         curves = {}
         for stage in (1, 2):
             epochs = [line for line in self.log if stage_of(line) == stage]
-            seen = list(accumulate(line["images"] for line in epochs))
+            before = images_before(self.trained.lineage, epochs[0]["stage"]) if epochs else 0
+            seen = [before + images for images in accumulate(line["images"] for line in epochs)]
             for key in dict.fromkeys(key for line in epochs for key in line if key not in {*LOG_KEYS, "time"}):
                 points = [(images, line[key]) for images, line in zip(seen, epochs, strict=True) if key in line]
-                curves[stage, key] = Curve(self.name, self.line, *zip(*points, strict=True))
+                curves[stage, key, self._kind(stage)] = Curve(self.name, self.line, *zip(*points, strict=True))
         return curves
 
+    def _kind(self, stage: int) -> str:
+        """What the losses of a stage depend on besides the network: the data set, and the loss that was chosen."""
+        o = self.options
+        return o.data.dataset_name + (
+            f", {o.training.loss}" if stage == 2 else ", clipped error" * o.autoencoder.clipped_error
+        )
+
     def metrics(self) -> dict[tuple[str, str], str]:
-        """The values, as text, by name and protocol."""
-        return {(record["name"], describe(record)): in_digits(record["value"]) for record in self.records}
+        """The values, as text, by name and protocol; if there are several, each with the settings of its samples."""
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for record in self.records:
+            found.setdefault((record["name"], comparable(record)), []).append(record)
+        return {key: _side_by_side(records) for key, records in found.items()}
 
     def circumstances(self) -> list[str]:
         """What else is known of the metrics: how the images were drawn, and whether the data are those of the run."""
-        return list(dict.fromkeys(record[key] for record in self.records for key in ("drawn", "data") if key in record))
+        return list(
+            dict.fromkeys(record[key] for record in self.records for key in ("drawn", "data_change") if key in record)
+        )
 
-    def durations(self) -> list[Duration]:
-        """How long each stage took."""
-        return [self._duration(stage) for stage in dict.fromkeys(line["stage"] for line in self.log)]
-
-    def _duration(self, stage: str) -> Duration:
-        epochs = [line for line in self.log if line["stage"] == stage]
-        images = sum(line["images"] for line in epochs)
-        seconds = sum(line["images"] / line["images_per_second"] for line in epochs)
-        return Duration(f"{stage_of(epochs[0])} ({stage})", len(epochs), images, images / seconds, in_words(seconds))
+    def costs(self) -> list[Cost]:
+        """What each stage cost, over all trainings that led to the weights. Raises UserError if that is not known."""
+        found = costs(self.trained.lineage)
+        if not found:
+            raise UserError("config.json has no lineage that says which trainings led to these weights.")
+        return found
 
     def samples(self) -> Shown:
         """A grid of samples; if classes were requested, with a column for each."""
@@ -255,12 +256,14 @@ def stage_of(line: dict[str, Any]) -> int:
     return 2 if line["stage"] == "sdid" else 1
 
 
-def in_words(seconds: float) -> str:
-    """A duration, such as 1 h 20 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+def _side_by_side(records: Sequence[dict[str, Any]]) -> str:
+    """The values of one metric, as text."""
+    if len(records) == 1:
+        return in_digits(records[0]["value"])
+    settings = [record.get("sampling", {}) for record in records]
+    changed = [key for key in settings[0] if any(each.get(key) != settings[0][key] for each in settings)]
+    words = [", ".join(f"{key.replace('_', ' ')} {each.get(key)}" for key in changed) for each in settings]
+    return "; ".join(f"{in_digits(each['value'])} ({how})" for each, how in zip(records, words, strict=True))
 
 
 def nearest(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:

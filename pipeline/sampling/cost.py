@@ -16,13 +16,15 @@ Parts = dict[str, tuple[Autoencoder | Denoiser, Callable[[], Any]]]
 class Cost:
     """Synaptic operations of each part of a model and of a whole sample, per image, and firing rates of its layers.
 
-    `layers` has the operations of each part by layer, `protocols` what each part was counted on.
+    `layers` has the operations of each part by layer, `protocols` what each part was counted on. `passes` is the
+    number of a denoiser's passes in a sample.
     """
 
     operations: dict[str, Operations]
     layers: dict[str, dict[str, Operations]]
     firing_rates: dict[str, float]
     protocols: dict[str, str]
+    passes: int = 0
 
 
 def count_parts(parts: Parts, images: int) -> tuple[dict[str, dict[str, Operations]], dict[str, float]]:

@@ -29,7 +29,7 @@ class ImageModel(Protocol):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What samples depend on besides weights and temperature, as JSON values."""
+        """What samples depend on besides the weights, as JSON values."""
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images through the autoencoder."""
@@ -86,7 +86,10 @@ class CodeDiffusion:
         return {
             "seed": self.seed,
             "grid": list(self.grid),
-            "sample_steps": self.sample_steps,
+            "temperature": self.temperature,
+            "final_temperature": self.final_temperature,
+            "temperature_chosen": self.chosen,
+            "sample_steps": self.sample_steps or self.diffusion.num_timesteps,
             "reveal_order": self.reveal_order,
             "guidance": self.guidance,
             "labels": list(self.labels),
@@ -210,15 +213,14 @@ class CodeDiffusion:
         layers["denoiser_pass"] = {name: 1 / len(passes) * each for name, each in layers["denoiser_pass"].items()}
         operations = sums(layers)
         operations["sample"] = len(passes) * operations["denoiser_pass"] + operations["decode"]
-        at_each = "each on what the sampler has at its timestep"
-        at_each += ", two at each timestep for guidance" if self.guidance else ""
+        at_each = "each on what the sampler has at its timestep, two at each timestep with guidance"
         protocols = {
             "encode": TEST_IMAGES,
             "decode": "codes of samples",
-            "denoiser_pass": f"mean of the {len(passes)} passes of a sample, {at_each}",
-            "sample": f"{len(passes)} denoiser passes, {at_each}, and a decoding",
+            "denoiser_pass": f"mean over the passes of a sample, {at_each}",
+            "sample": f"denoiser passes, {at_each}, and a decoding",
         }
-        return Cost(operations, layers, rates, protocols)
+        return Cost(operations, layers, rates, protocols, len(passes))
 
     def _passes(self, codes: Tensor, noise: SamplingNoise, samples: range) -> list[tuple[Tensor | None, ...]]:
         """The denoiser's inputs in each pass that led to `codes [N,h,w]`: tokens, t, condition."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
+from datasets import digest
 from errors import UserError
 from pipeline.checkpoints import save_weights
 from pipeline.run_folder import RunFolder
@@ -32,12 +33,21 @@ DrawFunction = Callable[[Batch, torch.Generator], Batch]
 Values = dict[str, float]
 
 
+def _unrecorded(**facts: Any) -> None:
+    """Record nothing."""
+
+
 class Place(NamedTuple):
-    """Where a stage is trained: run folder, schedule, and the device and precision it computes with."""
+    """Where a stage is trained: run folder, schedule, and the device and precision it computes with.
+
+    `record` is called whenever weights are saved: with the number of `images` seen, the `minutes` that took, and the
+    digest of the weights as `weights_after`.
+    """
 
     run: RunFolder
     schedule: Schedule
     machine: Machine
+    record: Callable[..., None] = _unrecorded
 
 
 @dataclass
@@ -89,7 +99,7 @@ class Trainer(Generic[Network]):
     ):
         self.number, self.name = stage
         self.model, self.draw, self.losses, self.preview = model, draw, losses, preview
-        self.run, self.schedule, self.machine = place
+        self.run, self.schedule, self.machine, self.record = place
         schedule, machine = self.schedule, self.machine
         self.checkpoint = checkpoint
         self.network = processes.share_training(model, machine.device)
@@ -136,7 +146,20 @@ class Trainer(Generic[Network]):
         """Write the weights that are kept."""
         if self.average and self.progress.step:  # at the end of an epoch it has been done for the preview
             self._calibrate_average()
-        save_weights(self.checkpoint, self.kept.state_dict())
+        weights = self.kept.state_dict()
+        save_weights(self.checkpoint, weights)
+        images, seconds = self.cost
+        self.record(images=images, minutes=round(seconds / 60, 2), weights_after=digest(weights))
+
+    @property
+    def cost(self) -> tuple[int, float]:
+        """Images seen and seconds taken since the first step."""
+        progress, count = self.progress, len(self.examples)
+        epochs = [
+            line for line in self.run.read_log() if line["stage"] == self.name and line["epoch"] <= progress.epoch
+        ]
+        seconds = sum(line["images"] / line["images_per_second"] for line in epochs) + progress.seconds
+        return progress.epoch * count + min(progress.step * self.schedule.batch_size, count), seconds
 
     def train(self) -> bool:
         """Train to the last epoch; False if time ran out.

@@ -6,10 +6,12 @@ from functools import partial
 
 import torch
 
+from datasets import digest
 from errors import UserError
 from models import FSVAE
 from models.code_order import code_order
 from pipeline.checkpoints import load_weights, save_weights
+from pipeline.lineage import Recorder, inherited
 from pipeline.parser import as_written
 from pipeline.runtime.processes import from_rank_0
 from pipeline.runtime.seeds import derive_seed
@@ -50,7 +52,8 @@ def begin(session: Session) -> None:
     options = {key: as_written(value) for key, value in o.values().items() if key not in ("resume", "checkpoint")}
     data = session.data
     session.recorded = {"image_shape": data.shape, "data": data.fingerprint, "class_names": data.class_names}
-    run.write_config(options | session.recorded)
+    lineage = from_rank_0(lambda: run.lineage if o.run.resume else inherited(session))
+    run.write_config(options | session.recorded | {"lineage": lineage})
     if not o.run.resume:
         run.remove_last()
     if networks.autoencoder_path != run.model:
@@ -81,7 +84,8 @@ def train_autoencoder(session: Session) -> bool:
     model = session.networks.new_autoencoder(*data.shape[:2])
     if not session.last:  # a resumed training has its weights
         session.networks.begin_autoencoder(model)
-    place = Place(session.run, _schedule(session, o.epochs, o.lr), machine)
+    recorder = Recorder(session, "vae" if isinstance(model, FSVAE) else "vqsvae")
+    place = Place(session.run, _schedule(session, o.epochs, o.lr), machine, recorder.update)
     machine.to_device(model)
     if isinstance(model, FSVAE):
         return _train(session, fsvae_trainer(model, data.train, data.test, place))
@@ -92,6 +96,7 @@ def train_autoencoder(session: Session) -> bool:
         codes = encode_images(trained, images, machine, session.options.sampling.eval_batch_size)
         trained.renumber(code_order(codes, trained.codebook_size))
         save_weights(session.run.model, trained.state_dict())
+        recorder.update(weights_after=digest(trained.state_dict()))
     return finished
 
 
@@ -118,7 +123,7 @@ def train_denoiser(session: Session) -> bool:
         conditions = networks.fit_conditions(denoiser, codes, data.train_labels, autoencoder)
     schedule = _schedule(session, o.diffusion_epochs, o.diffusion_lr or o.lr, o.fixed_norm)
     model = session.code_diffusion(autoencoder, denoiser)
-    place = Place(session.run, schedule, machine)
+    place = Place(session.run, schedule, machine, Recorder(session, "sdid").update)
     return _train(session, sdid_trainer(denoiser, model, codes, conditions, o.loss, place))
 
 
