@@ -57,6 +57,8 @@ def _assemble(typed: dict[str, Any]) -> Call:
     if made and made.exists():
         ways = f"resume it with --resume {run.path}, evaluate with --checkpoint {run.model}"
         raise UserError(f"{made} already exists: {ways}, or choose another --result_path")
+    if made and run.trained is not run:
+        raise UserError(f"{run.path} holds results of {run.trained.path}: choose another --result_path")
     if made and _is_interrupted(run, made):
         way = f"resume it with --resume {run.path}"
         raise UserError(f"{run.last} is of an interrupted training: {way}, or choose another --result_path")
@@ -65,18 +67,16 @@ def _assemble(typed: dict[str, Any]) -> Call:
     lasting = with_role(Role.RESUMED if "resume" in typed else Role.SETTING)
     kept = {key: as_read(key, saved[key]) for key in lasting if key in saved}
     preset = (DEFAULTS | started | kept | typed)["preset"]
-    options = _merge(
-        {
-            "default": DEFAULTS,
-            f"--preset {preset}": PRESETS[preset],
-            f"--start_from {typed.get('start_from')}": started,
-            f"{run.path}": kept,
-            TYPED: typed,
-        }
-    )
+    layers = {
+        "default": DEFAULTS,
+        f"--preset {preset}": PRESETS[preset],
+        f"--start_from {typed.get('start_from')}": started,
+        f"{run.path}": kept,
+    }
+    options = _merge(layers | {TYPED: typed})
     _check_fixed(options, run, saved)
     _check_owners(options)
-    _check_stages(options)
+    _check_stages(options, _merge(layers))
     _check_values(options)
     return Call(options, _results_folder(options, run), {key: saved.get(key) for key in RECORDED})
 
@@ -164,18 +164,25 @@ def _check_owners(options: Options) -> None:
         of_denoisers = denoiser in options.networks and set(owners) <= set(DECLARATIONS["denoiser"].choices)
         lacking = denoiser if of_denoisers else model
         if options.origins[key] == TYPED:
-            raise UserError(f"{lacking} has no --{key}: leave it out")
+            way = "leave it out"
+            if of_denoisers:
+                is_made = options.run.checkpoint or options.run.resume
+                way += ", or train a run with --preset improved" if is_made else ", or add --preset improved"
+            raise UserError(f"{lacking} has no --{key}: {way}")
         if options.origins[key] == preset:
             raise UserError(f"{preset} is for {' and '.join(owners)}: {lacking} has no --{key}")
 
 
-def _check_stages(options: Options) -> None:
-    """Refuse options that have no effect in the chosen stage, instead of ignoring them."""
-    stage = options.run.stage
+def _check_stages(options: Options, untyped: Options) -> None:
+    """Refuse options that have no effect in the chosen stage, unless they repeat what they are without being typed."""
+    evaluates = options.run.checkpoint and options.run.stage == "all"
+    stage = "evaluate" if evaluates else options.run.stage
+    without = untyped.values()
     for key, value in options.values().items():
         stages = DECLARATIONS[key].stages or (stage,)
-        if options.origins[key] == TYPED and value != DEFAULTS[key] and stage not in stages:
-            raise UserError(f"--{key} is for --stage {' and --stage '.join(stages)}: leave it out")
+        if value != without[key] and stage not in stages:
+            where = "with --checkpoint" if evaluates else f"in --stage {stage}"
+            raise UserError(f"--{key} has no effect {where}, only in --stage {' or '.join(stages)}: leave it out")
 
 
 def _check_values(options: Options) -> None:

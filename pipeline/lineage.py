@@ -9,8 +9,9 @@ images, minutes               how many training images it saw, and how long its 
 processor, gpu, …             what it ran on
 resumed                       the same facts of each call that resumed it on another machine or with another program
 
-An entry with `packed` is no training: `scripts/pack.py` has rounded the weights. One with nothing but a stage and
-`weights_after` stands for weights of unknown origin, such as a file of another program.
+An entry with a `note` sums up trainings from before there was a lineage. One with `packed` is no training, but the
+rounding of `scripts/pack.py`. One with nothing but a stage and `weights_after` stands for weights of unknown origin,
+such as a file of another program.
 """
 
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ OF_OTHER_STAGE = {"vqsvae": OF_STAGE_2, "vae": OF_STAGE_2, DENOISER: {"epochs", 
 class Cost(NamedTuple):
     """What all trainings of a stage cost together."""
 
-    stage: str
+    stage: str  # such as "stage 2 (sdid)"
     trainings: int
     images: int
     minutes: float
@@ -72,9 +73,8 @@ def costs(lineage: Lineage) -> list[Cost]:
 
 
 def _cost(stage: str, trainings: Lineage) -> Cost:
-    return Cost(
-        stage, len(trainings), sum(each["images"] for each in trainings), sum(each["minutes"] for each in trainings)
-    )
+    images, minutes = (sum(each[key] for each in trainings) for key in ("images", "minutes"))
+    return Cost(f"stage {1 + (stage == DENOISER)} ({stage})", len(trainings), images, minutes)
 
 
 def images_before(lineage: Lineage, stage: str) -> int:

@@ -32,6 +32,8 @@ SPIKING_CODES = ("snn-vq-vae",)
 CODES = (*SPIKING_CODES, "vq-vae")  # the models with codes, hence with a second stage
 TRAINING_STAGES = ("all", "vqsvae", "sdid")
 STAGES = (*TRAINING_STAGES, "sample", "inpaint", "evaluate")
+OF_STAGE_1, OF_STAGE_2 = ("all", "vqsvae"), ("all", "sdid")
+EVALUATING = (*TRAINING_STAGES, "evaluate")  # a training records what later evaluations do by default
 PRECISIONS = ("auto", "float32", "bf16")
 CONDITIONS = {"none": (), "prototype": ("prototype",), "label": ("label",), "both": ("prototype", "label")}
 SAMPLE_METRICS = ("fid", "kid", "is", "prdc", "paper_fid", "fad", "classifier", "recognition", "memorisation")
@@ -85,7 +87,10 @@ class RunOptions:
         stages=TRAINING_STAGES,
     )
     new_denoiser: bool = option(
-        False, "take only the autoencoder from --start_from; the denoiser is trained from scratch", Role.RESUMED
+        False,
+        "take only the autoencoder from --start_from; the denoiser is trained from scratch",
+        Role.RESUMED,
+        stages=OF_STAGE_2,
     )
     result_path: Path | None = option(
         None,
@@ -102,9 +107,15 @@ class RunOptions:
         low=POSITIVE,
         metavar="M",
         absent="none",
+        stages=TRAINING_STAGES,
     )
     save_every: float = option(
-        10.0, "save every M minutes, in addition to after each epoch", Role.RESUMED, low=POSITIVE, metavar="M"
+        10.0,
+        "save every M minutes, in addition to after each epoch",
+        Role.RESUMED,
+        low=POSITIVE,
+        metavar="M",
+        stages=TRAINING_STAGES,
     )
     report: bool = option(True, "write report.html, which summarises the run", Role.CALL)
     seed: int = option(42, "random seed", Role.TRAINING, low=0, high=2**32 - 1, metavar="N")
@@ -179,12 +190,14 @@ class AutoencoderOptions:
         "dead-code restart: move codes that a batch does not use to encoded vectors",
         Role.NETWORKS,
         of=SPIKING_CODES,
+        stages=OF_STAGE_1,
     )
     clipped_error: bool = option(
         False,
         "reconstruction loss ignores values that clipping to [0, 1] would correct",
         Role.NETWORKS,
         of=SPIKING_CODES,
+        stages=OF_STAGE_1,
     )
     readout: str = option(
         "both",
@@ -245,14 +258,26 @@ class DenoiserOptions:
 class TrainingOptions:
     """How both stages are trained."""
 
-    epochs: int = option(100, "epochs of stage 1, the autoencoder", common=True, **COUNT)
-    diffusion_epochs: int = option(200, "epochs of stage 2, the denoiser", common=True, of=CODES, **COUNT)
-    batch_size: int = option(32, "total batch size over all processes, in both stages", Role.TRAINING, **COUNT)
-    lr: float = option(1e-3, "learning rate", Role.TRAINING, **RATE)
-    diffusion_lr: float | None = option(
-        None, "learning rate of stage 2; same: as --lr", Role.TRAINING, absent="same", of=CODES, **RATE
+    epochs: int = option(100, "epochs of stage 1, the autoencoder", common=True, stages=OF_STAGE_1, **COUNT)
+    diffusion_epochs: int = option(
+        200, "epochs of stage 2, the denoiser", common=True, of=CODES, stages=TRAINING_STAGES, **COUNT
     )
-    lr_schedule: str = option("constant", "learning-rate schedule of each stage", Role.TRAINING, choices=LR_SCHEDULES)
+    batch_size: int = option(
+        32, "total batch size over all processes, in both stages", Role.TRAINING, stages=TRAINING_STAGES, **COUNT
+    )
+    lr: float = option(1e-3, "learning rate", Role.TRAINING, stages=TRAINING_STAGES, **RATE)
+    diffusion_lr: float | None = option(
+        None,
+        "learning rate of stage 2; same: as --lr",
+        Role.TRAINING,
+        absent="same",
+        of=CODES,
+        stages=TRAINING_STAGES,
+        **RATE,
+    )
+    lr_schedule: str = option(
+        "constant", "learning-rate schedule of each stage", Role.TRAINING, choices=LR_SCHEDULES, stages=TRAINING_STAGES
+    )
     ema_decay: float = option(
         0.0,
         "decay of the exponential moving average (EMA) of the weights, which is saved instead of them; 0: no EMA",
@@ -260,6 +285,7 @@ class TrainingOptions:
         low=0,
         high=0.999999,
         metavar="X",
+        stages=TRAINING_STAGES,
     )
     fixed_norm: float = option(
         0.0,
@@ -269,15 +295,18 @@ class TrainingOptions:
         high=1,
         metavar="X",
         of=CODES,
+        stages=TRAINING_STAGES,
     )
     sort_codes: bool = option(
         False,
         "after stage 1, give similar codes similar numbers: sdid, which reads the numbers, learns faster",
         Role.TRAINING,
         of=CODES,
-        stages=("all", "vqsvae"),
+        stages=OF_STAGE_1,
     )
-    loss: str = option("reweighted_elbo", "loss of stage 2", Role.TRAINING, choices=LOSSES, of=CODES)
+    loss: str = option(
+        "reweighted_elbo", "loss of stage 2", Role.TRAINING, choices=LOSSES, of=CODES, stages=TRAINING_STAGES
+    )
 
 
 @dataclass(frozen=True)
@@ -363,12 +392,20 @@ class EvaluationOptions:
         absent="all",
         parse=parse_metrics(METRICS),
         common=True,
+        stages=("all", "evaluate"),
     )
     reference: str = option(
-        "test", "real images for FID, KID, IS, PRDC and classifier metrics", choices=("test", "train")
+        "test",
+        "real images for FID, KID, IS, PRDC and classifier metrics",
+        choices=("test", "train"),
+        stages=EVALUATING,
     )
-    fid_weights: Path | None = option(None, "pytorch-fid's Inception weights", metavar="FILE", absent="download")
-    paper_fid_weights: Path | None = option(None, "torchvision's Inception weights", metavar="FILE", absent="download")
+    fid_weights: Path | None = option(
+        None, "pytorch-fid's Inception weights", metavar="FILE", absent="download", stages=EVALUATING
+    )
+    paper_fid_weights: Path | None = option(
+        None, "torchvision's Inception weights", metavar="FILE", absent="download", stages=EVALUATING
+    )
     fad_weights: Path | None = option(
         None,
         "folder of the published FAD autoencoders; own: ours, trained once per data set",

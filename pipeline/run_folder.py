@@ -33,6 +33,7 @@ from pipeline.declaration import Role
 from pipeline.options import with_role
 from pipeline.runtime.processes import on_rank_0
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
     *("torch", "torchvision", "spikingjelly", "numpy", "scipy", "scikit-learn", "pillow"),
     *("torchmetrics", "pytorch-fid"),
@@ -55,9 +56,8 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def program_version() -> dict[str, Any]:
-    """The commit of this program, and whether its files differ from those of the commit; None for both without git."""
-    root = Path(__file__).resolve().parents[1]
+def program_version(root: Path = ROOT) -> dict[str, Any]:
+    """The commit of the program in `root`, and whether its files differ from those of the commit; None without git."""
     prefix = _git(root, "rev-parse", "--show-prefix")  # not empty where another repository contains this folder
     commit = _git(root, "rev-parse", "HEAD") if prefix == "" else None
     changes = _git(root, "status", "--porcelain", "--", "*.py", "*.cpp", "*.h") if commit else None
@@ -205,6 +205,9 @@ class RunFolder:
         trains = self.denoiser if config.get("stage") == "sdid" else self.model
         if not (self.last.exists() or trains.exists()):
             return {}
+        if not self.last.exists():
+            way = f"--start_from {self.path} with another --result_path trains its weights further"
+            raise UserError(f"{self.last} does not exist, as in a packed copy, so nothing can be resumed: {way}")
         state = load_checkpoint(self.last)
         if "stage" not in state:
             raise UserError(f"{self.last} is not what a training saved: restore the file that the run wrote")

@@ -8,9 +8,11 @@ from errors import UserError
 from models import AUTOENCODERS, FSVAE, Autoencoder, Denoiser, VQAutoencoder
 from pipeline.configuration import Call
 from pipeline.networks import Networks
+from pipeline.parser import as_written
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import from_rank_0
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel, PriorSampling
+from pipeline.sampling.sample_files import load_samples
 
 
 class Session:
@@ -105,8 +107,23 @@ class Session:
         Raises UserError if its files are missing or inconsistent.
         """
         model = self.read_model(draws)
+        self._check_results()
         self.run.check_writable()
         return model
+
+    def _check_results(self) -> None:
+        """Raise UserError if the folder for results holds those of another run."""
+        found = load_samples(self.run.samples)
+        facts = [*self.run.read_records(), *([found[1]] if found else [])]
+        others = {fact.get("checkpoint") for fact in facts} - {None, self.evaluated}
+        if self.evaluated and others:
+            raise UserError(f"{self.run.path} holds results of {others.pop()}: choose another --result_path")
+
+    @property
+    def evaluated(self) -> str | None:
+        """The checkpoint whose results go to a folder other than its own; None if they go to the run's."""
+        elsewhere = self.run.path != self.networks.trained.path
+        return str(as_written(self.options.run.checkpoint)) if elsewhere else None
 
     def read_model(self, draws: bool = True) -> ImageModel:
         """The same, for a folder that may be read-only."""

@@ -37,7 +37,8 @@ def execute(session: Session) -> None:
         evaluate(session)
     if o.report and o.stage not in ("sample", "inpaint"):
         write_report([session], session.run.report)
-    print(f"\nthe run is in {session.run.path}:")
+    what = "run is" if session.run.path == session.networks.trained.path else "results are"
+    print(f"\nthe {what} in {session.run.path}:")
     for path in session.run.contents():
         print(f"  {path}")
 

@@ -15,8 +15,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 from datasets import DATASETS
+from errors import UserError
 from image_files import expand
-from pipeline.options import DECLARATIONS
+from pipeline.declaration import Role
+from pipeline.options import DECLARATIONS, DEFAULTS, with_role
+from pipeline.parser import as_read, build_parser
+from pipeline.presets import PRESETS
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
 
@@ -60,18 +64,30 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def command(args: argparse.Namespace, dataset: str, variant: str, passed_on: list[str]) -> list[str] | None:
-    """The command that one run still needs; None if it is finished."""
+    """The command that one run still needs; None if it is finished.
+
+    Raises UserError if what is there was begun with other options.
+    """
     options = VARIANTS[variant]
     place = args.result_path / args.budget / variant
     run = RunFolder(place / dataset / options[1])
-    if run.metrics.exists():
-        return None
     call = [sys.executable, "-u", str(MAIN)]
-    if run.config.exists():
-        return [*call, "--resume", str(run.path), *passed_on]
     new = ["--dataset_name", dataset, "--result_path", str(place)]
     budget = ["--temperature", "auto", *BUDGETS[args.budget]]
-    return [*call, *new, *options, *of_model(options[1], budget), *passed_on]
+    wanted = [*new, *options, *of_model(options[1], budget), *passed_on]
+    if not run.config.exists():
+        return [*call, *wanted]
+    if other := differences(run, wanted):
+        raise UserError(f"{run.path} was begun with {', '.join(other)}: choose another --result_path")
+    return None if run.metrics.exists() else [*call, "--resume", str(run.path), *passed_on]
+
+
+def differences(run: RunFolder, arguments: list[str]) -> list[str]:
+    """The options of a run that are not those of this command line, as far as they are recorded and last."""
+    saved, typed = run.read_config(), vars(build_parser(__doc__ or "").parse_args(arguments))
+    wanted = DEFAULTS | PRESETS[typed.get("preset", DEFAULTS["preset"])] | typed
+    names = [name for name in with_role(Role.SETTING) if name in saved and not name.endswith(("_path", "_weights"))]
+    return [f"--{name} {saved[name]}" for name in names if as_read(name, saved[name]) != wanted[name]]
 
 
 def of_model(model: str, arguments: list[str]) -> list[str]:
@@ -88,7 +104,12 @@ def main(arguments: list[str] | None = None) -> None:
     failed = []
     for dataset in args.datasets:
         for variant in args.models:
-            call = command(args, dataset, variant, passed_on)
+            try:
+                call = command(args, dataset, variant, passed_on)
+            except UserError as error:
+                print(f"\n== {dataset}, {variant}: {error}", flush=True)
+                failed.append(f"{dataset}/{variant}")
+                continue
             print(f"\n== {dataset}, {variant}: {'finished' if call is None else ' '.join(call[2:])}", flush=True)
             if call and subprocess.run(call).returncode:
                 failed.append(f"{dataset}/{variant}")

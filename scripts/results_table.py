@@ -148,9 +148,9 @@ def _model(run: RunFolder) -> tuple[str, str, str]:
     ablation = [options[key] for key in ("readout", "spike_generator") if options.get(key) not in STANDARD]
     improved = ["improved"] if options.get("preset") == "improved" else []
     condition = [f"condition {options['condition']}"] if options.get("condition", "none") != "none" else []
-    spent = [f"{cost.images:,} images in {cost.time}" for cost in costs(run.trained.lineage)]
+    spent = [f"{cost.stage}: {cost.images:,} images, {cost.time}" for cost in costs(run.trained.lineage)]
     model = ", ".join([options["model"], *improved, *condition, *ablation])
-    return options["dataset_name"], model, " + ".join(spent) or "training not recorded"
+    return options["dataset_name"], model, "; ".join(spent) or "training not recorded"
 
 
 def _rows(model: Evaluated, records: Sequence[Record]) -> Iterator[Row]:

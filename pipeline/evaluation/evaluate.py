@@ -8,7 +8,6 @@ from pipeline.evaluation.model_metrics import energy_records, reconstruction_rec
 from pipeline.evaluation.records import write_records
 from pipeline.evaluation.temperature import check_held_out, with_temperature
 from pipeline.options import METRICS, SAMPLE_METRICS
-from pipeline.parser import as_written
 from pipeline.sampling.draw import draw
 from pipeline.sampling.sample_files import GRID_IMAGES
 from pipeline.session import Session
@@ -41,8 +40,8 @@ def evaluate(session: Session) -> None:
     if change := session.data_change(session.data):
         print(f"warning: {change}", file=sys.stderr)
         records = [record | {"data_change": change} for record in records]
-    if run.path != session.networks.trained.path:
-        records = [record | {"checkpoint": as_written(o.run.checkpoint)} for record in records]
+    if session.evaluated:
+        records = [record | {"checkpoint": session.evaluated} for record in records]
     write_records(run, records, session.machine, session.networks.digest())  # by one process
 
 

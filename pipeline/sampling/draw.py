@@ -19,6 +19,7 @@ def draw(session: Session, model: ImageModel, count: int, reuse: bool = False) -
     """
     folder = session.run.samples
     settings = model.settings | {"drawn": model.drawn, "weights": session.networks.digest()}
+    settings |= {"checkpoint": session.evaluated} if session.evaluated else {}
     images = from_rank_0(partial(read_samples, folder, settings, count)) if reuse else None
     if images is not None:
         print(f"the {count} images are those in {folder / 'images.npz'}, which were drawn with the same settings")

@@ -110,7 +110,9 @@ class CodeDiffusion:
         if labels is None:
             return replace(self, guidance=guidance)
         if conditions.labels is None:
-            raise UserError("this denoiser is not conditioned on labels: omit them, or train with --condition label")
+            raise UserError(
+                "this denoiser is not conditioned on labels: omit them, or train a run with --preset improved"
+            )
         chosen = find_labels(labels, conditions.labels.present, self.class_names)
         return replace(self, guidance=guidance, labels=chosen)
 

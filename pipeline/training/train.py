@@ -34,16 +34,25 @@ def check(session: Session) -> None:
         raise UserError(f"images of {width}x{height} pixels: both sides must be multiples of --downsampling {factor}")
     run.read_log()
     run.read_records()
+    _check_same_data(session)
     stage, size = o.run.stage, o.autoencoder.codebook_size
     if stage == "sdid" and not session.has_codes:
         raise UserError(f"--stage sdid: {o.autoencoder.model} draws from its own prior and has no second stage")
     if stage == "sdid" and (codes := session.load_vq_autoencoder().codebook_size) != size:
         path = session.networks.autoencoder_path
         raise UserError(f"{path} has {codes} codes: say so with --codebook_size {codes}")
-    if stage != "vqsvae" and session.has_codes:
+    if session.has_codes:
         _check_denoiser(session)
     if stage == "all" and o.training.sort_codes:
         _check_renumbering(session)
+
+
+def _check_same_data(session: Session) -> None:
+    """Raise UserError if stage 2 would learn codes of other images than those that the autoencoder has seen."""
+    is_transfer = session.networks.autoencoder_path != session.run.model
+    if session.options.run.stage == "sdid" and not is_transfer and (change := session.data_change(session.data)):
+        way = f"--start_from {session.run.path} with another --result_path"
+        raise UserError(f"{change}; train on the images of stage 1, or, to train on others, begin a new run: {way}")
 
 
 def begin(session: Session) -> None:
@@ -62,8 +71,13 @@ def begin(session: Session) -> None:
 
 
 def _check_denoiser(session: Session) -> None:
-    """Raise UserError if stage 2 could not start; print a line if the denoiser has to be trained from scratch."""
+    """Raise UserError if stage 2 could not start; print a line if the denoiser has to be trained from scratch.
+
+    Before stage 1 alone, too: the options of stage 2 are recorded then.
+    """
     denoiser = session.networks.new_denoiser(session.code_grid, session.data)
+    if session.options.run.stage == "vqsvae":
+        return
     if session.last.get("stage") != "sdid" and not session.networks.begin_denoiser(denoiser):
         print(f"{session.options.run.start_from} has no denoiser: the new one is trained from scratch")
 
