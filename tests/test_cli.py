@@ -306,7 +306,7 @@ def test_data_that_has_changed(split, change, expected, cli, mistake, own_data):
     outcome = cli("--checkpoint", run, "--metrics", "mse")
     assert outcome.status == 0 and outcome.err.startswith("warning: ") and expected in outcome.err
     (record,) = [each for each in json.loads((run / "metrics.json").read_text()) if each["name"] == "mse"]
-    assert expected in record["data"]
+    assert expected in record["data_change"]
 
 
 def test_a_run_finds_its_data_from_anywhere(cli, own_data, tmp_path, monkeypatch):

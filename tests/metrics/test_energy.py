@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from datasets import ImageData
 from diffusion.absorbing import AbsorbingDiffusion
 from metrics.energy import Operations, count_layers, firing_rates
 from models import SDID, VQSVAE, ResidualSDID
@@ -211,6 +212,22 @@ def test_a_whole_sample_is_so_many_passes(denoiser, tokens):
 # ---- a sample, along the schedule of its timesteps: energy is counted on the reference backend whatever is chosen ----
 
 
+def test_without_spikes_one_hot_input_is_looked_up(denoiser, tokens, autoencoder):
+    """Tokens, prototypes and labels: no operation of a network without spikes; with spikes, they are counted."""
+    network, (numbers, t) = residual_denoiser(), tokens
+    told = torch.tensor([[0, 1], [1, 0], [2, 1]])
+    layers = count_layers(network, lambda: network(numbers, t, told), 3, network.spike_steps)
+    embedded = {"embed", "prototypes.embed", "labels.embed"}
+    assert embedded <= layers.keys()
+    assert {name for name, counted in layers.items() if counted.dense_macs == 0} == embedded
+    assert all(layers[name].acs > 0 for name in embedded)
+    block, head = 16 * 9 * 9, 16 * 10 * 9  # mixing; the other layers
+    total = sum(counted.dense_macs for counted in layers.values())
+    assert total == block + 2 * (16 * 32 * 9) + head
+    plain = count_layers(denoiser, lambda: denoiser(*tokens), 3, STEPS)
+    assert all(counted.dense_macs > 0 for counted in plain.values()), "tokens as plain numbers are multiplied"
+
+
 def residual_denoiser():
     """With prototypes and labels that make a difference."""
     torch.manual_seed(0)
@@ -275,7 +292,7 @@ def test_guidance_takes_a_second_pass_without_the_label(autoencoder, images):
     cost = guided.cost(images)
     expected = 8 * cost.operations["denoiser_pass"].energy + cost.operations["decode"].energy
     assert cost.operations["sample"].energy == pytest.approx(expected)
-    assert "8 denoiser passes" in cost.protocols["sample"] and "two at each timestep" in cost.protocols["sample"]
+    assert cost.passes == 8
 
 
 @use_backend("fast")
@@ -299,9 +316,10 @@ def test_firing_rates_are_those_of_the_trajectory(autoencoder, denoiser, images)
 def test_energy_metrics_say_what_was_counted(autoencoder, denoiser, images):
     generator = generator_of(autoencoder, denoiser, sample_steps=4, temperature=0.5)
     uint8 = (images * 255).byte()
-    records = {record["name"]: record for record in energy_records(generator, uint8, seed=7)}
+    data = ImageData("own", train=uint8, test=uint8, held_out=uint8[:0])
+    records = {record["name"]: record for record in energy_records(generator, data, seed=7)}
     sample, encoding = records["energy_sample"], records["energy_encode"]
-    assert "4 denoiser passes" in sample["protocol"] and "mean of the 4" in records["energy_denoiser_pass"]["protocol"]
+    assert sample["passes"] == sample["sampling"]["sample_steps"] == 4 and "sampling" not in encoding
     assert sample["drawn"] == generator.drawn == "temperature 0.5, 4 timesteps"
     assert (sample["num_generated"], sample["num_real"]) == (3, 0)
     assert (encoding["num_generated"], encoding["num_real"]) == (0, 3)

@@ -7,9 +7,12 @@ import pytest
 from PIL import Image
 
 from pipeline.evaluation.metrics import GENERATED_METRICS
+from pipeline.options import DEFAULTS
+from pipeline.parser import as_written, build_parser
 from scripts import reproduce, results_table
 
-RECORD = {"drawn": "temperature 1", "split": "test", "num_generated": 5000, "num_real": 10000, "seed": 42}
+RECORD = {"drawn": "temperature 1", "split": "test", "num_generated": 5000, "num_real": 10000, "dataset": "MNIST"}
+TRAINING = "stage 1 (vqsvae): 3,600 images, 30 min; stage 2 (sdid): 7,200 images, 1 h 0 min"
 
 
 @pytest.fixture
@@ -39,15 +42,48 @@ def test_the_matrix_is_run_and_a_failure_does_not_stop_it(calls, tmp_path, capsy
     assert "--readout rate" in text and "--epochs 100 --diffusion_epochs 200" in text and "--temperature auto" in text
 
 
-def test_finished_runs_are_left_alone_and_others_resumed(calls, tmp_path):
-    for dataset, name in (("MNIST", "metrics.json"), ("FMNIST", "config.json")):
-        run = tmp_path / "short" / "snn-vae" / dataset / "snn-vae"
+@pytest.fixture
+def begun(tmp_path):
+    """A function that leaves what a run of the matrix leaves, when it has begun or is finished."""
+
+    def begin(dataset, finished, *place):
+        args, passed_on = reproduce.parse(list(place))
+        (variant,) = args.models
+        options = build_parser("").parse_args(reproduce.command(args, dataset, variant, passed_on)[3:])
+        run = args.result_path / args.budget / variant / dataset / variant
         run.mkdir(parents=True)
-        (run / name).touch()
-    reproduce.main(
-        [*("--datasets", "MNIST", "FMNIST", "--models", "snn-vae", "--budget", "short"), "--result_path", str(tmp_path)]
-    )
+        config = {key: as_written(value) for key, value in (DEFAULTS | vars(options)).items()}
+        (run / "config.json").write_text(json.dumps(config))
+        if finished:
+            (run / "metrics.json").touch()
+        return run
+
+    return begin
+
+
+def test_finished_runs_are_left_alone_and_others_resumed(calls, begun, tmp_path):
+    place = ["--models", "snn-vae", "--budget", "short", "--result_path", str(tmp_path)]
+    begun("MNIST", True, *place)
+    run = begun("FMNIST", False, *place)
+    reproduce.main(["--datasets", "MNIST", "FMNIST", *place])
     assert calls == [["--resume", str(run)]]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [(["--seed", "4"], "--seed 3"), (["--seed", "3", "--preset", "improved"], "--preset faithful")],
+    ids=["seed", "preset"],
+)
+def test_a_run_with_other_options_is_not_called_finished(other, named, finished, calls, begun, tmp_path, capsys):
+    """Nor is it resumed: what differs is named, and the other runs go on."""
+    place = ["--models", "vq-vae", "--budget", "short", "--result_path", str(tmp_path), "--"]
+    begun("MNIST", finished, *place, "--seed", "3")
+    with pytest.raises(SystemExit) as exit_:
+        reproduce.main(["--datasets", "MNIST", "FMNIST", *place, *other])
+    said = capsys.readouterr()
+    assert exit_.value.code == 1 and named in said.out and "failed: MNIST/vq-vae" in said.err
+    assert [call[1] for call in calls] == ["FMNIST"]
 
 
 def test_options_of_budgets_and_variants_are_those_of_main(cli, tmp_path):
@@ -70,10 +106,8 @@ def make_run(folder, dataset, records, more=None, **options):
         "spike_generator": "adaptive",
         **options,
     }
+    config["lineage"] = [{"stage": stage, "images": 3600, "minutes": 30} for stage in ("vqsvae", "sdid", "sdid")]
     (folder / "config.json").write_text(json.dumps(config))
-    stages, speed = (("vqsvae", 1), ("vqsvae", 2), ("sdid", 1)), {"images": 3600, "images_per_second": 2}
-    lines = [{"stage": stage, "epoch": epoch, **speed} for stage, epoch in stages]
-    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     shared = RECORD | (more or {})
     content = [{"name": name, "value": value, "protocol": protocol, **shared} for name, value, protocol in records]
     (folder / "metrics.json").write_text(json.dumps(content))
@@ -87,13 +121,13 @@ def test_table_and_plot(tmp_path):
     text = (tmp_path / "table.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     head, ours, rate = rows[0], rows[2], rows[3]
-    assert ours[:3] == ["MNIST", "snn-vq-vae", "2 + 1 epochs, 1.5 h; temperature 1"] and rate[1] == "snn-vq-vae, rate"
+    assert ours[:3] == ["MNIST", "snn-vq-vae", TRAINING] and rate[1] == "snn-vq-vae, rate"
     column = {name: head.index(name) for name in ("FID", "FID, paper protocol", "FAD", "MSE")}
     assert ours[column["FID"]] == ours[column["FID, paper protocol"]] == "not run"
     assert ours[column["FAD"]].startswith("12.35 ") and rate[column["FAD"]].startswith("7 ")
     letters = [row[column["FAD"]].split("<sup>")[1] for row in (ours, rate)]
     assert letters[0] != letters[1]  # other protocols
-    assert "FAD: own (5000 generated, 10000 test images)" in text and "SSIM" not in text
+    assert "FAD: own (5000 generated, 10000 test images) of MNIST" in text and "SSIM" not in text
     paper = next(row for row in rows if row[1] == "Spiking-Diffusion (paper)")
     assert paper[column["FID, paper protocol"]].startswith("37.5 ") and paper[column["FAD"]] == ""
     assert "FMNIST" not in text
@@ -108,7 +142,7 @@ def test_seeds_of_the_same_weights_are_one_row(tmp_path, capsys):
         ("c", "w", 3, 5.0),
         ("d", "other", 1, 9.0),
     ):
-        values, more = [("fad", fad, "own"), ("mse", 0.5, "mean")], {"weights": weights, "seed": seed}
+        values, more = [("fad", fad, "own"), ("mse", 0.5, "mean")], {"weights": weights, "sampling": {"seed": seed}}
         make_run(tmp_path / name, "MNIST", values, more)
     results_table.main([str(tmp_path)])
     ours = [line for line in capsys.readouterr().out.splitlines() if "| snn-vq-vae |" in line]
@@ -118,22 +152,25 @@ def test_seeds_of_the_same_weights_are_one_row(tmp_path, capsys):
 
 
 def test_accuracy_is_plotted_against_recall(tmp_path, monkeypatch, capsys):
-    """One line for the guidances of the same weights; a vertical one for a network that knows no classes."""
+    """One line for the guidances of the same weights; a vertical one for a network that knows no classes.
+
+    What the samples were drawn with is a field: no words are read.
+    """
     figures = []
     monkeypatch.setattr(results_table, "save_figure", lambda path, figure: figures.append(figure))
-    for name, weights, drawn, metrics in (
+    for name, weights, guidance, metrics in (
         (
             "guided",
             "w",
-            ", guidance 0.5",
+            0.5,
             {"classifier_recall": 0.6, "label_accuracy": 0.85, "classifier_accuracy": 0.9},
         ),
-        ("plain", "w", "", {"classifier_recall": 0.6, "label_accuracy": 0.8, "classifier_accuracy": 0.9}),
-        ("of classifier alone", "w", ", guidance 3", {"classifier_recall": 0.5}),
-        ("unconditional", "v", "", {"classifier_recall": 0.7}),
+        ("plain", "w", 0, {"classifier_recall": 0.6, "label_accuracy": 0.8, "classifier_accuracy": 0.9}),
+        ("of classifier alone", "w", 3, {"classifier_recall": 0.5}),
+        ("unconditional", "v", 0, {"classifier_recall": 0.7}),
     ):
         values = [(metric, value, "own") for metric, value in metrics.items()]
-        make_run(tmp_path / name, "MNIST", values, {"weights": weights, "drawn": f"40 timesteps{drawn}"})
+        make_run(tmp_path / name, "MNIST", values, {"weights": weights, "sampling": {"guidance": guidance}})
     results_table.main([str(tmp_path), "--classes_plot", str(tmp_path / "plot.png")])
     (axes,) = figures[0].axes
     assert [line.get_xydata().tolist() for line in axes.lines[:2]] == [
@@ -144,10 +181,37 @@ def test_accuracy_is_plotted_against_recall(tmp_path, monkeypatch, capsys):
     assert "label_accuracy" in refused(capsys, tmp_path / "unconditional", "--classes_plot", tmp_path / "plot.png")
 
 
-def test_values_of_several_protocols_are_not_averaged(tmp_path, capsys):
-    for name, protocol in (("a", "own"), ("b", "published")):
-        make_run(tmp_path / name, "MNIST", [("fad", 3.0, protocol)], {"weights": "w"})
-    assert "fad has several protocols" in refused(capsys, tmp_path)
+def shown(capsys, *folders):
+    """The rows of the table, as lists of cells, and the legend."""
+    results_table.main([str(folder) for folder in folders])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "| snn-vq-vae |" in line]
+    return rows, [line for line in lines if line.startswith("- ")]
+
+
+@pytest.mark.parametrize("other", [{"network": "b" * 16}, {"real_sha256": "b" * 16}, {"dataset": "FMNIST"}])
+def test_only_values_of_the_same_network_and_images_are_comparable(other, tmp_path, capsys):
+    """They have different letters, and are not averaged, although their protocol reads the same."""
+    same = {"weights": "w", "network": "a" * 16, "real_sha256": "a" * 16}
+    for number, more in enumerate(({}, {}, other)):
+        values, sampling = [("fad", 3.0 + number, "own")], {"sampling": {"seed": number}}
+        make_run(tmp_path / str(number), "MNIST", values, same | sampling | more)
+    (row,), legend = shown(capsys, tmp_path)
+    (cell,) = [cell for cell in row if "<sup>" in cell]
+    assert cell.startswith("3.5 ± ") and "; 5 <sup>" in cell
+    assert sum("FAD: own" in line for line in legend) == 2
+
+
+def test_each_setting_of_sampling_has_a_row(tmp_path, capsys):
+    """With the metrics of the autoencoder, which have none, in each; energies of other passes are never mixed."""
+    for steps, value in ((22, 700.0), (49, 1400.0)):
+        more = {"weights": "w", "sampling": {"seed": 1, "sample_steps": steps}, "drawn": f"{steps} timesteps"}
+        make_run(tmp_path / str(steps), "MNIST", [("energy_sample", value, "µJ")], more)
+    make_run(tmp_path / "all", "MNIST", [("mse", 0.5, "mean")], {"weights": "w"})
+    rows, legend = shown(capsys, tmp_path)
+    energies = {row[2].split("; ")[-1]: row[-1].split()[0] for row in rows}
+    assert energies == {"22 timesteps": "700", "49 timesteps": "1400"}
+    assert all("0.5 <sup>" in " ".join(row) for row in rows) and sum("energy" in line for line in legend) == 1
 
 
 def test_columns_are_metrics_that_runs_have(finished):
@@ -159,8 +223,8 @@ def test_columns_are_metrics_that_runs_have(finished):
 
 def test_the_table_of_a_real_run(run, capsys):
     results_table.main([str(run)])
-    trained = "2 + 2 epochs, 0.0 h; temperature 0.65, all timesteps"
-    assert f"| ImageFolder | snn-vq-vae | {trained} |" in capsys.readouterr().out
+    line = next(line for line in capsys.readouterr().out.splitlines() if "| ImageFolder | snn-vq-vae |" in line)
+    assert "stage 2 (sdid): 240 images" in line and "temperature 0.65, all timesteps" in line
 
 
 def refused(capsys, *arguments):
@@ -178,12 +242,12 @@ def test_the_table_of_results_that_were_written_elsewhere(cli, run, tmp_path, ca
     assert cli("--checkpoint", run.name, "--result_path", tmp_path / "elsewhere", "--num_samples", 5).status == 0
     monkeypatch.chdir(tmp_path)
     results_table.main([str(tmp_path / "elsewhere")])
-    assert "| ImageFolder | snn-vq-vae | 2 + 2 epochs, 0.0 h; temperature" in capsys.readouterr().out
+    assert "| ImageFolder | snn-vq-vae | stage 1 (vqsvae): 240 images" in capsys.readouterr().out
     (run / "config.json").unlink()
     assert f"{run / 'config.json'} does not say which model" in refused(capsys, tmp_path / "elsewhere")
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.json", "log.jsonl"])
+@pytest.mark.parametrize("name", ["config.json", "metrics.json"])
 @pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', "3"])
 def test_damaged_files_of_a_run(name, content, run, capsys):
     (run / name).write_text(content)

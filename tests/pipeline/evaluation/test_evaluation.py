@@ -97,7 +97,7 @@ def test_all_that_can_be_had_and_what_cannot_is_said_in_one_line(data, pooling, 
     assert records["distance"].items() >= expected.items()
     assert (records["n"]["value"], records["m"]["value"]) == (4, 5)
     assert (records["n"]["num_generated"], records["n"]["num_real"]) == (4, 5)
-    (n, m) = ready.compute(noise(8), "so", ["counts"], whole=True)
+    (n, m) = ready.compute(noise(8), "so", metrics=["counts"], whole=True)
     assert (n["value"], m["value"], n["num_generated"]) == (8, 5, 8)
 
 
@@ -210,15 +210,16 @@ def test_a_temperature_is_chosen_once(data, tmp_path, pooled_fad, monkeypatch, c
 
 
 def test_settings_are_all_that_samples_depend_on():
-    """Whatever of a generator changes its samples changes its settings, weights and temperature aside."""
+    """Whatever of a generator changes its samples changes its settings, weights aside."""
     generator = code_diffusion(VQSVAE(1, 5, 4, 3, 4))
-    changes = {"seed": 1, "grid": (2, 1), "sample_steps": 3, "reveal_order": "spread"}
+    changes = {"seed": 1, "grid": (2, 1), "sample_steps": 3, "reveal_order": "spread", "temperature": 2.0}
+    changes |= {"final_temperature": 0.5}
     changes["machine"] = Machine(torch.device("cpu"), bf16=True)
     settings = [replace(generator, **{name: value}).settings for name, value in changes.items()]
     settings += [code_diffusion(VQSVAE(1, 5, 4, 2, 4)).settings, generator.settings]
     settings.append(code_diffusion(VQSVAE(1, 5, 4, 3, 4, spike_generator="repeat")).settings)
     assert len({json.dumps(each) for each in settings}) == len(settings)
-    assert replace(generator, batch_size=9, temperature=2.0).settings == generator.settings
+    assert replace(generator, batch_size=9, sample_steps=4).settings == generator.settings, "all four timesteps"
 
 
 def test_a_temperature_is_not_chosen_on_few_images_or_on_the_test_split(data, tmp_path):
@@ -279,7 +280,8 @@ def test_a_sample_costs_a_pass_of_the_denoiser_at_each_timestep_and_a_decoding()
 
 def test_energy_in_microjoules():
     generator = generators()["snn-vq-vae"]
-    records = {record["name"]: record for record in energy_records(generator, noise(4), 0)}
+    of_four = ImageData("own", train=noise(1), test=noise(4), held_out=noise(1))
+    records = {record["name"]: record for record in energy_records(generator, of_four, 0)}
     counted = generator.cost(noise(4)).operations["sample"]
     assert records["energy_sample"]["value"] == pytest.approx((4.6 * counted.macs + 0.9 * counted.acs) / 1e6)
     assert records["energy_sample_without_spikes"]["value"] == pytest.approx(4.6 * counted.dense_macs / 1e6)

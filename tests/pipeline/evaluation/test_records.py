@@ -32,11 +32,43 @@ def test_a_later_call_keeps_the_metrics_it_does_not_compute(cli, run):
     assert {after[name]["seed"] for name in computed} == {7} and after["mse"]["value"] == before["mse"]["value"]
 
 
-def test_metrics_of_another_protocol_or_split_stay(cli, run):
-    others = [{**read(run)[0], "protocol": "another"}, {**read(run)[0], "split": "train"}]
-    (run / "metrics.json").write_text(json.dumps([*others, *read(run)]), encoding="utf-8")
-    assert cli("--checkpoint", run, "--metrics", others[0]["name"].split("_")[0]).status == 0
-    assert all(each in read(run) for each in others)
+def test_what_is_not_the_same_metric_stays(cli, run):
+    """Of another split, data set or feature network."""
+    first = read(run)[0]
+    changes = {"split": "train", "dataset": "another", "real_sha256": "another", "network": "another"}
+    others = [{**first, key: value} for key, value in changes.items()]
+    replaced = [{**first, "protocol": "in other words", "value": -1}]
+    (run / "metrics.json").write_text(json.dumps([*others, *replaced, *read(run)[1:]]), encoding="utf-8")
+    assert cli("--checkpoint", run, "--metrics", first["name"].split("_")[0]).status == 0
+    assert all(each in read(run) for each in others) and replaced[0] not in read(run)
+    assert len(read(run)) == len({json.dumps(each) for each in read(run)})
+
+
+def test_samples_drawn_otherwise_have_records_of_their_own(cli, run):
+    """And those drawn in the same way replace each other: no table can mix a value with other settings."""
+    calls = [("--sample_steps", 2), ("--sample_steps", 3), ("--temperature", 0.9), ("--seed", 7), ("--sample_steps", 2)]
+    before = [record for record in read(run) if record["name"] == "energy_sample"]
+    for call in calls:
+        assert cli("--checkpoint", run, "--metrics", "energy", *call).status == 0
+    found = [record for record in read(run) if record["name"] == "energy_sample"]
+    settings = [record["sampling"] for record in found]
+    assert len(before) == 1 and before[0] in found and len(found) == 5
+    assert [each["sample_steps"] for each in settings].count(2) == 1 and {each["seed"] for each in settings} == {42, 7}
+    passes = {(record["sampling"]["sample_steps"], record["passes"]) for record in found}
+    assert passes == {(2, 2), (3, 3), (16, 16)} and len({record["protocol"] for record in found}) == 1
+    assert sum(record["name"] == "energy_encode" for record in read(run)) == 1, "of no samples"
+
+
+def test_what_a_record_depends_on_is_in_fields(finished):
+    records = {record["name"]: record for record in read(finished.path)}
+    drawn, seen = records["energy_sample"], records["mse"]
+    assert drawn["sampling"].items() >= {
+        "seed": 42, "temperature": 0.65, "final_temperature": None, "sample_steps": 16, "reveal_order": "random",
+        "guidance": 0.0, "labels": [],
+    }.items()  # fmt: skip
+    assert "sampling" not in seen
+    for record in records.values():
+        assert record["dataset"] == "ImageFolder" and len(record["real_sha256"]) == 16
 
 
 @pytest.mark.parametrize("change", ["autoencoder", "denoiser", "unknown"])

@@ -11,9 +11,10 @@ import torch
 from helpers import SMALL
 
 from datasets import needs_download
+from pipeline.lineage import in_words
 from pipeline.report import run_view
 from pipeline.report.report import SECTIONS
-from pipeline.report.run_view import in_words, nearest
+from pipeline.report.run_view import nearest
 from pipeline.sampling.grids import grid, ungrid
 from scripts import report
 
