@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
-from datasets import DATASETS
-from image_files import expand
+from files import expand
+from parts import DATASETS
 from pipeline.options import DECLARATIONS
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
