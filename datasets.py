@@ -21,7 +21,9 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, EMNIST, KMNIST, MNIST, FashionMNIST
 
 from errors import UserError
-from image_files import Images, alternate, expand, find_images, folder_of, identity, read_images, reason
+from files import expand
+from image_files import Images, alternate, find_images, folder_of, identity, read_images, reason
+from parts import DATASETS, find_part
 
 DOWNSAMPLING = 4  # side of an image over side of its grid of codes
 
@@ -124,9 +126,9 @@ def load_dataset(
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
     wanted = {"image_size": image_size, "channels": channels}
     options = {key: value for key, value in wanted.items() if value is not None}
-    if options and DATASETS[name] is not _load_folder:
+    if options and find_part(DATASETS, name) is not load_folder:
         raise UserError(f"{' and '.join(options)} can be chosen for ImageFolder only: leave out for {name}")
-    train, test, class_names = DATASETS[name](expand(data_path), train_images, **options)
+    train, test, class_names = find_part(DATASETS, name)(expand(data_path), train_images, **options)
     if not 0 <= held_out < len(train.images):
         raise UserError(
             f"held_out is {held_out}, but must be from 0 to {len(train.images) - 1}, one less than the split"
@@ -140,7 +142,7 @@ def load_dataset(
 
 def needs_download(name: str, data_path: str | Path) -> bool:
     """Whether `load_dataset` would have to download the data set of this name, since it is not in `data_path`."""
-    load = DATASETS[name]
+    load = find_part(DATASETS, name)
     if not isinstance(load, partial):
         return False
     _, folder, files, *_ = load.args  # of _load_torchvision
@@ -202,17 +204,36 @@ def _mnist_like(source: type[MNIST]) -> Callable:
     return partial(_load_torchvision, source, folder, files, source.mirrors[0], lambda x: x[:, None])
 
 
+load_mnist, load_fmnist, load_kmnist = map(_mnist_like, (MNIST, FashionMNIST, KMNIST))
+load_letters = partial(
+    _load_torchvision,
+    partial(EMNIST, split="letters"),
+    "EMNIST/raw",
+    [f"emnist-letters-{s}-{x}-ubyte" for s in ("train", "test") for x in ("images-idx3", "labels-idx1")],
+    EMNIST.url,
+    lambda x: x.transpose(1, 2)[:, None],  # the file holds columns where MNIST's holds rows
+)
+load_cifar10 = partial(
+    _load_torchvision,
+    CIFAR10,
+    CIFAR10.base_folder,
+    [file for file, _ in CIFAR10.train_list + CIFAR10.test_list] + [CIFAR10.meta["filename"]],
+    CIFAR10.url,
+    lambda x: x.permute(0, 3, 1, 2),  # [N,H,W,C] -> [N,C,H,W]
+)
+
+
 # ---- the set that comes with scikit-learn ----
 
 
-def _load_digits(root: Path, train_images: int | None) -> Source:
+def load_digits(root: Path, train_images: int | None) -> Source:
     """1,797 handwritten digits, 8x8 with levels 0 to 16, enlarged to [1,28,28].
 
     Every fifth image, from the first, is test: 1,437 and 360. `root` is not used: the files are bundled.
     """
-    from sklearn.datasets import load_digits  # here because importing it takes a second
+    import sklearn.datasets  # here because importing it takes a second
 
-    digits = load_digits()
+    digits = sklearn.datasets.load_digits()
     images = torch.from_numpy(digits.images)[:, None] * (255 / 16)
     images = F.interpolate(images, size=(28, 28), mode="bicubic", antialias=True)
     images = images.round(decimals=6)  # ties, which are off by the rounding of the processor, are ties again
@@ -226,7 +247,7 @@ def _load_digits(root: Path, train_images: int | None) -> Source:
 # ---- a user's own images ----
 
 
-def _load_folder(root: Path, train_images: int | None, image_size: int = 32, channels: int | None = None) -> Source:
+def load_folder(root: Path, train_images: int | None, image_size: int = 32, channels: int | None = None) -> Source:
     """The images that `find_images` finds at `root`, as squares of `image_size` pixels.
 
     If `root` has the folders `train` and `test`, or else `train` and `val`, these are the splits; otherwise every tenth
@@ -290,28 +311,3 @@ def _labels(images: Images, root: Path, class_names: tuple[str, ...] | None) -> 
         return None
     number: dict[tuple[str, ...], int] = {(name,): label for label, name in enumerate(class_names)}
     return torch.tensor([number[folder_of(image, root)] for image in images], dtype=torch.int64)
-
-
-DATASETS: dict[str, Callable[..., Source]] = {
-    "MNIST": _mnist_like(MNIST),
-    "FMNIST": _mnist_like(FashionMNIST),
-    "KMNIST": _mnist_like(KMNIST),
-    "Letters": partial(
-        _load_torchvision,
-        partial(EMNIST, split="letters"),
-        "EMNIST/raw",
-        [f"emnist-letters-{s}-{x}-ubyte" for s in ("train", "test") for x in ("images-idx3", "labels-idx1")],
-        EMNIST.url,
-        lambda x: x.transpose(1, 2)[:, None],  # the file holds columns where MNIST's holds rows
-    ),
-    "CIFAR10": partial(
-        _load_torchvision,
-        CIFAR10,
-        CIFAR10.base_folder,
-        [file for file, _ in CIFAR10.train_list + CIFAR10.test_list] + [CIFAR10.meta["filename"]],
-        CIFAR10.url,
-        lambda x: x.permute(0, 3, 1, 2),  # [N,H,W,C] -> [N,C,H,W]
-    ),
-    "Digits": _load_digits,
-    "ImageFolder": _load_folder,
-}

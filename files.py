@@ -20,6 +20,11 @@ LONGEST_WRITE = 3600.0  # seconds, after which whoever wrote is dead
 Value = TypeVar("Value")
 
 
+def expand(path: str | Path) -> Path:
+    """The path with `~` replaced; left alone if there is no such home."""
+    return Path(os.path.expanduser(path))
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file beside its place and move it there, so that a reader never meets half of it. Raises OSError.
 

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from errors import UserError
+from files import expand
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
 ARRAY_ENDINGS = {".npy", ".npz"}
@@ -28,11 +29,6 @@ CHUNK = 32  # images that a process is given at a time
 
 Images = Sequence[Path] | np.ndarray
 """Image files, or pixels uint8 [H,W,1 or 3] of each image; those of an array file are one array [N,H,W,1 or 3]."""
-
-
-def expand(path: str | Path) -> Path:
-    """The path with `~` replaced; left alone if there is no such home."""
-    return Path(os.path.expanduser(path))
 
 
 def reason(error: Exception) -> str:

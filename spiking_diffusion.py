@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from datasets import DATASETS, ImageData
+from datasets import ImageData
 from errors import UserError
 from models.vq_autoencoder import VQAutoencoder
+from parts import DATASETS
 from pipeline.configuration import assemble
 from pipeline.declaration import autoencoder_weights
 from pipeline.evaluation.metrics import Evaluation

@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOSSES = ("reweighted_elbo", "elbo", "cross_entropy", "spread_cross_entropy")
-REVEAL_ORDERS = {"random": 1, "spread": 2}
-"""Orders in which tokens are revealed, and the schedule exponent of each; see `AbsorbingDiffusion.noise`."""
+from parts import REVEAL_ORDERS, find_part
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Tokens `[N,h,w]` and timesteps `[N]` to logits `[N,K,h,w]`."""
@@ -48,6 +46,17 @@ class SamplingNoise(NamedTuple):
     uniforms: Tensor
 
 
+class RevealOrder(NamedTuple):
+    """An order in which tokens are revealed, and how fast.
+
+    `times` draws when each token is revealed, int64 `[N,h,w]` in 1..T, from a generator for each of N samples, the grid
+    (h, w) and T. `exponent` is that of the schedule; see `AbsorbingDiffusion.reveal_schedule`.
+    """
+
+    times: Callable[[list[np.random.Generator], tuple[int, int], int], Tensor]
+    exponent: int
+
+
 class AbsorbingDiffusion:
     """Forward process, losses and sampler with `num_timesteps` T, for codes 0..K-1; `codebook_size` K is the mask."""
 
@@ -73,7 +82,7 @@ class AbsorbingDiffusion:
     def _spread_noise(self, count: int, grid: tuple[int, int], generator: torch.Generator) -> TrainingNoise:
         device = generator.device
         order = spread_order(torch.rand(count, 2, *grid, generator=generator, device=device))
-        elapsed = torch.rand(count, generator=generator, device=device) ** REVEAL_ORDERS["spread"]
+        elapsed = torch.rand(count, generator=generator, device=device) ** SPREAD.exponent
         revealed = (self.num_timesteps * elapsed).long()
         return TrainingNoise(self.num_timesteps - revealed, order >= revealed.view(-1, 1, 1))
 
@@ -123,13 +132,10 @@ class AbsorbingDiffusion:
         ValueError for `sample_steps` outside 1..T.
         """
         generators = [np.random.default_rng((seed, i)) for i in samples]
-        if reveal_order == "random":
-            times = torch.from_numpy(np.stack([g.integers(1, self.num_timesteps + 1, grid) for g in generators]))
-        else:
-            keys = torch.from_numpy(np.stack([g.random((2, *grid)) for g in generators]))
-            times = self.num_timesteps - spread_order(keys)
+        order = find_part(REVEAL_ORDERS, reveal_order)
+        times = order.times(generators, grid, self.num_timesteps)
         uniforms = torch.from_numpy(np.stack([g.random(grid) for g in generators]))
-        return SamplingNoise(self.reveal_schedule(times, sample_steps, REVEAL_ORDERS[reveal_order]), uniforms)
+        return SamplingNoise(self.reveal_schedule(times, sample_steps, order.exponent), uniforms)
 
     def reveal_schedule(self, reveal_times: Tensor, sample_steps: int | None = None, exponent: int = 1) -> Tensor:
         """Reveal times in 1..T, of any shape, rounded up to the next of `sample_steps` timesteps.
@@ -148,7 +154,7 @@ class AbsorbingDiffusion:
     def timesteps(self, sample_steps: int | None = None, reveal_order: str = "random") -> list[int]:
         """The timesteps at which tokens can be revealed, in descending order; see `noise`."""
         all_times = torch.arange(1, self.num_timesteps + 1)
-        times = self.reveal_schedule(all_times, sample_steps, REVEAL_ORDERS[reveal_order])
+        times = self.reveal_schedule(all_times, sample_steps, find_part(REVEAL_ORDERS, reveal_order).exponent)
         return times.unique().flip(0).tolist()
 
     @torch.no_grad()
@@ -227,6 +233,18 @@ def spread_order(keys: Tensor) -> Tensor:
     """
     turns = keys[:, 0].flatten(1).argsort(1).argsort(1)[:, spread_groups(*keys.shape[2:]).to(keys.device)]
     return (turns + keys[:, 1]).flatten(1).argsort(1).argsort(1).view_as(turns)
+
+
+def _random_times(generators: list[np.random.Generator], grid: tuple[int, int], total: int) -> Tensor:
+    return torch.from_numpy(np.stack([g.integers(1, total + 1, grid) for g in generators]))
+
+
+def _spread_times(generators: list[np.random.Generator], grid: tuple[int, int], total: int) -> Tensor:
+    return total - spread_order(torch.from_numpy(np.stack([g.random((2, *grid)) for g in generators])))
+
+
+RANDOM = RevealOrder(_random_times, exponent=1)
+SPREAD = RevealOrder(_spread_times, exponent=2)
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperatures: Tensor) -> Tensor:

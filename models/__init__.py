@@ -1,13 +1,11 @@
-"""The networks, and the tables from which the command line chooses one by name.
+"""The networks; `parts.py` has the tables from which the command line chooses one by name.
 
 Constructor parameters have the names of the command line's options (pipeline/options.py).
 """
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, TypeVar
-
-from torch import nn
+from typing import Any
 
 from models.denoiser import Denoiser
 from models.fsvae import FSVAE
@@ -16,13 +14,9 @@ from models.sdid import SDID
 from models.vq_autoencoder import VQAutoencoder
 from models.vq_svae import VQSVAE
 from models.vq_vae import VQVAE
+from parts import AUTOENCODERS, DENOISERS, find_part
 
-DENOISERS: dict[str, type[Denoiser]] = {"sdid": SDID, "residual": ResidualSDID}
 Autoencoder = VQAutoencoder | FSVAE
-AUTOENCODERS: dict[str, type[VQAutoencoder] | type[FSVAE]] = {"snn-vq-vae": VQSVAE, "vq-vae": VQVAE, "snn-vae": FSVAE}
-
-
-Network = TypeVar("Network", bound=nn.Module)
 
 
 def model_options(name: str) -> tuple[str, ...]:
@@ -45,22 +39,18 @@ def build_denoiser(name: str, **options: Any) -> Denoiser:
     return _build(DENOISERS, name, options)
 
 
-def _options(table: Mapping[str, type[nn.Module]], name: str) -> tuple[str, ...]:
-    if name not in table:
-        raise ValueError(f"unknown network {name!r}: choose one of {', '.join(table)}")
-    return tuple(inspect.signature(table[name]).parameters)
+def _options(table: Mapping[str, str], name: str) -> tuple[str, ...]:
+    return tuple(inspect.signature(find_part(table, name)).parameters)
 
 
-def _build(table: Mapping[str, type[Network]], name: str, options: dict[str, Any]) -> Network:
+def _build(table: Mapping[str, str], name: str, options: dict[str, Any]) -> Any:
     known = _options(table, name)
     if unknown := sorted(set(options).difference(known)):
         raise ValueError(f"{name} has no option {', '.join(unknown)}: its options are {', '.join(known)}")
-    return table[name](**options)
+    return find_part(table, name)(**options)
 
 
 __all__ = [
-    "AUTOENCODERS",
-    "DENOISERS",
     "FSVAE",
     "SDID",
     "VQSVAE",

@@ -15,14 +15,9 @@ from models.spiking import (
     postsynaptic_potential,
     weighted_sum,
 )
+from parts import READOUTS, SPIKE_GENERATORS
 
 COMMITMENT = 0.25
-
-READOUTS = {"both": None, "rate": 1.0, "potential": 0.0}
-"""How encoder spikes become vectors: the fixed value of `alpha`, or None if it is learned."""
-
-SPIKE_GENERATORS = ("adaptive", "repeat", "poisson")
-"""How embeddings become the decoder's input; see `SpikingQuantizer.generate_spikes`."""
 
 
 class QuantizerOutput(NamedTuple):

@@ -7,7 +7,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from image_files import expand
+from files import expand
 
 
 class Role(IntEnum):

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from datasets import ImageData, digest
 from errors import UserError
 from models import (
-    AUTOENCODERS,
-    DENOISERS,
     Autoencoder,
     Denoiser,
     build_denoiser,
@@ -20,6 +18,7 @@ from models import (
     model_options,
 )
 from models.vq_autoencoder import VQAutoencoder
+from parts import AUTOENCODERS, DENOISERS, find_part
 from pipeline.checkpoints import load_weights
 from pipeline.options import CONDITIONS, Options
 from pipeline.run_folder import RunFolder
@@ -113,7 +112,7 @@ class Networks:
         path, model = self.autoencoder_path, self.options.autoencoder.model
         kind = f"the autoencoder {model}, which a run keeps in model.pth"
         build = partial(build_model, model, **self._not_in_weights(model))
-        autoencoder = self._load(path, kind, build, AUTOENCODERS[model].options_of)
+        autoencoder = self._load(path, kind, build, find_part(AUTOENCODERS, model).options_of)
         if autoencoder.channels != channels:
             data = self.options.data.dataset_name
             raise UserError(f"{path} is for images of {autoencoder.channels} channels, {data} has {channels}")
@@ -122,7 +121,7 @@ class Networks:
     def load_denoiser(self, autoencoder: VQAutoencoder) -> Denoiser:
         """The trained denoiser of this autoencoder's codes."""
         name = self.options.denoiser.denoiser
-        path, kind = self.trained.denoiser, DENOISERS[name]
+        path, kind = self.trained.denoiser, find_part(DENOISERS, name)
         if not self.has_trained_denoiser():
             raise UserError(f"{path} does not exist: a denoiser belongs beside the autoencoder; --stage sdid trains it")
         build = partial(kind, spike_steps=self._denoiser_spike_steps)

@@ -9,10 +9,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from datasets import DATASETS
-from diffusion.absorbing import LOSSES, REVEAL_ORDERS
-from models import AUTOENCODERS, DENOISERS
-from models.quantizer import READOUTS, SPIKE_GENERATORS
+from parts import (
+    AUTOENCODERS,
+    CODE_MODELS,
+    DATASETS,
+    DENOISERS,
+    LOSSES,
+    MASKS,
+    READOUTS,
+    REVEAL_ORDERS,
+    SPIKE_GENERATORS,
+)
 from pipeline.declaration import (
     POSITIVE,
     Declaration,
@@ -25,11 +32,10 @@ from pipeline.declaration import (
     temperature_or_auto,
 )
 from pipeline.presets import PRESETS
-from pipeline.sampling.masks import MASKS
 from pipeline.training.schedules import LR_SCHEDULES
 
 SPIKING_CODES = ("snn-vq-vae",)
-CODES = (*SPIKING_CODES, "vq-vae")  # the models with codes, hence with a second stage
+CODES = tuple(CODE_MODELS)
 TRAINING_STAGES = ("all", "vqsvae", "sdid")
 STAGES = (*TRAINING_STAGES, "sample", "inpaint", "evaluate")
 OF_STAGE_1, OF_STAGE_2 = ("all", "vqsvae"), ("all", "sdid")

@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, NoReturn, get_args
 
 from errors import UserError
-from image_files import expand
+from files import expand
 from pipeline.declaration import number
 from pipeline.options import DECLARATIONS, DEFAULTS, KINDS, SECTIONS, names
 

@@ -5,9 +5,10 @@ from typing import Any
 
 from datasets import ImageData, load_dataset
 from errors import UserError
-from models import AUTOENCODERS, FSVAE, Autoencoder, Denoiser, VQAutoencoder
+from models import Autoencoder, Denoiser, VQAutoencoder
 from pipeline.configuration import Call
 from pipeline.networks import Networks
+from pipeline.options import CODES
 from pipeline.parser import as_written
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import from_rank_0
@@ -89,7 +90,7 @@ class Session:
     @property
     def has_codes(self) -> bool:
         """Whether the model has codes and a denoiser of them; otherwise it draws from its own prior."""
-        return AUTOENCODERS[self.options.autoencoder.model] is not FSVAE
+        return self.options.autoencoder.model in CODES
 
     def load_autoencoder(self) -> Autoencoder:
         """The trained autoencoder."""

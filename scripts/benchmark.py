@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError, reported
-from image_files import expand
+from files import expand
 from models import SDID, VQSVAE, event_conv
 from models.spiking import use_backend
 from pipeline.checkpoints import load_weights

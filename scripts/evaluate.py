@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 import spiking_diffusion
-from datasets import DATASETS, ImageData, load_dataset
+from datasets import ImageData, load_dataset
 from errors import UserError, reported
-from image_files import alternate, expand, find_images, read_images
+from files import expand
+from image_files import alternate, find_images, read_images
 from metrics.fad import FAD_IMAGES
+from parts import DATASETS
 from pipeline.checkpoints import write_json
 from pipeline.declaration import parse_metrics
 from pipeline.evaluation.records import print_records

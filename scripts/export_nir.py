@@ -32,7 +32,7 @@ except ImportError:  # of nir or nirtorch
     nir_exchange = None
 
 from errors import UserError, reported
-from image_files import expand
+from files import expand
 from models import SDID, VQSVAE, ResidualSDID, VQAutoencoder
 from models.spiking import SpikingStack, membrane_weights, use_backend, weighted_sum
 from pipeline.declaration import autoencoder_weights

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from datasets import digest
 from errors import UserError, reported
-from image_files import expand
+from files import expand
 from pipeline.checkpoints import SCALE, load_weights, per_row, save_weights, write_json
 from pipeline.declaration import Role
 from pipeline.evaluation.temperature import recorded_temperature

@@ -18,7 +18,7 @@ import pipeline.runtime.threads  # noqa: F401  before torch
 
 # isort: split
 from errors import UserError, reported
-from image_files import expand
+from files import expand
 from pipeline.report.report import write_report
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere

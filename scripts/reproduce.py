@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
-from datasets import DATASETS
 from errors import UserError
-from image_files import expand
+from files import expand
+from parts import DATASETS
 from pipeline.declaration import Role
 from pipeline.options import DECLARATIONS, DEFAULTS, with_role
 from pipeline.parser import as_read, build_parser

@@ -22,7 +22,7 @@ from scipy.stats import t
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 from errors import UserError, reported
-from image_files import expand
+from files import expand
 from pipeline.checkpoints import write_file
 from pipeline.evaluation.records import comparable
 from pipeline.lineage import costs

@@ -14,8 +14,9 @@ import torch
 from helpers import LIVELY, PRECISION, ROOT, SMALL
 from PIL import Image
 
-import main
-from models import AUTOENCODERS, DENOISERS, SDID, build_model
+from models import SDID, build_model
+from parts import AUTOENCODERS, DENOISERS
+from pipeline import program
 from pipeline.configuration import resolve
 from pipeline.evaluation.metrics import GENERATED_METRICS
 from pipeline.options import CODES, DECLARATIONS, DEFAULTS, SAMPLE_METRICS, SECTIONS, STAGES
@@ -428,7 +429,7 @@ def test_out_of_memory(mistake, small, tmp_path, monkeypatch):
 
 
 def test_an_error_of_the_program_keeps_its_traceback(cli, run, monkeypatch):
-    monkeypatch.setattr(main, "execute", lambda _: [][0])
+    monkeypatch.setattr(program, "execute", lambda _: [][0])
     with pytest.raises(IndexError):
         cli("--checkpoint", run / "model.pth")
 

@@ -14,8 +14,9 @@ from helpers import write_idx
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from datasets import DATASETS, ImageData, load_dataset
+from datasets import ImageData, load_dataset
 from errors import UserError
+from parts import DATASETS
 
 MNIST_FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 

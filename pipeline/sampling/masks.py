@@ -6,16 +6,9 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from image_files import expand, find_images, read_images
-
-# y and x, the position in the image from 0 to 1
-MASKS = {
-    "left": lambda y, x: x < 0.5,
-    "right": lambda y, x: x >= 0.5,
-    "top": lambda y, x: y < 0.5,
-    "bottom": lambda y, x: y >= 0.5,
-    "center": lambda y, x: (abs(y - 0.5) < 0.25) & (abs(x - 0.5) < 0.25),
-}
+from files import expand
+from image_files import find_images, read_images
+from parts import MASKS
 
 
 def hidden_pixels(mask: str, height: int, width: int) -> Tensor:

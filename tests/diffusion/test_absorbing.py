@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from diffusion.absorbing import (
-    LOSSES,
-    REVEAL_ORDERS,
     AbsorbingDiffusion,
     TrainingNoise,
     draw,
     spread_groups,
     spread_order,
 )
+from parts import LOSSES, REVEAL_ORDERS
 
 K, SIDE = 12, 6
 T = SIDE * SIDE

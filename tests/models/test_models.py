@@ -11,8 +11,6 @@ from torch import nn
 from diffusion.absorbing import AbsorbingDiffusion
 from metrics.energy import count_layers
 from models import (
-    AUTOENCODERS,
-    DENOISERS,
     FSVAE,
     SDID,
     VQSVAE,
@@ -27,6 +25,7 @@ from models import (
 )
 from models.quantizer import Codebook
 from models.spiking import BACKENDS, LIF, SpikingStack, is_reference, lif_step, membrane_weights, use_backend
+from parts import AUTOENCODERS, DENOISERS, find_part
 
 KERNELS = pytest.mark.skipif(not fused_lif.available(), reason="no C++ compiler")
 
@@ -87,9 +86,9 @@ def test_a_network_takes_its_own_options_alone(build, options_of, table):
         image_size=12,
         denoiser_channels=16,
     )
-    for name, kind in table.items():
+    for name in table:
         own = {key: value for key, value in values.items() if key in options_of(name)}
-        assert type(build(name, **own)) is kind
+        assert type(build(name, **own)) is find_part(table, name)
         others = values.keys() - own.keys()
         for strange in ("widht", *others):  # misspelt, or of another network
             with pytest.raises(ValueError, match=f"^{name} has no option {strange}: its options are "):

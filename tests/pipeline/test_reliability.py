@@ -238,7 +238,9 @@ def test_the_lock_is_let_go_last(monkeypatch, tmp_path):
 
 def test_importing_needs_no_module_of_unix_alone():
     blocked = "import sys; sys.modules.update(dict.fromkeys(('fcntl', 'resource', 'pwd', 'grp', 'termios')))"
-    done = subprocess.run([sys.executable, "-c", f"{blocked}; import main"], cwd=ROOT, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{blocked}; import main, pipeline.program"], cwd=ROOT, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -700,7 +702,7 @@ def test_options_are_taken_or_refused_in_one_line(words, tmp_path):
     """`words` in the place of a command line; nothing is run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        patch.setattr("main.execute", nothing_to_do)
+        patch.setattr("pipeline.program.execute", nothing_to_do)
         error = io.StringIO()
         patch.setattr("sys.stderr", error)
         patch.setattr("sys.stdout", io.StringIO())

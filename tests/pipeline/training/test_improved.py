@@ -25,13 +25,14 @@ from torch import nn
 from datasets import digest
 from errors import UserError
 from models.spiking import LIF, fire
+from parts import MASKS
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
 from pipeline.declaration import Role
 from pipeline.options import with_role
 from pipeline.presets import PRESETS
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
-from pipeline.sampling.masks import MASKS, hidden_pixels
+from pipeline.sampling.masks import hidden_pixels
 from pipeline.training.averaging import moving_average
 from pipeline.training.interruption import Interruption
 from pipeline.training.loop import Place, Trainer

@@ -1,0 +1,57 @@
+"""The parts that can be exchanged, by the names that the command line has for them: one of your own is a line here.
+
+A part that needs PyTorch stands in its own module, and the table says where: "module:attribute", imported when it is
+used. So the command line is read, and mistakes in it are told, before the seconds that PyTorch takes to import.
+"""
+
+from collections.abc import Callable, Mapping
+from pkgutil import resolve_name
+from typing import Any
+
+DATASETS = {
+    "MNIST": "datasets:load_mnist",
+    "FMNIST": "datasets:load_fmnist",
+    "KMNIST": "datasets:load_kmnist",
+    "Letters": "datasets:load_letters",
+    "CIFAR10": "datasets:load_cifar10",
+    "Digits": "datasets:load_digits",
+    "ImageFolder": "datasets:load_folder",
+}
+"""Data sets (`--dataset_name`): functions of a folder and the number of training images, to a `datasets.Source`."""
+
+CODE_MODELS = {"snn-vq-vae": "models.vq_svae:VQSVAE", "vq-vae": "models.vq_vae:VQVAE"}
+"""Autoencoders with codes, hence with a second stage: classes derived from `models.vq_autoencoder.VQAutoencoder`."""
+
+AUTOENCODERS = {**CODE_MODELS, "snn-vae": "models.fsvae:FSVAE"}
+"""Networks of stage 1 (`--model`); their constructors' parameters have the names of the options."""
+
+DENOISERS = {"sdid": "models.sdid:SDID", "residual": "models.residual_sdid:ResidualSDID"}
+"""Networks of stage 2 (`--denoiser`): classes derived from `models.denoiser.Denoiser`; parameters as above."""
+
+READOUTS = {"both": None, "rate": 1.0, "potential": 0.0}
+"""How encoder spikes become vectors (`--readout`): the fixed value of `alpha`, or None if it is learned."""
+
+SPIKE_GENERATORS = ("adaptive", "repeat", "poisson")
+"""How embeddings become the decoder's input; see `models.quantizer.SpikingQuantizer.generate_spikes`."""
+
+LOSSES = ("reweighted_elbo", "elbo", "cross_entropy", "spread_cross_entropy")
+"""Losses of stage 2 (`--loss`); see `diffusion.absorbing.AbsorbingDiffusion.weighted_loss`."""
+
+REVEAL_ORDERS = {"random": "diffusion.absorbing:RANDOM", "spread": "diffusion.absorbing:SPREAD"}
+"""Orders in which tokens are revealed (`--reveal_order`): a `diffusion.absorbing.RevealOrder` each."""
+
+MASKS: dict[str, Callable] = {
+    "left": lambda y, x: x < 0.5,
+    "right": lambda y, x: x >= 0.5,
+    "top": lambda y, x: y < 0.5,
+    "bottom": lambda y, x: y >= 0.5,
+    "center": lambda y, x: (abs(y - 0.5) < 0.25) & (abs(x - 0.5) < 0.25),
+}
+"""What is hidden for inpainting (`--mask`), given y and x, the position in the image from 0 to 1."""
+
+
+def find_part(table: Mapping[str, str], name: str) -> Any:
+    """The part of this name, imported now. Raises ValueError, which lists the names, if the table has no such one."""
+    if name not in table:
+        raise ValueError(f"there is no {name!r}: choose one of {', '.join(table)}")
+    return resolve_name(table[name])
