@@ -43,6 +43,22 @@ PRECISION = ("--precision", os.environ["TEST_PRECISION"]) if "TEST_PRECISION" in
 """Options for programs that a test starts in processes of their own; in this one, the fixture `precision` does it."""
 
 
+def without(options, *names):
+    """Options but for those of these names, and their values."""
+    left, words = [], list(options)
+    while words:
+        name = words.pop(0)
+        value = [words.pop(0)] if words and not str(words[0]).startswith("--") else []
+        left += [] if name in names else [name, *value]
+    return left
+
+
+def of_network(options):
+    """Those of a small run that say what it is made of, without those that only its training has."""
+    training = ("--epochs", "--diffusion_epochs", "--batch_size", "--lr", "--revive_codes", "--clipped_error")
+    return without(options, *training)
+
+
 class Outcome(NamedTuple):
     status: int
     out: str

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import LIVELY, PRECISION, ROOT, SMALL
+from helpers import LIVELY, PRECISION, ROOT, SMALL, of_network
 from PIL import Image
 
 from models import SDID, build_model
@@ -23,6 +23,7 @@ from pipeline.options import CODES, DECLARATIONS, DEFAULTS, SAMPLE_METRICS, SECT
 from pipeline.parser import MOST_USED, TITLES, as_shown
 from pipeline.presets import PRESETS
 from pipeline.training import loop as training
+from scripts import pack
 
 
 def shell(*arguments, folder):
@@ -77,15 +78,33 @@ def test_choices_are_those_of_the_rooms_that_use_them():
 @pytest.mark.parametrize(
     ("options", "stages"),
     [
-        (("--stage", "sample", "--mask", "top"), "--mask is for --stage inpaint"),
-        (("--stage", "inpaint", "--png"), "--png is for --stage all and"),
-        (("--stage", "sample", "--start_from", "pretrained/fmnist"), "--start_from is for --stage all and"),
+        (("--stage", "sample", "--mask", "top"), "--mask has no effect in --stage sample, only in --stage inpaint"),
+        (("--stage", "inpaint", "--png"), "--png has no effect in --stage inpaint, only in --stage all or"),
+        (("--stage", "sample", "--start_from", "pretrained/fmnist"), "--start_from has no effect in --stage sample"),
+        (("--stage", "sample", "--epochs", 5), "--epochs has no effect in --stage sample"),
+        (("--stage", "evaluate", "--ema_decay", 0.5), "--ema_decay has no effect in --stage evaluate"),
+        (("--stage", "sample", "--metrics", "fad"), "--metrics has no effect in --stage sample"),
+        (("--stage", "vqsvae", "--metrics", "fad"), "--metrics has no effect in --stage vqsvae"),
+        (("--stage", "sdid", "--epochs", 5), "--epochs has no effect in --stage sdid"),
+        (("--checkpoint", "pretrained/fmnist", "--max_minutes", 5), "--max_minutes has no effect with --checkpoint"),
+        (("--checkpoint", "pretrained/fmnist", "--diffusion_epochs", 5), "--diffusion_epochs has no effect"),
     ],
 )
 def test_options_without_effect_in_a_stage(options, stages, mistake, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert stages in mistake(*options, "--result_path", tmp_path)
     assert {stage for declared in DECLARATIONS.values() for stage in declared.stages} <= set(STAGES)
+
+
+def test_options_without_effect_may_repeat_what_holds_anyway(cli, run, grey):
+    """So the options of one call serve for the next stage, too."""
+    assert cli("--checkpoint", run, "--epochs", 2, "--metrics", "mse").status == 0
+    assert "--epochs has no effect" in cli("--checkpoint", run, "--epochs", 3, "--metrics", "mse").err
+
+
+def test_a_condition_that_the_data_cannot_give_is_refused_before_stage_1(mistake, grey, tmp_path):
+    options = ("--preset", "improved", "--condition", "both", "--images_per_prototype", 10, "--result_path", tmp_path)
+    assert "has no labels" in mistake(*grey, *options, "--stage", "vqsvae")
 
 
 @pytest.mark.parametrize("option", ["--epoch", "--data", "--nonsense", "--no-png"])
@@ -155,7 +174,8 @@ def test_a_run_that_is_already_there(mistake, run, small):
 def test_nothing_to_work_with(stage, mistake, small, tmp_path):
     (tmp_path / "file").write_text("in the way")
     expected = {"all": "cannot write"}.get(stage, "model.pth does not exist")
-    assert expected in mistake(*small, "--result_path", tmp_path / "file", "--stage", stage)
+    options = small if stage == "all" else of_network(small)
+    assert expected in mistake(*options, "--result_path", tmp_path / "file", "--stage", stage)
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -248,7 +268,7 @@ def test_results_elsewhere(cli, mistake, run, tmp_path):
     before = {path: path.read_bytes() for path in files(run)}
     new = tmp_path / "new"
     outcome = cli("--checkpoint", run, "--seed", 7, "--num_samples", 5, "--result_path", new)
-    assert (outcome.status, outcome.err) == (0, "") and f"the run is in {new}:" in outcome.out
+    assert (outcome.status, outcome.err) == (0, "") and f"the results are in {new}:" in outcome.out
     assert {path: path.read_bytes() for path in files(run)} == before
     assert all((new / name).exists() for name in ("metrics.json", "samples/images.npz", "samples/grid.png"))
     records = json.loads((new / "metrics.json").read_text())
@@ -256,6 +276,68 @@ def test_results_elsewhere(cli, mistake, run, tmp_path):
     assert cli("--checkpoint", run, "--stage", "sample", "--result_path", new).status == 0
     shutil.copytree(run, tmp_path / "other")
     assert "folder of another run" in mistake("--checkpoint", run, "--result_path", tmp_path / "other")
+
+
+@pytest.mark.parametrize("first", [("--metrics", "mse"), ("--stage", "sample")], ids=["metrics", "samples"])
+@pytest.mark.parametrize("second", [("--metrics", "mse"), ("--stage", "sample")], ids=["metrics", "samples"])
+def test_results_of_another_run_are_not_replaced(first, second, cli, mistake, run, small, tmp_path):
+    other, new = shutil.copytree(run, tmp_path / "other"), tmp_path / "ImageFolder" / "snn-vq-vae"
+    assert cli("--checkpoint", run, *first, "--result_path", new).status == 0
+    before = {path: path.read_bytes() for path in files(new)}
+    line = mistake("--checkpoint", other, *second, "--result_path", new)
+    assert f"{new} holds results of {run}" in line and "--result_path" in line
+    if first[0] == "--metrics":
+        assert f"holds results of {run}" in mistake(*small, "--result_path", tmp_path), "a training"
+    assert {path: path.read_bytes() for path in files(new)} == before
+    assert cli("--checkpoint", run, *second, "--result_path", new).status == 0
+
+
+def test_stage_2_on_other_images_than_stage_1(cli, mistake, run, small, grey, tmp_path):
+    """Refused in the run, which would forget what the autoencoder was trained on; begun as a transfer, it is noted."""
+    place = tmp_path / "result" / "ImageFolder"
+    run = shutil.copytree(run, place / "snn-vq-vae")
+    shutil.rmtree(run / "diff_result")
+    (run / "last.pth").unlink()
+    other = shutil.copytree(grey[3], tmp_path / "other images")
+    next((other / "train").iterdir()).unlink()
+    config = (run / "config.json").read_bytes()
+    stage = (*small, "--stage", "sdid", "--data_path", other)
+    line = mistake(*stage, "--result_path", place.parent)
+    assert "train (119 images now, 120 in the run)" in line and f"--start_from {run}" in line
+    assert "(115 images now, 120 in the run)" in mistake(
+        *small, "--stage", "sdid", "--held_out", 5, "--result_path", place.parent
+    )
+    assert (run / "config.json").read_bytes() == config
+    transfer = (
+        *of_network(stage),
+        "--diffusion_epochs",
+        1,
+        "--start_from",
+        run,
+        "--result_path",
+        tmp_path / "transfer",
+    )
+    assert cli(*transfer).status == 0
+    lineage = json.loads((tmp_path / "transfer" / "ImageFolder" / "snn-vq-vae" / "config.json").read_text())["lineage"]
+    assert [entry["data"]["train"]["count"] for entry in lineage] == [120, 119]
+    assert cli(*small, "--stage", "sdid", "--result_path", place.parent).status == 0, "the same images"
+
+
+@pytest.mark.parametrize("option", [("--condition", "label"), ("--labels", "all"), ("--guidance", 1)])
+def test_what_only_the_other_preset_has(option, mistake, run, small, tmp_path):
+    """The remedy is named: the preset, or for what is trained already, a new run with it."""
+    if option[0] != "--labels":
+        line = mistake(*small, *option, "--result_path", tmp_path)
+        assert f"sdid has no {option[0]}: leave it out, or add --preset improved" in line
+    if option[0] != "--condition":
+        line = mistake("--checkpoint", run, "--stage", "sample", *option)
+        assert f"sdid has no {option[0]}" in line and "train a run with --preset improved" in line
+
+
+def test_a_packed_copy_cannot_be_resumed(mistake, run, tmp_path):
+    pack.main([str(run), str(tmp_path / "copy")])
+    line = mistake("--resume", tmp_path / "copy")
+    assert f"--start_from {tmp_path / 'copy'}" in line and "packed" in line
 
 
 def test_metrics_of_stage_1_alone(cli, mistake, run):

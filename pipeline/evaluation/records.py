@@ -41,9 +41,9 @@ def context(machine: Machine) -> dict[str, Any]:
 def write_records(run: RunFolder, records: list[dict], machine: Machine, weights: str) -> None:
     """Merge records of the networks with the digest `weights` into metrics.json, and print them as a table.
 
-    A record of the same metric is replaced, if its samples were drawn with the same settings and it compares them with
-    the same real images by the same feature network. The others are kept if they are of the same weights; those of
-    other or unknown weights are dropped, and a line says which.
+    A record of the same metric is replaced if its split, its feature network and the settings of its samples are the
+    same. The others are kept if they are of the same weights; those of other or unknown weights are dropped, and a line
+    says which.
     """
     records = [{**record, **context(machine), "weights": weights} for record in records]
     computed = {_identity(record) for record in records}
@@ -54,7 +54,7 @@ def write_records(run: RunFolder, records: list[dict], machine: Machine, weights
     print_records(records)
 
 
-IDENTITY = ("name", "split", "dataset", "real_sha256", "network", "sampling")
+IDENTITY = ("name", "split", "network", "sampling")
 
 
 def _identity(record: Mapping[str, Any]) -> str:

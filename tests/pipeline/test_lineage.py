@@ -4,13 +4,15 @@ import json
 import subprocess
 
 import pytest
-from helpers import run_in
+from helpers import run_in, without
 
 from datasets import digest
 from pipeline.checkpoints import load_weights, save_weights
 from pipeline.lineage import costs, images_before
 from pipeline.run_folder import program_version
 from scripts import pack, results_table
+
+STAGE_1 = ("--epochs", "--revive_codes", "--clipped_error")
 
 
 def lineage(run):
@@ -24,10 +26,7 @@ def weights(run):
 @pytest.fixture
 def start(small):
     """Options of a training of stage 2 that starts from a run."""
-    words = [word for word in small if word not in ("--revive_codes", "--clipped_error")]
-    place = words.index("--epochs")
-    del words[place : place + 2]
-    return (*words, "--stage", "sdid", "--diffusion_epochs", 1, "--start_from")
+    return (*without(small, *STAGE_1), "--stage", "sdid", "--diffusion_epochs", 1, "--start_from")
 
 
 def test_a_run_from_scratch_has_an_entry_for_each_stage(finished):
