@@ -8,7 +8,7 @@ from scipy.stats import entropy
 from torch import Tensor, nn
 
 from metrics.counts import check_enough
-from metrics.extraction import extract
+from metrics.extraction import Progress, extract
 from metrics.frechet import feature_statistics, frechet_distance
 
 FEATURES = 128
@@ -39,9 +39,11 @@ def _block(channels: int, out: int, stride: int) -> tuple[nn.Module, ...]:
     return convolution, nn.BatchNorm2d(out), nn.ReLU()
 
 
-def classifier_features(images: Tensor, network: Classifier, batch_size: int = 500) -> np.ndarray:
+def classifier_features(
+    images: Tensor, network: Classifier, batch_size: int = 500, progress: Progress | None = None
+) -> np.ndarray:
     """Input of the last layer, float32 [N,128], for images uint8 [N,C,H,W]. Raises ValueError for other images."""
-    return extract(images, lambda batch: network.body(batch / 255), network, batch_size, "classifier")
+    return extract(images, lambda batch: network.body(batch / 255), network, batch_size, progress)
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from metrics.counts import check_enough
-from metrics.extraction import extract
+from metrics.extraction import Progress, extract
 from metrics.frechet import feature_statistics, frechet_distance
 
 FAD_IMAGES = 5000  # generated
@@ -83,9 +83,13 @@ def load_published(folder: Path, name: str) -> tuple[FadAutoencoder, Statistics]
     return network.eval(), reference
 
 
-def fad_features(images: Tensor, network: FadAutoencoder, batch_size: int = 500) -> np.ndarray:
+def fad_features(
+    images: Tensor, network: FadAutoencoder, batch_size: int = 500, progress: Progress | None = None
+) -> np.ndarray:
     """Latents, float32 [N,64], of images uint8 [N,C,H,W]. Raises ValueError for other images."""
-    return extract(to_fad_size(images), lambda batch: network.encode(to_fad_range(batch)), network, batch_size, "FAD")
+    return extract(
+        to_fad_size(images), lambda batch: network.encode(to_fad_range(batch)), network, batch_size, progress
+    )
 
 
 def to_fad_size(images: Tensor) -> Tensor:
@@ -112,7 +116,7 @@ def to_fad_range(images: Tensor) -> Tensor:
 def fad(generated: np.ndarray, reference: Statistics) -> float:
     """FAD of `fad_features` [N,64], given the mean [64] and covariance [64,64] of the test split's; 0 is best.
 
-    Raises UserError for fewer images than the published protocol prescribes, `FAD_IMAGES`.
+    The published protocol has `FAD_IMAGES`. Raises UserError unless there are more images than features.
     """
-    check_enough("FAD", FAD_IMAGES, generated=generated)
+    check_enough("FAD", FEATURES + 1, generated=generated)
     return frechet_distance(*feature_statistics(generated), *reference)

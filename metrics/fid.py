@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from metrics.counts import check_enough
 from metrics.frechet import feature_statistics, frechet_distance, frechet_distance_of_release
 
-FEWEST_IMAGES = 2048  # the number of features: with fewer images the covariance cannot have full rank
+FID_IMAGES = 10_000  # generated, as is usual
+FULL_RANK = 2048  # the number of features: with fewer images the covariance cannot have full rank
+FEWEST_IMAGES = 129  # of a quick look: as many as the classifier's distance needs
 PAPER_IMAGES = 1280  # generated, and as many real ones, in the paper
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 SCORE_SPLITS, FEWEST_SCORED = 10, 1000
@@ -21,7 +23,8 @@ SCORE_SPLITS, FEWEST_SCORED = 10, 1000
 def fid(generated: np.ndarray, real: np.ndarray) -> float:
     """Fréchet Inception distance (Heusel et al. 2017) between `inception_features` [N,2048] and [M,2048]; 0 is best.
 
-    Raises UserError if either set has fewer than `FEWEST_IMAGES`.
+    The fewer images, the higher: published values are of `FID_IMAGES` or 50,000. Raises UserError if either set has
+    fewer than `FEWEST_IMAGES`.
     """
     check_enough("FID", FEWEST_IMAGES, generated=generated, real=real)
     return frechet_distance(*feature_statistics(generated), *feature_statistics(real))

@@ -42,7 +42,8 @@ OF_STAGE_1, OF_STAGE_2 = ("all", "vqsvae"), ("all", "sdid")
 EVALUATING = (*TRAINING_STAGES, "evaluate")  # a training records what later evaluations do by default
 PRECISIONS = ("auto", "float32", "bf16")
 CONDITIONS = {"none": (), "prototype": ("prototype",), "label": ("label",), "both": ("prototype", "label")}
-SAMPLE_METRICS = ("fid", "kid", "is", "prdc", "paper_fid", "fad", "classifier", "recognition", "memorisation")
+INCEPTION_METRICS = ("fid", "fid_50k", "clean_fid", "clean_fid_5k", "kid", "is", "prdc", "paper_fid")
+SAMPLE_METRICS = (*INCEPTION_METRICS, "fad", "classifier", "recognition", "memorisation")
 AUTOENCODER_METRICS = ("mse", "ssim", "codebook")  # no denoiser is needed
 METRICS = (*SAMPLE_METRICS, *AUTOENCODER_METRICS, "energy")
 
@@ -392,7 +393,7 @@ class EvaluationOptions:
 
     metrics: tuple[str, ...] | None = option(
         None,
-        f"metrics to compute: {', '.join(METRICS)}; all: all that are available",
+        f"metrics to compute: {', '.join(METRICS)}; all: all that are available, but not fid_50k",
         Role.RESUMED,
         metavar="A,B",
         absent="all",

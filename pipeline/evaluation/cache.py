@@ -1,13 +1,15 @@
 """Arrays computed once for a data set and kept between runs, in the user's cache folder."""
 
 import io
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from files import from_cache, to_cache
+from files import cache_folder, from_cache, to_cache
 
 Arrays = dict[str, np.ndarray]
 
@@ -26,6 +28,14 @@ def cached(name: str, compute: Callable[[], Arrays]) -> Arrays:
     np.savez(buffer, **contents)
     to_cache(f"{name}.npz", buffer.getvalue())
     return arrays
+
+
+def forget(pattern: str, days: float) -> None:
+    """Remove the entries whose names match, as in "noise-*", and that were made before the last `days`."""
+    with suppress(OSError):  # of another process that does the same, or no folder
+        for path in cache_folder().glob(f"{pattern}.npz"):
+            if path.stat().st_mtime < time.time() - days * 86400:
+                path.unlink()
 
 
 def _read(path: Path) -> Arrays:

@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from datasets import ImageData, digest
 from errors import UserError
 from metrics.classifier import Classifier
+from metrics.extraction import Progress
 from metrics.fad import FadAutoencoder, Statistics, fad_features, load_published, to_fad_range, to_fad_size
 from metrics.frechet import feature_statistics
 from pipeline.evaluation.cache import cached
@@ -24,8 +25,19 @@ from pipeline.runtime.device import Machine, Network
 BATCH_SIZE = 128
 NETWORK_SEED = 0  # not the run's: all runs on a data set are judged by one network
 FEWEST_STEPS = 1000  # small data sets get more epochs
+CHUNK = 500  # images whose features are kept in one file: at most, what an interruption loses
 
 Loss = Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
+Of_contra = TypeVar("Of_contra", bound=nn.Module, contravariant=True)
+
+
+class Extract(Protocol[Of_contra]):
+    """Computes features float32 [N,D] of images uint8 [N,C,H,W] by a network of its kind."""
+
+    __name__: str
+
+    def __call__(self, images: Tensor, network: Of_contra, /, *, progress: Progress | None = None) -> np.ndarray:
+        """`progress` is told how many more images are done."""
 
 
 class Training(NamedTuple):
@@ -67,19 +79,28 @@ def fad_network(data: ImageData, fad_weights: Path | None, machine: Machine, see
         return FadNetwork(network.to(machine.device), "published weights", reference)
     examples = (to_fad_size(data.train),)
     network, protocol = _trained(AUTOENCODER, lambda: FadAutoencoder(data.shape[0]), data.name, examples, machine, seed)
-    features = reference_features(network, fad_features, data.test, f"{data.name}-test")
+    features = kept_features(network, fad_features, data.test, f"{data.name}-test")
     return FadNetwork(network, protocol, feature_statistics(features))
 
 
-def reference_features(
-    network: Network, extract: Callable[[Tensor, Network], np.ndarray], images: Tensor, name: str
-) -> np.ndarray:
+def kept_features(network: Network, extract: Extract[Network], images: Tensor, name: str) -> np.ndarray:
     """`extract(images, network)`, float32 [N,D] of images uint8 [N,C,H,W], computed once.
 
-    `name`, data set and split, is part of the file name; the cache key also depends on the images and the weights.
+    They are kept in parts, each as soon as it is ready, so that an interrupted extraction goes on where it was. `name`
+    is part of the file names; the cache key also depends on the part's images and the weights.
     """
-    key = f"{extract.__name__}-{name}-{len(images)}-{digest(images)}-{digest(network.state_dict())}"
-    return cached(key, lambda: {"features": extract(images, network)})["features"]
+    weights = digest(network.state_dict())
+    parts: list[np.ndarray] = []
+    with tqdm(total=len(images), desc=extract.__name__, unit=" images", leave=False, disable=None) as bar:
+
+        def features(part: Tensor) -> np.ndarray:
+            key = f"{extract.__name__}-{name}-{len(part)}-{digest(part)}-{weights}"
+            return cached(key, lambda: {"features": extract(part, network, progress=bar.update)})["features"]
+
+        for part in images.split(CHUNK):
+            parts.append(features(part))
+            bar.update(sum(map(len, parts)) - bar.n)  # by those that were kept
+    return np.concatenate(parts)
 
 
 def _trained(

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic
 
-import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from datasets import ImageData, digest
+from errors import UserError
 from metrics.classifier import Classifier, classifier_features
-from metrics.fad import FAD_IMAGES, FadAutoencoder, fad_features
-from metrics.fid import PAPER_IMAGES
-from metrics.inception import inception_features, load_inception, load_paper_inception
-from pipeline.evaluation.feature_networks import classifier, fad_network
+from metrics.fad import SIDE as FSVAE_SIDE
+from metrics.fad import FadAutoencoder, fad_features
+from metrics.inception import clean_features, inception_features, load_inception, load_paper_inception
+from pipeline.evaluation.feature_networks import Extract, classifier, fad_network
 from pipeline.options import EvaluationOptions
 from pipeline.runtime.device import Machine, Network
 
@@ -26,37 +26,47 @@ class FeatureNetwork(Generic[Network]):
         network: the network.
         extract: images uint8 `[N,C,H,W]` and the network to features `[N,D]`.
         protocol: what has to be reported with it.
-        fixed: the numbers of generated and real images, where the protocol fixes them; the split is then test.
         reference: statistics of the test split that come with the network; only for FAD.
     """
 
     network: Network
-    extract: Callable[[Tensor, Network], np.ndarray]
+    extract: Extract[Network]
     protocol: str
-    fixed: tuple[int, int] | None = None
     reference: Any = None
 
     @cached_property
     def digest(self) -> str:
-        """Of the weights."""
+        """Sixteen hexadecimal digits that stand for the network's weights."""
         return digest(self.network.state_dict())
 
 
 def _inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[nn.Module]:
-    network, weights = load_inception(options.fid_weights, machine.device), options.fid_weights or "as published"
-    return FeatureNetwork(network, inception_features, f"pytorch-fid's Inception, weights {weights}")
+    network = load_inception(options.fid_weights, machine.device)
+    return FeatureNetwork(network, inception_features, "pytorch-fid's Inception")
+
+
+def _inception_classifier(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[nn.Module]:
+    source = _inception(options, data, machine)
+    if not source.network.get_buffer("class_weight").isfinite().all():
+        raise UserError(f"{options.fid_weights} has no weights of the last layer")
+    return source
+
+
+def _clean_inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[nn.Module]:
+    network = load_inception(options.fid_weights, machine.device)
+    enlarged = f", images first resized to {FSVAE_SIDE}x{FSVAE_SIDE}" if max(data.shape[1:]) < FSVAE_SIDE else ""
+    return FeatureNetwork(network, clean_features, f"clean-fid's Inception, mode clean{enlarged}")
 
 
 def _paper_inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[nn.Module]:
     network = load_paper_inception(options.paper_fid_weights, machine.device)
     protocol = "the release's: ImageNet Inception, normalised twice, SVD root"
-    return FeatureNetwork(network, inception_features, protocol, fixed=(PAPER_IMAGES, PAPER_IMAGES))
+    return FeatureNetwork(network, inception_features, protocol)
 
 
 def _fad(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[FadAutoencoder]:
     network, origin, statistics = fad_network(data, options.fad_weights, machine)
-    fixed = FAD_IMAGES, len(data.test)
-    return FeatureNetwork(network, fad_features, f"autoencoder at 32x32, {origin}", fixed, statistics)
+    return FeatureNetwork(network, fad_features, f"autoencoder at 32x32, {origin}", statistics)
 
 
 def _classifier(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[Classifier]:
@@ -67,6 +77,8 @@ def _classifier(options: EvaluationOptions, data: ImageData, machine: Machine) -
 Loader = Callable[[EvaluationOptions, ImageData, Machine], FeatureNetwork[Any]]
 LOADERS: dict[str, Loader] = {
     "inception": _inception,
+    "inception classifier": _inception_classifier,
+    "clean inception": _clean_inception,
     "paper": _paper_inception,
     "fad": _fad,
     "classifier": _classifier,

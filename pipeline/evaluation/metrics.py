@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from datasets import ImageData
@@ -20,8 +21,12 @@ from metrics.classifier import (
 )
 from metrics.counts import check_enough
 from metrics.fad import FAD_IMAGES, fad
+from metrics.fad import FEATURES as FAD_FEATURES
 from metrics.fid import (
     FEWEST_IMAGES,
+    FEWEST_SCORED,
+    FID_IMAGES,
+    FULL_RANK,
     KID_SUBSET_SIZE,
     PAPER_IMAGES,
     fid,
@@ -33,14 +38,16 @@ from metrics.frechet import feature_statistics, frechet_distance
 from metrics.inception import inception_logits
 from metrics.manifold import manifold_metrics
 from metrics.memorisation import memorisation
-from pipeline.evaluation.feature_networks import reference_features
+from pipeline.evaluation.cache import forget
+from pipeline.evaluation.feature_networks import kept_features
 from pipeline.evaluation.loaders import LOADERS, FeatureNetwork
 from pipeline.evaluation.records import make_record
 from pipeline.options import EvaluationOptions
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import from_rank_0, is_rank_0
 
-FID_IMAGES = 10_000  # generated for FID, as is usual
+GENERATED = "generated"  # in the names of cached features of images that are not of a data set
+DAYS_KEPT = 7.0  # those features
 MEMORISATION_IMAGES = 1000
 RECOGNITION_IMAGES = 500
 Values = dict[str, float]
@@ -49,8 +56,9 @@ Values = dict[str, float]
 class Features:
     """Features of generated and of real images, each extracted when first used; `seed` is for KID's subsets.
 
-    The number of generated images is that of the protocol, or with `whole` all. `labels [N]` are those that they were
-    drawn with; None where they were drawn without, or the data set has no classes.
+    `split` names the reference split, or several, as in "train+held_out", and `first`, where it is not None, how many
+    of its images are used. `labels [N]` are those that the generated images were drawn with; None where they were drawn
+    without, or the data set has no classes.
     """
 
     def __init__(
@@ -59,22 +67,20 @@ class Features:
         images: Tensor,
         data: ImageData,
         split: str,
+        first: int | None,
         seed: int,
-        whole: bool = False,
         labels: Tensor | None = None,
     ):
-        self.source, self.data, self.seed = source, data, seed
+        self.source, self.images, self.data, self.seed = source, images, data, seed
         self.network = source.network
-        self.split = "test" if source.fixed else split
-        first, real_first = source.fixed or (None, None)
-        self.real_first: int | None = real_first
-        self.images = images if whole else images[:first]
-        self.labels = None if labels is None or data.class_names is None else labels[: len(self.images)]
+        self.split, self.first = split, first
+        self.labels = None if labels is None or data.class_names is None else labels[: len(images)]
 
     @cached_property
     def generated(self) -> np.ndarray:
-        """Of the generated images: `[N,D]`."""
-        return self.source.extract(self.images, self.network)
+        """Of the generated images: `[N,D]`; from the cache if they are there."""
+        forget(f"*-{GENERATED}-*", DAYS_KEPT)
+        return kept_features(self.network, self.source.extract, self.images, GENERATED)
 
     @cached_property
     def logits(self) -> np.ndarray:
@@ -96,14 +102,20 @@ class Features:
         assert self.labels is not None
         return self.generated[(self.labels == label).numpy()], self.real[(self.real_labels == label).numpy()]
 
-    def real_images(self, split: str) -> Tensor:
-        """The images of a split, as many as the protocol says."""
-        return getattr(self.data, split)[: self.real_first]
+    @property
+    def real_count(self) -> int:
+        """The number of real images."""
+        return len(real_images(self.data, self.split)[: self.first])
 
     def of(self, split: str) -> np.ndarray:
         """Of the images of a split: `[M,D]`; from the cache if they are there."""
-        name = f"{Path(self.data.name).name}-{split}"
-        return reference_features(self.network, self.source.extract, self.real_images(split), name)
+        name, images = f"{Path(self.data.name).name}-{split}", real_images(self.data, split)[: self.first]
+        return kept_features(self.network, self.source.extract, images, name)
+
+
+def real_images(data: ImageData, split: str) -> Tensor:
+    """Images uint8 `[M,C,H,W]` of a split, or of several, as in "train+held_out"."""
+    return torch.cat([getattr(data, part) for part in split.split("+")])
 
 
 class Metric(NamedTuple):
@@ -111,11 +123,16 @@ class Metric(NamedTuple):
 
     Attributes:
         network: whose features it is computed from.
-        generated: the smallest number of generated images.
+        generated: the number of generated images: the first, if there are more.
         real: the smallest number of real images.
         values: computes its values, by name.
         split: the reference split that its protocol fixes, whatever `--reference` says.
         protocol: what has to be reported besides its network.
+        fewest: where it is named, it is computed of fewer images, too, generated or real, down to this number, and
+            then has another name; None: it is not.
+        first_real: the number of real images, where the protocol fixes it.
+        at_least: `generated` is the smallest number, and all images are used.
+        by_name: it is computed only where it is named.
     """
 
     network: str
@@ -124,6 +141,27 @@ class Metric(NamedTuple):
     values: Callable[[Features], Values]
     split: str | None = None
     protocol: str = ""
+    fewest: int | None = None
+    first_real: int | None = None
+    at_least: bool = False
+    by_name: bool = False
+
+    def least(self, side: str) -> int:
+        """The smallest number of images on a side, "generated" or "real", that it is computed of where it is named."""
+        protocol: int = getattr(self, side)
+        return protocol if self.fewest is None else min(self.fewest, protocol)
+
+    def marked(self, name: str, generated: int, real: int) -> str:
+        """The name of a value that is computed of so many images: another one if the protocol has more."""
+        short = [count for count, of in ((generated, self.generated), (real, self.real)) if count < of]
+        return f"{name}_{min(short)}_images" if short else name
+
+
+def _fid(name: str, network: str, generated: int, **more: Any) -> Metric:
+    def values(features: Features) -> Values:
+        return {name: fid(features.generated, features.real)}
+
+    return Metric(network, generated, FULL_RANK, values, fewest=FEWEST_IMAGES, **more)
 
 
 def _kid(features: Features) -> Values:
@@ -180,29 +218,34 @@ def _accuracy_of_class(features: Features, label: int) -> float | None:
 PER_CLASS = {"fad": _distance_of_class, "classifier_frechet": _distance_of_class, "label_accuracy": _accuracy_of_class}
 """What is computed of each class, too, for images that were drawn with labels."""
 
+UNSEEN = "against held-out images, or where none are held out, test images"
 GENERATED_METRICS = {
-    "fid": Metric("inception", FID_IMAGES, FEWEST_IMAGES, lambda both: {"fid": fid(both.generated, both.real)}),
-    "kid": Metric("inception", FID_IMAGES, KID_SUBSET_SIZE, _kid),
-    "is": Metric("inception", FID_IMAGES, 0, _inception_score),
-    "prdc": Metric("inception", FID_IMAGES, FEWEST_IMAGES, _prdc),
+    "fid": _fid("fid", "inception", FID_IMAGES),
+    "fid_50k": _fid("fid_50k", "inception", 50_000, split="train+held_out", protocol="as SDDPM and SDM", by_name=True),
+    "clean_fid": _fid("clean_fid", "clean inception", FID_IMAGES, protocol="as FSDDIM"),
+    "clean_fid_5k": _fid("clean_fid_5k", "clean inception", 5000, protocol="as FSVAE and ESVAE"),
+    "kid": Metric("inception", FID_IMAGES, KID_SUBSET_SIZE, _kid, fewest=KID_SUBSET_SIZE),
+    "is": Metric("inception classifier", FID_IMAGES, 0, _inception_score, fewest=FEWEST_SCORED),
+    "prdc": Metric("inception", FID_IMAGES, FULL_RANK, _prdc, fewest=FEWEST_IMAGES),
     "paper_fid": Metric(
         "paper",
         PAPER_IMAGES,
         PAPER_IMAGES,
         lambda both: {"paper_fid": paper_fid(both.generated, both.real)},
-        split="test",
+        "test",
+        first_real=PAPER_IMAGES,
     ),
-    "fad": Metric("fad", FAD_IMAGES, 0, lambda both: {"fad": fad(both.generated, both.source.reference)}, "test"),
-    "classifier": Metric("classifier", FAD_IMAGES, FEATURES + 1, _classifier_metrics),
-    "recognition": Metric("classifier", RECOGNITION_IMAGES, 1, _recognition),
-    "memorisation": Metric(
-        "classifier",
-        MEMORISATION_IMAGES,
-        1,
-        _memorisation,
-        "train",
-        "against held-out images, or where none are held out, test images",
+    "fad": Metric(
+        "fad",
+        FAD_IMAGES,
+        0,
+        lambda both: {"fad": fad(both.generated, both.source.reference)},
+        "test",
+        fewest=FAD_FEATURES + 1,
     ),
+    "classifier": Metric("classifier", FAD_IMAGES, FEATURES + 1, _classifier_metrics, at_least=True),
+    "recognition": Metric("classifier", RECOGNITION_IMAGES, 1, _recognition, at_least=True),
+    "memorisation": Metric("classifier", MEMORISATION_IMAGES, 1, _memorisation, "train", UNSEEN, at_least=True),
 }
 
 
@@ -227,7 +270,10 @@ class Evaluation:
         self.options, self.data, self.machine = options, data, machine
         self.seed, self.num_samples = seed, num_samples
         self.networks: dict[str, FeatureNetwork[Any] | UserError] = {}
-        wanted = [name for name in GENERATED_METRICS if options.metrics is None or name in options.metrics]
+        of_all = [name for name, metric in GENERATED_METRICS.items() if not metric.by_name]
+        wanted = [
+            name for name in GENERATED_METRICS if name in (of_all if options.metrics is None else options.metrics)
+        ]
         obstacles = from_rank_0(lambda: {name: self._obstacle(GENERATED_METRICS[name]) for name in wanted})
         self.metrics = {name: GENERATED_METRICS[name] for name in wanted if not obstacles[name]}
         for obstacle in filter(None, dict.fromkeys(obstacles.values())):
@@ -243,14 +289,25 @@ class Evaluation:
 
     def _obstacle(self, metric: Metric) -> str | None:
         """Why a metric cannot be computed; None if it can."""
+        drawn = metric.generated if self.num_samples is None else self.num_samples
+        real = len(real_images(self.data, metric.split or self.options.reference))
         try:
-            if self.num_samples is not None:
-                check_enough("this", metric.generated, generated=range(self.num_samples))
-            check_enough("this", metric.real, real=getattr(self.data, metric.split or self.options.reference))
+            for side, count in (("generated", drawn), ("real", real)):
+                self._check(metric, side, count)
             self._load(metric.network)
         except UserError as error:
             return str(error)
         return None
+
+    def _check(self, metric: Metric, side: str, count: int) -> None:
+        """Raise UserError if a metric cannot be computed of so many images, "generated" or "real"."""
+        named = self.options.metrics is not None
+        protocol, least = getattr(metric, side), metric.least(side)
+        if least <= count < protocol and not named:
+            raise UserError(
+                f"the protocol has {protocol} {side} images, not {count}: with fewer it is computed where --metrics names it"
+            )
+        check_enough("this", least if named else protocol, **{side: range(count)})
 
     def _load(self, name: str) -> FeatureNetwork[Any]:
         """The feature network of this name; loaded once. Raises the same UserError each time if it is not available."""
@@ -275,29 +332,34 @@ class Evaluation:
     ) -> list[dict]:
         """Metric records of generated `images`, uint8 `[N,C,H,W]`, of which `drawn` says where they are from.
 
-        Of all available metrics, or of those in `metrics`; empty in processes other than rank 0. `sampling` are the
-        settings of a model's samples; `whole` and `labels` as in `Features`.
+        Of all available metrics, or of those in `metrics`, for which there are enough images; empty in processes other
+        than rank 0. `sampling` are the settings of a model's samples. With `whole`, all images are used, however many
+        the protocol has. `labels` as in `Features`.
         """
-        computed = self.metrics if is_rank_0() else {}
-        chosen = [metric for name, metric in computed.items() if metrics is None or name in metrics]
-        networks = {metric.network for metric in chosen}
-        features = {
-            name: Features(self._load(name), images, self.data, self.options.reference, self.seed, whole, labels)
-            for name in networks
-        }
+        computed = {name: metric for name, metric in self.metrics.items() if len(images) >= metric.least("generated")}
+        chosen = [metric for name, metric in computed.items() if is_rank_0() and name in (metrics or computed)]
+        shared: dict[tuple, Features] = {}  # by metrics of the same network and images
+        records = []
+        for metric in chosen:
+            first = None if whole or metric.at_least else metric.generated
+            split = metric.split or self.options.reference
+            key = metric.network, first, split
+            if key not in shared:
+                source = self._load(metric.network)
+                shared[key] = Features(source, images[:first], self.data, split, metric.first_real, self.seed, labels)
+            values = metric.values(shared[key])
+            records += [self._record(metric, name, value, shared[key]) for name, value in values.items()]
         origin = {"drawn": drawn} | ({} if sampling is None else {"sampling": sampling})
-        return [
-            self._record(metric, name, value, features[metric.network]) | origin
-            for metric in chosen
-            for name, value in metric.values(features[metric.network]).items()
-        ]
+        return [record | origin for record in records]
 
     def _record(self, metric: Metric, name: str, value: float, features: Features) -> dict:
-        split = metric.split or features.split
         protocol = ", ".join(filter(None, (features.source.protocol, metric.protocol)))
-        counts = {"real": len(features.real_images(split)), "generated": len(features.images)}
-        about: dict[str, Any] = {"seed": self.seed, "network": features.source.digest}
-        record = make_record(name, value, protocol, data=self.data, split=split, **counts, **about)
+        counts: dict[str, Any] = {"real": features.real_count, "generated": len(features.images)}
+        marked = metric.marked(name, **counts)
+        if marked != name:
+            protocol += f", but fewer images than {metric.generated} and {metric.real}"
+        about: dict[str, Any] = {"split": features.split, "seed": self.seed, "network": features.source.digest}
+        record = make_record(marked, value, protocol, data=self.data, **counts, **about)
         if per_class := self._per_class(name, features):
             record["per_class"] = per_class
         return record

@@ -28,7 +28,8 @@ def make_record(
 ) -> dict:
     """One metric as stored in metrics.json, with what is needed to compare it; `real` counts images of `split`."""
     counts = {"num_generated": generated, "num_real": real}
-    images = {"dataset": data.name, "real_sha256": data.fingerprint[split]["sha256"]}
+    digests = "+".join(data.fingerprint[part]["sha256"] for part in split.split("+"))
+    images = {"dataset": data.name, "real_sha256": digests}
     return {"name": name, "value": value, "protocol": protocol, "split": split, **counts, **images, **more}
 
 

@@ -13,7 +13,7 @@ from errors import UserError
 from metrics.fad import FEATURES, Statistics, fad_features
 from metrics.frechet import feature_statistics, frechet_distance
 from pipeline.checkpoints import write_json
-from pipeline.evaluation.feature_networks import FadNetwork, fad_network, reference_features
+from pipeline.evaluation.feature_networks import FadNetwork, fad_network, kept_features
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import from_rank_0
@@ -48,7 +48,7 @@ class _HeldOut:
     def statistics(self) -> Statistics:
         """Mean and covariance of the held-out images' features."""
         name = f"{self.data.name}-held_out"
-        return feature_statistics(reference_features(self.fad.network, fad_features, self.data.held_out, name))
+        return feature_statistics(kept_features(self.fad.network, fad_features, self.data.held_out, name))
 
     def distance(self, images: Tensor) -> float:
         """Fréchet autoencoder distance of images uint8 `[N,C,H,W]`."""
