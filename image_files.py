@@ -7,6 +7,7 @@ so PyTorch stays out of it.
 import hashlib
 import os
 import stat
+import sys
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -23,6 +24,11 @@ IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tif
 ARRAY_ENDINGS = {".npy", ".npz"}
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # not every one of Pillow's: EPS runs Ghostscript
 GREY_MODES = ("1", "L", "LA")
+RUN_FILES = {".lock", "config.json", "last.pth", "log.jsonl", "metrics.json", "model.pth", "report.html"}
+"""Files of a run folder; a folder of pictures may have one of these names, but hardly two."""
+DRAWN = {"samples", "nir"}
+"""Folders beside them for what the program draws. A user's own pictures may lie beside the results of an evaluation."""
+
 MANY = 200  # more images than this are worth a progress bar and the second it takes to start processes
 CHUNK = 32  # images that a process is given at a time
 
@@ -46,8 +52,9 @@ def reason(error: Exception) -> str:
 def find_images(path: Path, at_least: int = 1) -> Images:
     """The images at `path`: all image files under a folder, sorted; one image file; or the contents of an array file.
 
-    In a folder, files with an ending in IMAGE_ENDINGS count, including those in subfolders and behind links; hidden
-    files and folders do not. A file that can be reached on several paths counts once.
+    In a folder, files with an ending in IMAGE_ENDINGS count, including those in subfolders and behind links. Hidden
+    files and folders do not, nor do run folders below `path` and what an evaluation has drawn there, as a note on
+    stderr says. A file that can be reached on several paths counts once.
 
     Raises UserError if there are fewer than `at_least` images, or if something cannot be read.
     """
@@ -79,13 +86,20 @@ def identity(found: Path | os.DirEntry) -> tuple[int, int]:
 def _files_under(folder: Path) -> list[Path]:
     files: dict[tuple[int, int], tuple[bool, str]] = {}  # for each file, whether its path is a link, and the path
     visited, ahead = set(), deque([folder])
+    runs: list[Path] = []
     while ahead:
         parent = ahead.popleft()
         entries = _entries(parent)
         if (this := identity(parent)) in visited:
             continue
         visited.add(this)
-        for entry in entries:
+        names = {entry.name for entry in entries}
+        if _has_results(names):
+            runs.append(parent)
+            names = set() if "config.json" in names and parent != folder else names - DRAWN
+        elif {"images.npz", "grid.png"} <= names:  # the samples of a run, of which only png/ has one picture a file
+            names = {"png"}
+        for entry in (entry for entry in entries if entry.name in names and not entry.name.startswith(".")):
             is_link = entry.is_symlink()
             if os.path.isdir(entry) if is_link else entry.is_dir():  # isdir() is False where links go in a circle
                 # links go last, so that a folder is first visited under its own name
@@ -93,14 +107,22 @@ def _files_under(folder: Path) -> list[Path]:
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_ENDINGS:
                 file, found = identity(entry), (is_link, entry.path)
                 files[file] = min(found, files.get(file, found))
+    if runs:
+        others = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
+        print(f"note: what a run has written to {runs[0]}{others} is not read as images", file=sys.stderr)
     return sorted((Path(path) for _, path in files.values()), key=lambda path: path.parts)
 
 
+def _has_results(names: set[str]) -> bool:
+    """Whether a folder that holds these names is a run folder, or the `--result_path` of an evaluation."""
+    return len(names & RUN_FILES) >= 2 or {".lock", "samples"} <= names
+
+
 def _entries(folder: Path) -> list[os.DirEntry]:
-    """What is not hidden in a folder, sorted by name."""
+    """What is in a folder, sorted by name."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+            return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f"cannot read folder {folder} ({error.strerror}): check the path") from error
 
@@ -132,9 +154,14 @@ def alternate(images: Images, root: Path) -> Images:
 
 
 def read_images(
-    images: Images, prepare: Callable[[Image.Image], Image.Image] | None = None, channels: int | None = None
+    images: Images,
+    prepare: Callable[[Image.Image], Image.Image] | None = None,
+    channels: int | None = None,
+    behind: int = 255,
 ) -> np.ndarray:
     """Pixels of all images after `prepare`, uint8 [N,H,W,C]; C is `channels`, or else 1 if all are grey, 3 if not.
+
+    `behind` is the level of grey that is seen through transparent pixels.
 
     Many images are shared among the cores, with a progress bar. Raises UserError for a file that `read_image` refuses
     and for one whose size differs from that of the first.
@@ -148,7 +175,7 @@ def read_images(
     hidden = None if many else True  # None: where stderr is no terminal
     pixels: list[np.ndarray | UserError] = []
     with tqdm(total=len(images), desc="reading images", unit=" images", leave=False, disable=hidden) as bar:
-        for chunk in workers(delayed(_read_chunk)(chunk, prepare, channels) for chunk in chunks):
+        for chunk in workers(delayed(_read_chunk)(chunk, prepare, channels, behind) for chunk in chunks):
             pixels += chunk
             bar.update(len(chunk))
     checked = _checked(pixels, images)
@@ -159,14 +186,14 @@ def read_images(
 
 
 def _read_chunk(
-    images: Images, prepare: Callable[[Image.Image], Image.Image] | None, channels: int | None
+    images: Images, prepare: Callable[[Image.Image], Image.Image] | None, channels: int | None, behind: int
 ) -> list[np.ndarray | UserError]:
     """Pixels [H,W,1 or 3] of each image, or what is wrong with it."""
     mode = {None: None, 1: "L", 3: "RGB"}[channels]
 
     def read(source: Path | np.ndarray) -> np.ndarray | UserError:
         try:
-            image = _from_pixels(source) if isinstance(source, np.ndarray) else read_image(source)
+            image = _from_pixels(source) if isinstance(source, np.ndarray) else read_image(source, behind)
         except UserError as error:
             return error
         image = prepare(image) if prepare else image
@@ -193,10 +220,11 @@ def _from_pixels(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, behind: int = 255) -> Image.Image:
     """The image in a file, with 8 bits, in mode "L" if it is grey and "RGB" if not.
 
-    Of several frames the first; turned upright as its EXIF says; on white where it is transparent; 16 bits scaled to 8.
+    Of several frames the first; turned upright as its EXIF says; on the level `behind` where it is transparent; 16 bits
+    scaled to 8.
     Raises UserError if it cannot be read, is too large (Pillow's MAX_IMAGE_PIXELS), or has floating-point or 32-bit
     pixels, whose black and white are not defined.
     """
@@ -206,24 +234,24 @@ def read_image(path: Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 ImageOps.exif_transpose(image, in_place=True)
-                return _flatten(image)
+                return _flatten(image, behind)
     except Exception as error:  # each decoder has its own way to refuse damaged bytes
         why = f"not one of {' '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else reason(error)
         raise UserError(f"cannot read the image {path} ({why}): repair or remove it") from error
 
 
-def _flatten(image: Image.Image) -> Image.Image:
-    """An opened image in mode L or RGB, on white where it is transparent."""
+def _flatten(image: Image.Image, behind: int) -> Image.Image:
+    """An opened image in mode L or RGB, on the level `behind` where it is transparent."""
     if image.mode[0] in "IF":
         levels = np.asarray(image)
         if image.mode == "I" and image.format in ("PNG", "PPM"):
             levels = levels.astype(np.uint16)  # in these formats "I" stands for 16 bits
         grey = _to_8_bits(levels)
-        grey[levels == image.info.get("transparency")] = 255
+        grey[levels == image.info.get("transparency")] = behind
         return Image.fromarray(grey)
     mode = "L" if image.mode in GREY_MODES else "RGB"
     if image.mode.endswith(("A", "a")) or "transparency" in image.info:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (behind, behind, behind)), image.convert("RGBA"))
     return image.convert(mode)
 
 

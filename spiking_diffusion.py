@@ -118,7 +118,7 @@ class SpikingDiffusion:
         Codes whose encoder sees a hidden pixel are drawn anew, so that nothing of what was there is known. `guidance`
         is of the labels: without them, UserError.
         """
-        if guidance and labels is None and not self.model.labels:
+        if guidance and (labels == "any" or (labels is None and not self.model.labels)):
             raise UserError("guidance when inpainting is of the labels: name them, or leave it out")
         pixels = self._checked(images)
         if hidden.dtype != bool or hidden.shape != self.image_shape[1:]:

@@ -11,6 +11,7 @@ from pipeline.networks import Networks
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import from_rank_0
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel, PriorSampling
+from pipeline.sampling.labels import OWN
 
 
 class Session:
@@ -132,4 +133,5 @@ class Session:
             batch_size=o.eval_batch_size,
             class_names=tuple(names) if names else None,
         )
-        return model.asked(o.labels, o.guidance) if denoiser else model
+        labels = None if self.options.run.stage == "inpaint" and o.labels == (OWN,) else o.labels
+        return model.asked(labels, o.guidance) if denoiser else model

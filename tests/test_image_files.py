@@ -96,8 +96,9 @@ def with_alpha(pixels):
     return np.dstack((pixels, np.where(LEFT, 255, 0).astype(np.uint8)))
 
 
-def on_white(pixels):
-    return np.where(LEFT if pixels.ndim == 2 else LEFT[..., None], pixels, 255).astype(np.uint8)
+def seen_through(pixels, opaque=LEFT):
+    """What is to be read, given the level of grey behind the image."""
+    return lambda behind: np.where(opaque if pixels.ndim == 2 else opaque[..., None], pixels, behind)
 
 
 def palette(pixels=GREY // 128):
@@ -109,9 +110,16 @@ def palette(pixels=GREY // 128):
 PALETTE = np.array([[200, 20, 30], [40, 250, 60]], np.uint8)[GREY // 128]
 OTHER = Image.fromarray(255 - GREY)
 FRAMES = {"save_all": True, "append_images": [OTHER, OTHER]}
-CMYK = Image.new("CMYK", (16, 16), (0, 0, 255, 0))  # yellow
+CMYK = Image.new("CMYK", (16, 16), (0, 0, 255, 0))
+CMYK.paste((0, 0, 0, 255), (8, 0, 16, 16))
+YELLOW = np.where(LEFT[..., None], np.array([255, 255, 0]), 0)  # and black
 
 PIXELS = {
+    "1 bit, one level transparent": (
+        "a.png",
+        save(Image.fromarray(LEFT), transparency=0),
+        seen_through(np.full_like(GREY, 255)),
+    ),
     "1 bit": ("a.png", save(Image.fromarray(GREY > 127)), np.where(GREY > 127, 255, 0)),
     "8 bits": ("a.png", save(GREY), GREY),
     "16 bits PNG": ("a.png", save(LEVELS), GREY),
@@ -131,35 +139,35 @@ PIXELS = {
     "16 bits, one level transparent": (
         "a.png",
         content(png(16, 16, 16, 0, rows(LEVELS), (b"tRNS", struct.pack(">H", LEVELS[0, 0])))),
-        np.where(GREY[0, 0] == GREY, 255, GREY),
+        seen_through(GREY, GREY[0, 0] != GREY),
     ),
     "colour": ("a.png", save(COLOUR), COLOUR),
-    "grey and alpha": ("a.png", save(with_alpha(GREY)), on_white(GREY)),
-    "colour and alpha": ("a.png", save(with_alpha(COLOUR)), on_white(COLOUR)),
-    "alpha in WebP": ("a.webp", save(with_alpha(COLOUR), lossless=True), on_white(COLOUR)),
+    "grey and alpha": ("a.png", save(with_alpha(GREY)), seen_through(GREY)),
+    "colour and alpha": ("a.png", save(with_alpha(COLOUR)), seen_through(COLOUR)),
+    "alpha in WebP": ("a.webp", save(with_alpha(COLOUR), lossless=True), seen_through(COLOUR)),
     "one grey transparent": (
         "a.png",
         save(GREY, transparency=int(GREY[3, 3])),
-        np.where(GREY[3, 3] == GREY, 255, GREY),
+        seen_through(GREY, GREY[3, 3] != GREY),
     ),
     "one colour transparent": (
         "a.png",
         save(COLOUR, transparency=tuple(COLOUR[0, 0].tolist())),
-        np.where((COLOUR[0, 0] == COLOUR).all(2, keepdims=True), 255, COLOUR),
+        seen_through(COLOUR, (COLOUR[0, 0] != COLOUR).any(2)),
     ),
     "palette": ("a.png", save(palette()), PALETTE),
     "palette with a transparent colour": (
         "a.png",
-        save(palette(), transparency=1),
-        np.where(GREY[..., None] < 128, PALETTE, 255),
+        save(palette(), transparency=0),
+        seen_through(PALETTE, GREY > 127),
     ),
     "palette with an alpha each": (
         "a.png",
-        save(palette(), transparency=bytes([255, 0])),
-        np.where(GREY[..., None] < 128, PALETTE, 255),
+        save(palette(), transparency=bytes([0, 255])),
+        seen_through(PALETTE, GREY > 127),
     ),
-    "CMYK TIFF": ("a.tif", save(CMYK), np.full_like(COLOUR, (255, 255, 0))),
-    "CMYK JPEG": ("a.jpg", save(CMYK, quality=100), np.full_like(COLOUR, (255, 255, 0))),
+    "CMYK TIFF": ("a.tif", save(CMYK), YELLOW),
+    "CMYK JPEG": ("a.jpg", save(CMYK, quality=100), YELLOW),
     "animated GIF": ("a.gif", save(palette(), save_all=True, append_images=[OTHER]), PALETTE),
     "animated PNG": ("a.png", save(GREY, **FRAMES), GREY),
     "TIFF of pages": ("a.tiff", save(GREY, **FRAMES), GREY),
@@ -201,9 +209,12 @@ def test_pixels_are_the_same_through_every_door(door, kind, tmp_path, capfd):
     name, write, expected = PIXELS[kind]
     write(tmp_path / name)
     seen = door(tmp_path / name)
+    if callable(expected):
+        expected = expected(0 if door is mask else 255)
     expected = np.asarray(expected).astype(np.uint8)
     if door is mask:
-        assert np.array_equal(seen, np.array(Image.fromarray(expected).convert("L")) >= 128)
+        bright = np.array(Image.fromarray(expected).convert("L")) >= 128
+        assert np.array_equal(seen, bright)
     else:
         channels = expected[None] if expected.ndim == 2 else expected.transpose(2, 0, 1)
         assert seen.shape == channels.shape and seen.dtype == np.uint8
@@ -221,6 +232,15 @@ def test_refusals_are_the_same_through_every_door(door, kind, tmp_path, capfd):
     message = str(caught.value)
     assert words in message and name in message and str(tmp_path) in message and "\n" not in message
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("unpainted", [(255, 255, 255, 0), (0, 0, 0, 0), (0, 0, 0, 255), (255, 255, 255, 127)])
+@pytest.mark.parametrize("brush", [(255, 255, 255, 255), (255, 255, 255, 128), (140, 140, 140, 255)])
+def test_a_mask_is_what_is_painted_white(unpainted, brush, tmp_path):
+    """On a transparent layer, too, whatever colour its transparent pixels have."""
+    layer = np.where(LEFT[..., None], np.array(brush), np.array(unpainted)).astype(np.uint8)
+    Image.fromarray(layer).save(tmp_path / "mask.png")
+    assert np.array_equal(hidden_pixels(str(tmp_path / "mask.png"), 16, 16), LEFT)
 
 
 # ---- which files are images: the two doors that take a folder ----
