@@ -24,7 +24,7 @@ from torch import Tensor
 import spiking_diffusion
 from datasets import DATASETS, ImageData, load_dataset
 from errors import UserError, reported
-from image_files import alternate, expand, find_images, read_images
+from image_files import alternate, expand, find_images, folders_of, read_images, take
 from metrics.fad import FAD_IMAGES
 from pipeline.checkpoints import write_json
 from pipeline.declaration import parse_metrics
@@ -138,7 +138,8 @@ def to_channels(images: Tensor, channels: int) -> Tensor:
 def load_images(path: Path) -> Tensor:
     """The images that `find_images` finds at `path`, uint8 [N,C,H,W]; C is 1 if all are grey, else 3."""
     path = expand(path)
-    pixels = read_images(alternate(find_images(path), path))
+    images = find_images(path)
+    pixels = read_images(take(images, alternate(folders_of(images, path))))
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)  # [N,H,W,C] -> [N,C,H,W]
 
 

@@ -288,7 +288,63 @@ def links_to_elsewhere(root):
     (root / "b.png").symlink_to(elsewhere / "1.png")
 
 
+def run_folder(root):
+    """A run of ours: config.json and what follows from it."""
+    make_folder(root)
+    for name in ("config.json", "log.jsonl", ".lock"):
+        (root / name).touch()
+    for name in ("reconstructions_epoch_001.png", "grid.png", "trajectory.png", "images.npz", "png/00000.png"):
+        (path := root / "samples" / name).parent.mkdir(parents=True, exist_ok=True)
+        save(255 - GREY)(path) if name.endswith("png") else path.touch()
+    save(GREY)(root / "spikes.png")
+
+
+def a_run_below(root):
+    save(GREY)(root / "1.png")
+    make_folder(root / "result")
+    run_folder(make_folder(root / "result" / "ImageFolder") / "snn-vq-vae")
+
+
+def a_run_that_was_stopped(root):
+    a_run_below(root)
+    (root / "result" / "ImageFolder" / "snn-vq-vae" / "log.jsonl").unlink()
+
+
+def a_packed_run(root):
+    save(GREY)(root / "1.png")
+    run_folder(root / "packed")
+    (root / "packed" / ".lock").unlink()
+
+
+def results_of_an_evaluation_here(root):
+    """What `--result_path .` leaves beside pictures; and in one of the folders."""
+    for folder in (root, root / "a"):
+        run_folder(folder)
+        for name in ("config.json", "log.jsonl", "spikes.png"):
+            (folder / name).unlink()
+        save(GREY + 1 if folder == root else GREY)(folder / "1.png")
+
+
+def samples_of_a_run_alone(root):
+    """Someone copies them to train on: the grids are no pictures."""
+    run_folder(root.parent / "run")
+    os.replace(root.parent / "run" / "samples", root / "a")
+
+
+def folders_with_our_names(root):
+    for name in ("result/1.png", "samples/2.png", "samples/grid.png", "nir/3.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+        save(GREY)(root / name)
+    (root / "config.json").touch()
+
+
 FOLDERS = {
+    a_run_below: ["1.png"],
+    a_run_that_was_stopped: ["1.png"],
+    a_packed_run: ["1.png"],
+    results_of_an_evaluation_here: ["1.png", "a/1.png"],
+    samples_of_a_run_alone: ["a/png/00000.png"],
+    folders_with_our_names: ["nir/3.png", "result/1.png", "samples/2.png", "samples/grid.png"],
     link_folder: ["b/1.png"],
     circle: ["a/1.png"],
     hidden: ["1.png"],
@@ -308,6 +364,16 @@ def test_what_counts_as_an_image(make, tmp_path):
     assert (
         len(load_dataset("ImageFolder", tmp_path, image_size=16).train) == len(load_images(root)) == len(FOLDERS[make])
     )
+
+
+def test_what_a_run_has_written_is_left_out_with_a_note(tmp_path, capsys):
+    a_run_below(tmp_path)
+    find_images(tmp_path)
+    assert capsys.readouterr().err.startswith(f"note: what a run has written to {tmp_path / 'result' / 'ImageFolder'}")
+    run = tmp_path / "result" / "ImageFolder" / "snn-vq-vae"
+    for root in (run / "samples", run / "samples" / "png"):
+        assert find_images(root) == [run / "samples" / "png" / "00000.png"], "someone trains on them on purpose"
+    assert capsys.readouterr().err == ""
 
 
 def test_order_is_that_of_names_folder_by_folder(tmp_path):
@@ -333,6 +399,9 @@ def test_order_is_that_of_names_folder_by_folder(tmp_path):
         (COLOUR[None], COLOUR[None]),
         (LEVELS, GREY[None, :, :, None]),
         (LEFT, np.where(LEFT, 255, 0)[None, :, :, None]),
+        (GREY.astype(np.int64), GREY[None, :, :, None]),
+        (COLOUR.astype(">i2")[None], COLOUR[None]),
+        (LEFT.astype(np.uint8) * 200, np.where(LEFT, 200, 0)[None, :, :, None]),
     ],
 )
 @pytest.mark.parametrize("name", ["a.npy", "a.npz"])
@@ -362,7 +431,7 @@ def test_npz_with_several_arrays_has_its_images_under_that_name(tmp_path):
     [
         {"a": GREY, "b": GREY},
         {"a": GREY / 255},
-        {"a": GREY.astype(int)},
+        {"a": GREY.astype(int) - 1},
         {"a": np.arange(3)},
         {"a": np.zeros((2, 3, 16, 16), np.uint8)},
         {"a": np.zeros((2, 0, 16), np.uint8)},
@@ -377,6 +446,42 @@ def test_arrays_that_are_not_images(arrays, tmp_path):
         with pytest.raises(UserError, match=f"cannot read the images in {path}") as caught:
             door(path)
         assert "\n" not in str(caught.value)
+
+
+MANY_GREY = np.stack([GREY] * 5)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (GREY / 240, "float64 values from 0 to 1): save uint8, 0 black to 255 white: (255 * array).round()"),
+        (GREY.astype(np.float32), "float32 values from 0 to 240): save uint8, 0 black to 255 white"),
+        (GREY / 127.5 - 1, "float64 values from -1 to 0.882353): save uint8"),
+        (np.where(LEFT, np.nan, 0.5), "float64 values from nan to nan): save uint8"),
+        (LEFT.astype(np.int64), "int64 values from 0 to 1): save uint8, 0 black to 255 white: (255 * array)"),
+        (GREY.astype(int) * 257, "int64 values from 0 to 61680): save uint8"),
+        (GREY.astype(int) - 1, "int64 values from -1 to 239): save uint8"),
+        (GREY.astype(np.uint16), "uint16 values from 0 to 240): save uint8"),
+        (GREY.astype(complex), "complex128 values): save uint8"),
+        (GREY.astype(str), "values): save uint8"),
+        (np.stack([MANY_GREY] * 3, 1), "[N,H,W,1] or [N,H,W,3]): save array.transpose(0, 2, 3, 1)"),
+        (MANY_GREY[:, None], "shape [5, 1, 16, 16], not [N,H,W], [N,H,W,1] or [N,H,W,3]): save array.transpose"),
+        (np.stack([MANY_GREY] * 4, 3), "shape [5, 16, 16, 4], not [N,H,W], [N,H,W,1] or [N,H,W,3]): save it in one"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+def test_what_to_do_about_an_array(name, array, words, tmp_path):
+    path = tmp_path / name
+    np.save(path, array) if name == "a.npy" else np.savez(path, images=array, labels=np.arange(5))
+    with pytest.raises(UserError) as caught:
+        load_images(path)
+    assert words in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_which_arrays_are_read_is_said(tmp_path):
+    np.savez(tmp_path / "a.npz", x_train=GREY[None], y_train=np.arange(1))
+    with pytest.raises(UserError, match=r"2 arrays: x_train, y_train\): name the images images and"):
+        load_images(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz"])

@@ -320,7 +320,10 @@ def test_rows_of_classes(trained, cli, tmp_path, float64):
     theirs = model.sample(5, labels=[1, "dark blue"], guidance=1.0)
     assert (theirs.transpose(0, 2, 3, 1) == images[0]).all()
     assert (model.sample(5, labels="sea", guidance=1)[[0, 2]] == theirs[[0, 2]]).all()
+    any_class = SpikingDiffusion.load(trained, device="cpu", precision="float32", labels="any")
+    assert (any_class.sample(5) == model.sample(5, labels="any")).all() and any_class.model.labels == ()
     asked = SpikingDiffusion.load(trained, device="cpu", precision="float32", labels="sea", guidance=1.0)
+    assert (asked.sample(5, labels="any", guidance=0) == model.sample(5)).all()
     assert (asked.sample(5) == model.sample(5, labels=np.int64(1), guidance=1)).all()
     for labels in (None, "any"):
         with pytest.raises(UserError, match="guidance when inpainting is of the labels"):
