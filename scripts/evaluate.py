@@ -6,7 +6,7 @@ python scripts/evaluate.py GENERATED REAL --metrics fid,kid      images against 
 python scripts/evaluate.py --dataset_name MNIST --seed 1         5,000 random training images, as if generated
 
 Images are a folder of image files, searched recursively, or an .npy or .npz file: [N,H,W], [N,H,W,1] or
-[N,H,W,3] of uint8, uint16 or bool; an .npz file must hold one array, or one named "images".
+[N,H,W,3] of integers from 0 to 255, uint16 or bool; an .npz file must hold one array, or one named "images".
 """
 
 import argparse

@@ -325,6 +325,10 @@ def test_rows_of_classes(trained, cli, tmp_path, float64):
     asked = SpikingDiffusion.load(trained, device="cpu", precision="float32", labels="sea", guidance=1.0)
     assert (asked.sample(5, labels="any", guidance=0) == model.sample(5)).all()
     assert (asked.sample(5) == model.sample(5, labels=np.int64(1), guidance=1)).all()
+    hidden = np.arange(16) > 8 + np.zeros((16, 1))
+    each = [model.inpaint(theirs, hidden, labels=label) for label in (0, 1)]
+    mixed = model.inpaint(theirs, hidden, labels=np.array([1, 0, 1, 1, 0]))
+    assert (mixed == np.where(np.array([1, 0, 1, 1, 0])[:, None, None, None], each[1], each[0])).all()
     for labels in (None, "any"):
         with pytest.raises(UserError, match="guidance when inpainting is of the labels"):
             model.inpaint(theirs, np.zeros(theirs.shape[2:], bool), labels=labels, guidance=1)
