@@ -67,7 +67,7 @@ def find_images(path: Path, at_least: int = 1) -> Images:
         images = [path]
     if len(images) < at_least:
         endings = " ".join(sorted(IMAGE_ENDINGS))
-        raise UserError(f"{path} holds {len(images)} images ({endings}): put {at_least} or more there")
+        raise UserError(f"{path} holds {len(images)} images ({endings}): put {at_least} or more there, or name a file")
     return images
 
 
