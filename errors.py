@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user, not of the program, and how a script reports it."""
+"""The one exception that stands for a mistake of the user, how a script reports it, and notes to the user."""
 
 import sys
 from collections.abc import Iterator
@@ -10,6 +10,11 @@ class UserError(Exception):
 
     The command line prints that line and exits with status 2; everything else keeps its traceback.
     """
+
+
+def note(text: str) -> None:
+    """Say in one line on stderr what was decided, where another decision could have been meant."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 @contextmanager

@@ -116,17 +116,18 @@ class SpikingDiffusion:
     ) -> np.ndarray:
         """Draw the pixels `hidden`, bool `[H,W]`, of images uint8 `[N,C,H,W]` anew, given the others; see `sample`.
 
-        Codes whose encoder sees a hidden pixel are drawn anew, so that nothing of what was there is known. `guidance`
-        is of the labels: without them, UserError.
+        The codes of cells with a hidden pixel are drawn anew, and nothing of what was there is known. `labels` may be
+        one for each image. `guidance` is of the labels: without them, UserError.
         """
-        if guidance and labels is None and not self.model.labels:
+        asked = self._asked(seed, labels, guidance)
+        if guidance and not asked.labels:
             raise UserError("guidance when inpainting is of the labels: name them, or leave it out")
         pixels = self._checked(images)
         if hidden.dtype != bool or hidden.shape != self.image_shape[1:]:
             raise ValueError(
                 f"hidden must be bool {list(self.image_shape[1:])}, not {hidden.dtype} {list(hidden.shape)}"
             )
-        return self._asked(seed, labels, guidance).inpaint(pixels, torch.from_numpy(hidden)).numpy()
+        return asked.inpaint(pixels, torch.from_numpy(hidden)).numpy()
 
     def _asked(self, seed: int | None, labels: Labels | None, guidance: float | None) -> CodeDiffusion:
         given = {"seed": seed, "guidance": guidance}

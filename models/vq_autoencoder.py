@@ -64,13 +64,6 @@ class VQAutoencoder(nn.Module, ABC):
         """Images `[N,C,H,W]` in [0,1] to codes int64 `[N,h,w]`, h = H / downsampling."""
         return self.vq_layer.encode(self.encoder(images - 0.5))
 
-    def affected_codes(self, pixels: Tensor) -> Tensor:
-        """The codes whose receptive field contains any of these pixels: bool `[H,W]` to bool `[h,w]`."""
-        affected = pixels[None, None].float()
-        for stride in (2, self.downsampling // 2):  # the encoder's 3x3 convolutions
-            affected = F.max_pool2d(affected, 3, stride, padding=1)
-        return affected[0, 0] > 0
-
     def decode(self, codes: Tensor) -> Tensor:
         """Codes `[N,h,w]` to images `[N,C,H,W]` in [0,1]."""
         return (self.decoder(self.vq_layer.decode(codes)) + 0.5).clamp(0, 1)

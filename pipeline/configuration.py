@@ -20,6 +20,7 @@ from pipeline.options import (
 from pipeline.parser import as_read, as_written, build_parser
 from pipeline.presets import PRESETS
 from pipeline.run_folder import RunFolder
+from pipeline.sampling.labels import ANY
 
 RECORDED = ("image_shape", "data", "class_names")
 """What config.json has of a run's data besides the options."""
@@ -192,9 +193,9 @@ def _check_values(options: Options) -> None:
         raise UserError("--images_per_prototype is for --condition prototype or both: leave it out, or say which")
     if options.sampling.guidance and condition == "none" and "guidance" in typed:
         raise UserError("--guidance needs a denoiser with a condition: leave it out, or train with --condition label")
-    labels, stage = options.sampling.labels, options.run.stage
-    if options.sampling.guidance and "guidance" in typed and stage == "inpaint" and labels is None:
-        raise UserError("--guidance with --stage inpaint is of the labels: name them with --labels, or leave it out")
+    stage, no_label = options.run.stage, options.sampling.labels == (ANY,) or "label" not in CONDITIONS[condition]
+    if options.sampling.guidance and "guidance" in typed and stage == "inpaint" and no_label:
+        raise UserError("--guidance with --stage inpaint is of the labels, and here are none: leave it out")
     if options.sampling.temperature == "auto" and options.origins["final_temperature"] == TYPED:
         raise UserError("--temperature auto chooses one for all timesteps: leave out --final_temperature")
     evaluates = stage in ("all", "evaluate")  # else what a run has recorded may have moved away

@@ -355,10 +355,11 @@ class SamplingOptions:
     )
     labels: tuple[str, ...] | None = option(
         None,
-        "classes to draw in --stage sample and --stage inpaint: names or numbers, or all",
+        "classes to draw in --stage sample and --stage inpaint: names or numbers, or all; any: no class in particular; "
+        "own, to inpaint: the class of each test image",
         Role.CALL,
         metavar="A,B",
-        absent="any",
+        shown="sample: any; inpaint: own, if there are labels",
         parse=comma_separated,
         of=("residual",),
         stages=("sample", "inpaint"),
@@ -376,7 +377,8 @@ class SamplingOptions:
     eval_batch_size: int = option(64, "batch size of encoding and sampling", **COUNT)
     mask: str = option(
         "right",
-        f"region that --stage inpaint hides: {', '.join(MASKS)}, or an image file, white where hidden",
+        f"region that --stage inpaint hides: {', '.join(MASKS)}, or an image file, white where hidden; transparent is "
+        "black",
         Role.RESUMED,
         metavar="M",
         of=CODES,

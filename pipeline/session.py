@@ -13,6 +13,7 @@ from pipeline.parser import as_written
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import from_rank_0
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel, PriorSampling
+from pipeline.sampling.labels import OWN
 from pipeline.sampling.sample_files import load_samples
 
 
@@ -150,4 +151,5 @@ class Session:
             batch_size=o.eval_batch_size,
             class_names=tuple(names) if names else None,
         )
-        return model.asked(o.labels, o.guidance) if denoiser else model
+        labels = None if self.options.run.stage == "inpaint" and o.labels == (OWN,) else o.labels
+        return model.asked(labels, o.guidance) if denoiser else model

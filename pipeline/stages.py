@@ -13,6 +13,7 @@ from pipeline.runtime.processes import from_rank_0
 from pipeline.sampling.draw import draw
 from pipeline.sampling.grids import GREY, grid, named_rows, save_png
 from pipeline.sampling.image_models import CodeDiffusion
+from pipeline.sampling.labels import OWN
 from pipeline.sampling.masks import hidden_pixels
 from pipeline.sampling.sample_files import CLASS_IMAGES, GRID_IMAGES
 from pipeline.session import Session
@@ -67,7 +68,7 @@ def sample(session: Session) -> None:
 def inpaint(session: Session) -> None:
     """Inpaint the hidden part of test images and write one image that shows all of them.
 
-    Each image is completed COMPLETIONS times, or once per class if several are requested.
+    Each image is completed COMPLETIONS times, as its own class if that is known, or once as each of several classes.
     """
     o = session.options
     if not session.has_codes:
@@ -76,10 +77,26 @@ def inpaint(session: Session) -> None:
     assert isinstance(model, CodeDiffusion)
     images = session.data.test[: o.sampling.num_samples or INPAINTED_IMAGES]
     hidden = from_rank_0(lambda: hidden_pixels(o.sampling.mask, *images.shape[2:]))
-    labels = model.labels if len(model.labels) > 1 else model.labels * COMPLETIONS
-    rows = len(labels) or COMPLETIONS
-    model = replace(model, labels=tuple(label for label in labels for _ in images))
-    completed = model.inpaint(images.repeat(rows, 1, 1, 1), hidden)
+    if own := _own_labels(session, model, len(images)):
+        model, names = model.asked(own), ["own class"] * COMPLETIONS
+    else:
+        labels = model.labels if len(model.labels) > 1 else model.labels * COMPLETIONS
+        names = [model.name_of(label) for label in labels]
+        model = replace(model, labels=tuple(label for label in labels for _ in images))
+    completed = model.inpaint(images.repeat(len(names) or COMPLETIONS, 1, 1, 1), hidden)
     shown = grid(torch.cat((images, torch.where(hidden, GREY, images).byte(), completed)), len(images))
-    names = ["", "", *map(model.name_of, labels)]
-    save_png(session.run.samples / "inpainted.png", named_rows(shown, names) if labels else shown)
+    save_png(session.run.samples / "inpainted.png", named_rows(shown, ["", "", *names]) if names else shown)
+
+
+def _own_labels(session: Session, model: CodeDiffusion, count: int) -> list[int | str]:
+    """The classes of the first `count` test images, if each is to be completed as its own; else empty.
+
+    They are names where the model has names: on other data than it was trained on, a class may have another number.
+    """
+    wanted, labels, class_names = session.options.sampling.labels, session.data.test_labels, session.data.class_names
+    if wanted == (OWN,) and labels is None:
+        raise UserError(f"--labels own: {session.data.name} has no labels; name classes, or leave --labels out")
+    if labels is None or wanted not in ((OWN,), None) or (wanted is None and not model.has_labels):
+        return []
+    numbers = labels[:count].tolist()
+    return [class_names[number] for number in numbers] if class_names and model.class_names else numbers

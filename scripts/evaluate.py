@@ -6,7 +6,7 @@ python scripts/evaluate.py GENERATED REAL --metrics fid,kid      images against 
 python scripts/evaluate.py --dataset_name MNIST --seed 1         5,000 random training images, as if generated
 
 Images are a folder of image files, searched recursively, or an .npy or .npz file: [N,H,W], [N,H,W,1] or
-[N,H,W,3] of uint8, uint16 or bool; an .npz file must hold one array, or one named "images".
+[N,H,W,3] of integers from 0 to 255, uint16 or bool; an .npz file must hold one array, or one named "images".
 """
 
 import argparse
@@ -25,7 +25,7 @@ import spiking_diffusion
 from datasets import ImageData, load_dataset
 from errors import UserError, reported
 from files import expand
-from image_files import alternate, find_images, read_images
+from image_files import alternate, find_images, folders_of, read_images, take
 from metrics.fad import FAD_IMAGES
 from parts import DATASETS
 from pipeline.checkpoints import write_json
@@ -140,7 +140,8 @@ def to_channels(images: Tensor, channels: int) -> Tensor:
 def load_images(path: Path) -> Tensor:
     """The images that `find_images` finds at `path`, uint8 [N,C,H,W]; C is 1 if all are grey, else 3."""
     path = expand(path)
-    pixels = read_images(alternate(find_images(path), path))
+    images = find_images(path)
+    pixels = read_images(take(images, alternate(folders_of(images, path))))
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)  # [N,H,W,C] -> [N,C,H,W]
 
 

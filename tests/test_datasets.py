@@ -472,6 +472,165 @@ def test_images_keep_their_order_when_the_folder_moves(tmp_path):
     assert here.fingerprint == there.fingerprint
 
 
+# ---- folders and files that look like splits ----
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "test", "words"),
+    [
+        (["train", "test"], "train", "test", ""),
+        (["train", "val"], "train", "val", "train is the training split and val the test split"),
+        (
+            ["train", "val", "test"],
+            "train",
+            "test",
+            "train is the training split and test the test split; not read",
+        ),
+        (["Train", "Test"], "Train", "Test", "Train is the training split and Test the test split"),
+        (["TRAIN", "VALID"], "TRAIN", "VALID", "TRAIN is the training split and VALID the test split"),
+        (["training", "validation", "testing"], "training", "testing", "; not read: validation"),
+        (["train", "dev"], "train", "dev", "train is the training split and dev the test split"),
+        (["train_set", "Test-Images"], "train_set", "Test-Images", "train_set is the training split"),
+        (["train2017", "val2017"], "train2017", "val2017", "val2017 the test split"),
+        (["train", "training", "test"], "train", "test", "; not read: training"),
+        (["train", "val", "valid"], "train", "val", "; not read: valid"),
+        (["train", "eval", "other"], "train", "eval", "train is the training split and eval the test split"),
+    ],
+)
+@pytest.mark.parametrize("arrays", [False, True])
+def test_splits_under_their_usual_names(names, train, test, words, arrays, tmp_path, capsys):
+    """With classes in each, which have the same names."""
+    for level, name in enumerate(names):
+        images = np.full((4, 8, 8), level, np.uint8)
+        if arrays:
+            np.savez(tmp_path / f"{name}.NPZ", images=images, labels=np.array(["a", "b"] * 2))
+            os.replace(tmp_path / f"{name}.NPZ.npz", tmp_path / f"{name}.NPZ")
+        else:
+            write_images(tmp_path / name / "a", images[:2])
+            write_images(tmp_path / name / "b", images[:2])
+    data = load_dataset("ImageFolder", tmp_path, image_size=8)
+    assert set(levels(data.train)) == {names.index(train)} and set(levels(data.test)) == {names.index(test)}
+    assert len(data.train) == len(data.test) == 4 and data.class_names == ("a", "b")
+    said = capsys.readouterr().err.replace(".NPZ", "")
+    assert said.count("\n") == bool(words) and words in said and (not said or said.startswith(f"note: of {tmp_path}, "))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["Train", "TRN", "test"], "has TRN and Train, which could be the same split: rename all but one"),
+        (["train", "valid", "dev"], "has dev and valid, which could be the same split"),
+        (["val", "test"], "has test and val: if they are splits, name them train and test; else rename them"),
+        (["Train", "training"], "has Train and training: if they are splits, name them train and test"),
+        (["archive/train", "archive/test"], "archive has test and train: if they are splits, make it the data path"),
+        (["cat/Train", "cat/Valid", "dog/Train", "dog/Valid"], "cat has Train and Valid: if they are splits"),
+    ],
+)
+def test_splits_that_are_not_plain(names, words, tmp_path):
+    for name in names:
+        write_images(tmp_path / name, noise(2, 8, 8))
+    message = complaint("ImageFolder", tmp_path, image_size=8)
+    assert words in message and str(tmp_path) in message
+
+
+@pytest.mark.parametrize("name", ["train", "Test", "validation"])
+def test_one_split_alone_is_the_data_set(name, tmp_path, capsys):
+    write_classes(tmp_path / name, {"a": 10, "b": 10})
+    data = load_dataset("ImageFolder", tmp_path, image_size=8)
+    assert (len(data.train), len(data.test), data.class_names) == (18, 2, ("a", "b"))
+    said = capsys.readouterr().err
+    assert said == f"note: {tmp_path} has no split but {name}: every tenth of its images is a test image\n"
+
+
+@pytest.mark.parametrize("name", ["Train", "valid"])
+def test_a_class_may_have_the_name_of_a_split(name, tmp_path, capsys):
+    write_classes(tmp_path, {name: 3, "invalid": 3, "bus": 3})
+    assert set(load_dataset("ImageFolder", tmp_path, image_size=8).class_names) == {name, "invalid", "bus"}
+    assert f"note: {name} in {tmp_path} is read like the images beside it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_an_array_file_is_in_one_split_only(tmp_path, link):
+    np.save(tmp_path / "train.npy", noise(3, 8, 8))
+    link(tmp_path / "train.npy", tmp_path / "test.npy")
+    assert "is the same file as" in complaint("ImageFolder", tmp_path, image_size=8)
+
+
+# ---- labels in array files ----
+
+
+@pytest.mark.parametrize(
+    ("labels", "class_names", "names", "numbers"),
+    [
+        ([3, 10, 7], None, ("3", "7", "10"), [0, 2, 1]),
+        (["sea", "ant", "sea"], None, ("ant", "sea"), [1, 0, 1]),
+        ([2, 0, 2], ["sea", "unused", "ant"], ("sea", "ant"), [1, 0, 1]),
+        (["sea", "ant", "sea"], ["sea", "ant"], ("sea", "ant"), [0, 1, 0]),
+        ([True, False, True], ["no", "yes"], ("no", "yes"), [1, 0, 1]),
+        ([[3], [10], [7]], None, ("3", "7", "10"), [0, 2, 1]),
+        (np.array([1, 0, 1], np.uint8), None, ("0", "1"), [1, 0, 1]),
+        ([5, 5, 5], None, None, None),
+    ],
+)
+def test_labels_of_an_array_file(labels, class_names, names, numbers, tmp_path):
+    """Each image goes with its label, in both splits and in whatever order they are read."""
+    count, labels = 30, np.concatenate([np.array(labels)] * 10)
+    images = np.tile(np.arange(count, dtype=np.uint8)[:, None, None], (1, 8, 8))
+    more = {} if class_names is None else {"class_names": np.array(class_names)}
+    np.savez(tmp_path / "a.npz", images=images, labels=labels, **more)
+    data = load_dataset("ImageFolder", tmp_path / "a.npz", image_size=8)
+    assert data.class_names == names and levels(data.test)[0] in (0, 10, 20) and len(data.test) == 3
+    if names:
+        for pixels, own in ((data.train, data.train_labels), (data.test, data.test_labels)):
+            assert own.dtype == torch.int64 and own.tolist() == [numbers[level % 3] for level in levels(pixels)]
+    else:
+        assert data.train_labels is data.test_labels is None
+
+
+def test_part_of_an_array_is_of_all_labels(tmp_path):
+    np.savez(tmp_path / "a.npz", images=noise(80, 8, 8), labels=np.repeat(np.arange(8), 10))
+    labels = load_dataset("ImageFolder", tmp_path / "a.npz", image_size=8, train_images=16).train_labels
+    assert labels.bincount().tolist() == [2] * 8
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"labels": np.arange(3)}, "has 4 images, but labels of the shape [3]: save one label for each image"),
+        ({"labels": np.eye(4)}, "labels of the shape [4, 4]"),
+        ({"labels": np.arange(4.0)}, "labels of the type float64: save whole numbers from 0, or names"),
+        ({"labels": np.array([b"a"] * 4)}, "labels of the type |S1"),
+        ({"labels": np.arange(4) - 1}, "the label -1, which is not from 0"),
+        (
+            {"labels": np.arange(4), "class_names": np.array(["a", "b"])},
+            "the label 2, which is not one of its 2",
+        ),
+        ({"labels": np.arange(4) - 1, "class_names": np.array(list("abcd"))}, "label -1, which is not one of its 4"),
+        ({"labels": np.array(list("abcx")), "class_names": np.array(list("abc"))}, "the label x, which is not one of"),
+        ({"labels": np.arange(4), "class_names": np.array(list("abca"))}, "two class_names that are the same"),
+        ({"labels": np.array([{}] * 4)}, "cannot read the labels in"),
+    ],
+)
+def test_labels_that_do_not_fit(arrays, words, tmp_path):
+    np.savez(tmp_path / "a.npz", images=noise(4, 8, 8), **arrays)
+    message = complaint("ImageFolder", tmp_path / "a.npz", image_size=8)
+    assert words in message and str(tmp_path / "a.npz") in message
+
+
+def test_labels_of_two_array_files(tmp_path):
+    """Classes are matched by name, whatever their numbers; the test images have no others."""
+    np.savez(tmp_path / "train.npz", images=noise(4, 8, 8), labels=[0, 1, 2, 0], class_names=["x", "y", "z"])
+    np.savez(tmp_path / "test.npz", images=noise(2, 8, 8), labels=[0, 1], class_names=["z", "x"])
+    data = load_dataset("ImageFolder", tmp_path, image_size=8)
+    assert data.class_names == ("x", "y", "z") and data.test_labels.sort().values.tolist() == [0, 2]
+    np.savez(tmp_path / "test.npz", images=noise(2, 8, 8), labels=["x", "new"])
+    assert "labels that no training image has (new)" in complaint("ImageFolder", tmp_path, image_size=8)
+    np.savez(tmp_path / "train.npz", images=noise(4, 8, 8))
+    assert "labels that no training image has (new, x)" in complaint("ImageFolder", tmp_path, image_size=8)
+    np.savez(tmp_path / "test.npz", images=noise(2, 8, 8))
+    assert load_dataset("ImageFolder", tmp_path, image_size=8).class_names is None
+
+
 # ---- fingerprint ----
 
 

@@ -96,8 +96,9 @@ def with_alpha(pixels):
     return np.dstack((pixels, np.where(LEFT, 255, 0).astype(np.uint8)))
 
 
-def on_white(pixels):
-    return np.where(LEFT if pixels.ndim == 2 else LEFT[..., None], pixels, 255).astype(np.uint8)
+def seen_through(pixels, opaque=LEFT):
+    """What is to be read, given the level of grey behind the image."""
+    return lambda behind: np.where(opaque if pixels.ndim == 2 else opaque[..., None], pixels, behind)
 
 
 def palette(pixels=GREY // 128):
@@ -109,9 +110,16 @@ def palette(pixels=GREY // 128):
 PALETTE = np.array([[200, 20, 30], [40, 250, 60]], np.uint8)[GREY // 128]
 OTHER = Image.fromarray(255 - GREY)
 FRAMES = {"save_all": True, "append_images": [OTHER, OTHER]}
-CMYK = Image.new("CMYK", (16, 16), (0, 0, 255, 0))  # yellow
+CMYK = Image.new("CMYK", (16, 16), (0, 0, 255, 0))
+CMYK.paste((0, 0, 0, 255), (8, 0, 16, 16))
+YELLOW = np.where(LEFT[..., None], np.array([255, 255, 0]), 0)  # and black
 
 PIXELS = {
+    "1 bit, one level transparent": (
+        "a.png",
+        save(Image.fromarray(LEFT), transparency=0),
+        seen_through(np.full_like(GREY, 255)),
+    ),
     "1 bit": ("a.png", save(Image.fromarray(GREY > 127)), np.where(GREY > 127, 255, 0)),
     "8 bits": ("a.png", save(GREY), GREY),
     "16 bits PNG": ("a.png", save(LEVELS), GREY),
@@ -131,35 +139,35 @@ PIXELS = {
     "16 bits, one level transparent": (
         "a.png",
         content(png(16, 16, 16, 0, rows(LEVELS), (b"tRNS", struct.pack(">H", LEVELS[0, 0])))),
-        np.where(GREY[0, 0] == GREY, 255, GREY),
+        seen_through(GREY, GREY[0, 0] != GREY),
     ),
     "colour": ("a.png", save(COLOUR), COLOUR),
-    "grey and alpha": ("a.png", save(with_alpha(GREY)), on_white(GREY)),
-    "colour and alpha": ("a.png", save(with_alpha(COLOUR)), on_white(COLOUR)),
-    "alpha in WebP": ("a.webp", save(with_alpha(COLOUR), lossless=True), on_white(COLOUR)),
+    "grey and alpha": ("a.png", save(with_alpha(GREY)), seen_through(GREY)),
+    "colour and alpha": ("a.png", save(with_alpha(COLOUR)), seen_through(COLOUR)),
+    "alpha in WebP": ("a.webp", save(with_alpha(COLOUR), lossless=True), seen_through(COLOUR)),
     "one grey transparent": (
         "a.png",
         save(GREY, transparency=int(GREY[3, 3])),
-        np.where(GREY[3, 3] == GREY, 255, GREY),
+        seen_through(GREY, GREY[3, 3] != GREY),
     ),
     "one colour transparent": (
         "a.png",
         save(COLOUR, transparency=tuple(COLOUR[0, 0].tolist())),
-        np.where((COLOUR[0, 0] == COLOUR).all(2, keepdims=True), 255, COLOUR),
+        seen_through(COLOUR, (COLOUR[0, 0] != COLOUR).any(2)),
     ),
     "palette": ("a.png", save(palette()), PALETTE),
     "palette with a transparent colour": (
         "a.png",
-        save(palette(), transparency=1),
-        np.where(GREY[..., None] < 128, PALETTE, 255),
+        save(palette(), transparency=0),
+        seen_through(PALETTE, GREY > 127),
     ),
     "palette with an alpha each": (
         "a.png",
-        save(palette(), transparency=bytes([255, 0])),
-        np.where(GREY[..., None] < 128, PALETTE, 255),
+        save(palette(), transparency=bytes([0, 255])),
+        seen_through(PALETTE, GREY > 127),
     ),
-    "CMYK TIFF": ("a.tif", save(CMYK), np.full_like(COLOUR, (255, 255, 0))),
-    "CMYK JPEG": ("a.jpg", save(CMYK, quality=100), np.full_like(COLOUR, (255, 255, 0))),
+    "CMYK TIFF": ("a.tif", save(CMYK), YELLOW),
+    "CMYK JPEG": ("a.jpg", save(CMYK, quality=100), YELLOW),
     "animated GIF": ("a.gif", save(palette(), save_all=True, append_images=[OTHER]), PALETTE),
     "animated PNG": ("a.png", save(GREY, **FRAMES), GREY),
     "TIFF of pages": ("a.tiff", save(GREY, **FRAMES), GREY),
@@ -201,9 +209,12 @@ def test_pixels_are_the_same_through_every_door(door, kind, tmp_path, capfd):
     name, write, expected = PIXELS[kind]
     write(tmp_path / name)
     seen = door(tmp_path / name)
+    if callable(expected):
+        expected = expected(0 if door is mask else 255)
     expected = np.asarray(expected).astype(np.uint8)
     if door is mask:
-        assert np.array_equal(seen, np.array(Image.fromarray(expected).convert("L")) >= 128)
+        bright = np.array(Image.fromarray(expected).convert("L")) >= 128
+        assert np.array_equal(seen, bright)
     else:
         channels = expected[None] if expected.ndim == 2 else expected.transpose(2, 0, 1)
         assert seen.shape == channels.shape and seen.dtype == np.uint8
@@ -221,6 +232,15 @@ def test_refusals_are_the_same_through_every_door(door, kind, tmp_path, capfd):
     message = str(caught.value)
     assert words in message and name in message and str(tmp_path) in message and "\n" not in message
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("unpainted", [(255, 255, 255, 0), (0, 0, 0, 0), (0, 0, 0, 255), (255, 255, 255, 127)])
+@pytest.mark.parametrize("brush", [(255, 255, 255, 255), (255, 255, 255, 128), (140, 140, 140, 255)])
+def test_a_mask_is_what_is_painted_white(unpainted, brush, tmp_path):
+    """On a transparent layer, too, whatever colour its transparent pixels have."""
+    layer = np.where(LEFT[..., None], np.array(brush), np.array(unpainted)).astype(np.uint8)
+    Image.fromarray(layer).save(tmp_path / "mask.png")
+    assert np.array_equal(hidden_pixels(str(tmp_path / "mask.png"), 16, 16), LEFT)
 
 
 # ---- which files are images: the two doors that take a folder ----
@@ -268,7 +288,63 @@ def links_to_elsewhere(root):
     (root / "b.png").symlink_to(elsewhere / "1.png")
 
 
+def run_folder(root):
+    """A run of ours: config.json and what follows from it."""
+    make_folder(root)
+    for name in ("config.json", "log.jsonl", ".lock"):
+        (root / name).touch()
+    for name in ("reconstructions_epoch_001.png", "grid.png", "trajectory.png", "images.npz", "png/00000.png"):
+        (path := root / "samples" / name).parent.mkdir(parents=True, exist_ok=True)
+        save(255 - GREY)(path) if name.endswith("png") else path.touch()
+    save(GREY)(root / "spikes.png")
+
+
+def a_run_below(root):
+    save(GREY)(root / "1.png")
+    make_folder(root / "result")
+    run_folder(make_folder(root / "result" / "ImageFolder") / "snn-vq-vae")
+
+
+def a_run_that_was_stopped(root):
+    a_run_below(root)
+    (root / "result" / "ImageFolder" / "snn-vq-vae" / "log.jsonl").unlink()
+
+
+def a_packed_run(root):
+    save(GREY)(root / "1.png")
+    run_folder(root / "packed")
+    (root / "packed" / ".lock").unlink()
+
+
+def results_of_an_evaluation_here(root):
+    """What `--result_path .` leaves beside pictures; and in one of the folders."""
+    for folder in (root, root / "a"):
+        run_folder(folder)
+        for name in ("config.json", "log.jsonl", "spikes.png"):
+            (folder / name).unlink()
+        save(GREY + 1 if folder == root else GREY)(folder / "1.png")
+
+
+def samples_of_a_run_alone(root):
+    """Someone copies them to train on: the grids are no pictures."""
+    run_folder(root.parent / "run")
+    os.replace(root.parent / "run" / "samples", root / "a")
+
+
+def folders_with_our_names(root):
+    for name in ("result/1.png", "samples/2.png", "samples/grid.png", "nir/3.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+        save(GREY)(root / name)
+    (root / "config.json").touch()
+
+
 FOLDERS = {
+    a_run_below: ["1.png"],
+    a_run_that_was_stopped: ["1.png"],
+    a_packed_run: ["1.png"],
+    results_of_an_evaluation_here: ["1.png", "a/1.png"],
+    samples_of_a_run_alone: ["a/png/00000.png"],
+    folders_with_our_names: ["nir/3.png", "result/1.png", "samples/2.png", "samples/grid.png"],
     link_folder: ["b/1.png"],
     circle: ["a/1.png"],
     hidden: ["1.png"],
@@ -288,6 +364,16 @@ def test_what_counts_as_an_image(make, tmp_path):
     assert (
         len(load_dataset("ImageFolder", tmp_path, image_size=16).train) == len(load_images(root)) == len(FOLDERS[make])
     )
+
+
+def test_what_a_run_has_written_is_left_out_with_a_note(tmp_path, capsys):
+    a_run_below(tmp_path)
+    find_images(tmp_path)
+    assert capsys.readouterr().err.startswith(f"note: what a run has written to {tmp_path / 'result' / 'ImageFolder'}")
+    run = tmp_path / "result" / "ImageFolder" / "snn-vq-vae"
+    for root in (run / "samples", run / "samples" / "png"):
+        assert find_images(root) == [run / "samples" / "png" / "00000.png"], "someone trains on them on purpose"
+    assert capsys.readouterr().err == ""
 
 
 def test_order_is_that_of_names_folder_by_folder(tmp_path):
@@ -313,6 +399,9 @@ def test_order_is_that_of_names_folder_by_folder(tmp_path):
         (COLOUR[None], COLOUR[None]),
         (LEVELS, GREY[None, :, :, None]),
         (LEFT, np.where(LEFT, 255, 0)[None, :, :, None]),
+        (GREY.astype(np.int64), GREY[None, :, :, None]),
+        (COLOUR.astype(">i2")[None], COLOUR[None]),
+        (LEFT.astype(np.uint8) * 200, np.where(LEFT, 200, 0)[None, :, :, None]),
     ],
 )
 @pytest.mark.parametrize("name", ["a.npy", "a.npz"])
@@ -342,7 +431,7 @@ def test_npz_with_several_arrays_has_its_images_under_that_name(tmp_path):
     [
         {"a": GREY, "b": GREY},
         {"a": GREY / 255},
-        {"a": GREY.astype(int)},
+        {"a": GREY.astype(int) - 1},
         {"a": np.arange(3)},
         {"a": np.zeros((2, 3, 16, 16), np.uint8)},
         {"a": np.zeros((2, 0, 16), np.uint8)},
@@ -357,6 +446,42 @@ def test_arrays_that_are_not_images(arrays, tmp_path):
         with pytest.raises(UserError, match=f"cannot read the images in {path}") as caught:
             door(path)
         assert "\n" not in str(caught.value)
+
+
+MANY_GREY = np.stack([GREY] * 5)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (GREY / 240, "float64 values from 0 to 1): save uint8, 0 black to 255 white: (255 * array).round()"),
+        (GREY.astype(np.float32), "float32 values from 0 to 240): save uint8, 0 black to 255 white"),
+        (GREY / 127.5 - 1, "float64 values from -1 to 0.882353): save uint8"),
+        (np.where(LEFT, np.nan, 0.5), "float64 values from nan to nan): save uint8"),
+        (LEFT.astype(np.int64), "int64 values from 0 to 1): save uint8, 0 black to 255 white: (255 * array)"),
+        (GREY.astype(int) * 257, "int64 values from 0 to 61680): save uint8"),
+        (GREY.astype(int) - 1, "int64 values from -1 to 239): save uint8"),
+        (GREY.astype(np.uint16), "uint16 values from 0 to 240): save uint8"),
+        (GREY.astype(complex), "complex128 values): save uint8"),
+        (GREY.astype(str), "values): save uint8"),
+        (np.stack([MANY_GREY] * 3, 1), "[N,H,W,1] or [N,H,W,3]): save array.transpose(0, 2, 3, 1)"),
+        (MANY_GREY[:, None], "shape [5, 1, 16, 16], not [N,H,W], [N,H,W,1] or [N,H,W,3]): save array.transpose"),
+        (np.stack([MANY_GREY] * 4, 3), "shape [5, 16, 16, 4], not [N,H,W], [N,H,W,1] or [N,H,W,3]): save it in one"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+def test_what_to_do_about_an_array(name, array, words, tmp_path):
+    path = tmp_path / name
+    np.save(path, array) if name == "a.npy" else np.savez(path, images=array, labels=np.arange(5))
+    with pytest.raises(UserError) as caught:
+        load_images(path)
+    assert words in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_which_arrays_are_read_is_said(tmp_path):
+    np.savez(tmp_path / "a.npz", x_train=GREY[None], y_train=np.arange(1))
+    with pytest.raises(UserError, match=r"2 arrays: x_train, y_train\): name the images images and"):
+        load_images(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz"])

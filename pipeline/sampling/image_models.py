@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,7 +19,8 @@ from pipeline.runtime.processes import is_rank_0
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images, in_batches
 from pipeline.sampling.cost import Cost, Parts, count_parts, sums
 from pipeline.sampling.grids import to_float, to_uint8, trajectory_images
-from pipeline.sampling.labels import find_labels
+from pipeline.sampling.labels import ANY, find_labels
+from pipeline.sampling.masks import nearest_visible
 
 TRAJECTORY_MOMENTS = 12
 TEST_IMAGES = "test images"
@@ -98,17 +100,23 @@ class CodeDiffusion:
             "precision": self.machine.precision,
         }
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether a class can be asked for."""
+        return self._denoiser.labels is not None
+
     def asked(self, labels: Sequence[int | str] | None, guidance: float | None = None) -> "CodeDiffusion":
         """The same model, set to draw these classes (see `find_labels`), with this guidance.
 
-        None keeps its own. Raises UserError if it lacks the conditions, or has no such class.
+        None keeps its own; the word "any" alone stands for no class in particular. Raises UserError if it lacks the
+        conditions, or has no such class.
         """
         conditions = self._denoiser.conditions
         guidance = self.guidance if guidance is None else guidance
         if guidance and not conditions:
             raise UserError("guidance needs a denoiser with a condition, and this one has none: leave it out")
-        if labels is None:
-            return replace(self, guidance=guidance)
+        if labels is None or list(labels) == [ANY]:
+            return replace(self, guidance=guidance, labels=self.labels if labels is None else ())
         if conditions.labels is None:
             raise UserError(
                 "this denoiser is not conditioned on labels: omit them, or train a run with --preset improved"
@@ -124,13 +132,16 @@ class CodeDiffusion:
         """Codes `[N,h,w]`."""
         return encode_images(self.autoencoder, images, self.machine, self.batch_size)
 
+    def _decode(self, codes: Tensor) -> Tensor:
+        return decode_codes(self.autoencoder, codes, self.machine, self.batch_size)
+
     def reconstruct(self, images: Tensor) -> Tensor:
         """See ImageModel."""
-        return decode_codes(self.autoencoder, self.encode(images), self.machine, self.batch_size)
+        return self._decode(self.encode(images))
 
     def draw(self, samples: range) -> Tensor:
         """See ImageModel."""
-        return decode_codes(self.autoencoder, self._draw_codes(samples)[0], self.machine, self.batch_size)
+        return self._decode(self._draw_codes(samples)[0])
 
     def labels_of(self, samples: range) -> Tensor | None:
         """See ImageModel."""
@@ -157,15 +168,18 @@ class CodeDiffusion:
         return trajectory_images(tokens, decode_codes(self.autoencoder, codes, self.machine)[0], diffusion.mask_token)
 
     def inpaint(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """Images with the pixels `hidden`, bool `[H,W]`, inpainted; image i with the noise of sample i.
+        """Images with the pixels `hidden`, bool `[H,W]`, inpainted; image i with the noise and the label of sample i.
 
-        Only codes whose receptive field contains no hidden pixel are kept, so nothing leaks from the hidden region.
+        The codes of cells with a hidden pixel are drawn, given those of the other cells. To encode these, hidden pixels
+        are replaced by the nearest visible ones, so nothing leaks from the hidden region. The completed images are then
+        encoded and decoded once more: at the border, what is drawn is thus decoded next to the image's own pixels.
         """
-        diffusion = self.diffusion
-        unknown = self.autoencoder.affected_codes(hidden)
-        tokens = torch.where(unknown, diffusion.mask_token, self.encode(images).long())
+        seen = self.encode(images[..., *nearest_visible(hidden)]).long()
+        drawn_cells = F.max_pool2d(hidden[None].float(), self.autoencoder.downsampling)[0] > 0  # [H,W] -> [h,w]
+        tokens = torch.where(drawn_cells, self.diffusion.mask_token, seen)
         codes, _ = self._draw_codes(range(len(images)), tokens)
-        return torch.where(hidden, decode_codes(self.autoencoder, codes, self.machine, self.batch_size), images)
+        completed = torch.where(hidden, self._decode(codes), images)
+        return torch.where(hidden, self.reconstruct(completed), images)
 
     def _draw_codes(self, samples: range, given: Tensor | None = None) -> tuple[Tensor, SamplingNoise]:
         noise = self.diffusion.noise(self.seed, samples, self.grid, self.sample_steps, self.reveal_order)

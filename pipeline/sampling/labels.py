@@ -1,9 +1,12 @@
 """Classes chosen by name or number."""
 
-from collections import Counter
+import unicodedata
 from collections.abc import Sequence
 
 from errors import UserError
+
+ALL, ANY, OWN = "all", "any", "own"
+"""Words for every class in turn; for no class in particular; and, where test images are inpainted, for that of each."""
 
 
 def find_labels(
@@ -11,21 +14,36 @@ def find_labels(
 ) -> tuple[int, ...]:
     """The labels that `wanted` names, out of those `present`; the word "all" stands for all of these.
 
-    A name is looked up before a number, as classes may be named by other numbers than theirs. Its case matters only
-    where names differ by nothing else. Raises UserError, which names the classes that there are, for any other, or if
-    none is wanted.
+    An integer is the number of a class. A word is, of these, the first that there is: the exact name of a class, its
+    name apart from case, spacing and the Unicode form of its letters, or its number. Raises UserError, which names the
+    classes that there are, for any other, for a word that could be several of them, or if none is wanted.
     """
-    numbers = {str(label): label for label in present}
-    names = {class_names[label]: label for label in present} if class_names else {}
-    count = Counter(map(str.casefold, names))
-    in_any_case = {name.casefold(): label for name, label in names.items() if count[name.casefold()] == 1}
-    known = {"all": present} | {word: [label] for word, label in (numbers | in_any_case | names).items()}
-    choices = ", ".join(f"{label} ({class_names[label]})" if class_names else str(label) for label in present)
+    described = {label: f"{label} ({class_names[label]})" if class_names else str(label) for label in present}
+    choices = f"choose from {', '.join(described.values())}, or {ALL}"
     found: list[int] = []
-    for word in map(str, wanted):
-        if word not in known and word.casefold() not in known:
-            raise UserError(f"there is no class {word!r}: choose from {choices}, or all")
-        found += known[word] if word in known else known[word.casefold()]
+    for word in wanted:
+        labels = _labels_of(word, present, class_names)
+        if len(labels) > 1:
+            several = " or ".join(described[label] for label in labels)
+            raise UserError(f"{word!r} could be class {several}: give its exact name, or its number")
+        if not labels and str(word).casefold() != ALL:
+            raise UserError(f"there is no class {str(word)!r}: {choices}")
+        found += labels or present
     if not found:
-        raise UserError(f"no class is named: choose from {choices}, or all")
+        raise UserError(f"no class is named: {choices}")
     return tuple(found)
+
+
+def _labels_of(word: int | str, present: Sequence[int], class_names: Sequence[str] | None) -> list[int]:
+    """The labels that a word may mean: none, one, or several that are named alike."""
+    numbered = [label for label in present if str(label) == str(word).strip()]
+    if not isinstance(word, str) or class_names is None:
+        return numbered
+    exact = [label for label in present if class_names[label] == word]
+    alike = [label for label in present if _folded(class_names[label]) == _folded(word)]
+    return exact or alike or numbered
+
+
+def _folded(name: str) -> str:
+    """A name apart from case, spacing and the Unicode form of its letters."""
+    return unicodedata.normalize("NFKC", " ".join(name.split()).casefold()).casefold()

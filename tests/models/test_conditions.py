@@ -1,13 +1,16 @@
 """Labels as a condition of the residual denoiser, alone and with prototypes: what is told, drawn, and asked for."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, write_bars
+from PIL import Image
 
+from datasets import load_dataset
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
 from models import ResidualSDID
@@ -17,6 +20,7 @@ from models.quantizer import Codebook
 from models.spiking import use_backend
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights, write_json
 from pipeline.configuration import DEFAULTS, resolve
+from pipeline.declaration import comma_separated
 from pipeline.run_folder import RunFolder
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine
@@ -175,7 +179,14 @@ NAMES = ("T-shirt/top", "7", "Bag")
 
 @pytest.mark.parametrize(
     ("wanted", "found"),
-    [((0, 2), (0, 2)), (("2",), (2,)), (("bag", "T-SHIRT/TOP"), (2, 0)), (("7",), (1,)), (("all",), (0, 1, 2))],
+    [
+        ((0, 2), (0, 2)),
+        (("2", " 2 "), (2, 2)),
+        (("bag", "T-SHIRT/TOP"), (2, 0)),
+        (("7", np.int64(1)), (1, 1)),
+        (("all",), (0, 1, 2)),
+        (("ALL",), (0, 1, 2)),
+    ],
 )
 def test_classes_by_name_or_number(wanted, found):
     assert find_labels(wanted, [0, 1, 2], NAMES) == found
@@ -183,8 +194,33 @@ def test_classes_by_name_or_number(wanted, found):
 
 def test_classes_whose_names_differ_by_case_alone():
     assert find_labels(["A", "a", "1", "B", "b"], [0, 1, 2], ("A", "a", "b")) == (0, 1, 1, 2, 2)
-    with pytest.raises(UserError, match="no class 'AB'"):
-        find_labels(["AB"], [0, 1], ("Ab", "aB"))
+
+
+@pytest.mark.parametrize(
+    ("names", "word"),
+    [
+        (("Ab", "aB"), "AB"),
+        (("Cat", "cat"), "CAT"),
+        (("cat", "cat"), "cat"),
+        (("Straße", "strasse"), "STRASSE"),
+        (("dark blue", "Dark  Blue"), "dark Blue"),
+        (("e\u0301", "É"), "é"),
+    ],
+)
+def test_a_word_that_several_names_may_mean(names, word):
+    with pytest.raises(UserError) as caught:
+        find_labels([word], [0, 1], names)
+    assert f"class 0 ({names[0]}) or 1 ({names[1]})" in str(caught.value) and "\n" not in str(caught.value)
+    assert find_labels([word], [1], names) == (1,), "no image has the other label"
+    assert find_labels(["1", 0], [0, 1], names) == (1, 0)
+
+
+def test_names_that_are_typed_otherwise():
+    """An exact name comes before a number, other spellings too; what has a comma is asked for by its number."""
+    names = ("3", "straße", "cafe\u0301 ", "a,b", "all")
+    assert find_labels(["3", "STRASSE", "Café", "all"], range(5), names) == (0, 1, 2, 4)
+    assert find_labels(comma_separated("3,4"), range(5), names) == (0, 4)
+    assert find_labels([3], range(5), names) == (3,), "an integer is a number"
 
 
 def test_no_class():
@@ -284,17 +320,25 @@ def test_rows_of_classes(trained, cli, tmp_path, float64):
     theirs = model.sample(5, labels=[1, "dark blue"], guidance=1.0)
     assert (theirs.transpose(0, 2, 3, 1) == images[0]).all()
     assert (model.sample(5, labels="sea", guidance=1)[[0, 2]] == theirs[[0, 2]]).all()
+    any_class = SpikingDiffusion.load(trained, device="cpu", precision="float32", labels="any")
+    assert (any_class.sample(5) == model.sample(5, labels="any")).all() and any_class.model.labels == ()
     asked = SpikingDiffusion.load(trained, device="cpu", precision="float32", labels="sea", guidance=1.0)
+    assert (asked.sample(5, labels="any", guidance=0) == model.sample(5)).all()
     assert (asked.sample(5) == model.sample(5, labels=np.int64(1), guidance=1)).all()
-    with pytest.raises(UserError, match="guidance when inpainting is of the labels"):
-        model.inpaint(theirs, np.zeros(theirs.shape[2:], bool), guidance=1)
+    hidden = np.arange(16) > 8 + np.zeros((16, 1))
+    each = [model.inpaint(theirs, hidden, labels=label) for label in (0, 1)]
+    mixed = model.inpaint(theirs, hidden, labels=np.array([1, 0, 1, 1, 0]))
+    assert (mixed == np.where(np.array([1, 0, 1, 1, 0])[:, None, None, None], each[1], each[0])).all()
+    for labels in (None, "any"):
+        with pytest.raises(UserError, match="guidance when inpainting is of the labels"):
+            model.inpaint(theirs, np.zeros(theirs.shape[2:], bool), labels=labels, guidance=1)
 
 
 def test_inpainting_as_a_class(trained, cli, tmp_path, monkeypatch):
     told, draw = [], ResidualSDID.logits_at
     monkeypatch.setattr(ResidualSDID, "logits_at", lambda self, *inputs: told.append(inputs) or draw(self, *inputs))
     call = ("--checkpoint", trained, "--stage", "inpaint", "--result_path", tmp_path)
-    for labels, expected in ((("--labels", "all"), {0, 1}), (("--labels", "sea"), {1}), ((), None)):
+    for labels, expected in ((("--labels", "all"), {0, 1}), (("--labels", "sea"), {1}), (("--labels", "any"), None)):
         told.clear()
         assert cli(*call, *labels).status == 0 and (tmp_path / "samples" / "inpainted.png").exists()
         if expected is None:
@@ -304,6 +348,45 @@ def test_inpainting_as_a_class(trained, cli, tmp_path, monkeypatch):
             assert set(conditions[:, -1].tolist()) == expected and (conditions[:, :-1] == NOT_GIVEN).all()
 
 
+@pytest.mark.parametrize("options", [(), ("--labels", "own"), ("--labels", "own", "--guidance", 2)])
+def test_inpainting_each_image_as_its_own_class(options, trained, classes, cli, tmp_path, monkeypatch):
+    """The default; the four completions of an image are all of its class."""
+    asked, inpaint = [], CodeDiffusion.inpaint
+    monkeypatch.setattr(CodeDiffusion, "inpaint", lambda self, *inputs: asked.append(self) or inpaint(self, *inputs))
+    call = ("--checkpoint", trained, "--stage", "inpaint", "--num_samples", 3, "--result_path", tmp_path)
+    assert (outcome := cli(*call, *options)).status == 0, outcome.err
+    own = load_dataset("ImageFolder", classes[3], image_size=16).test_labels[:3]
+    assert set(own.tolist()) == {0, 1} and asked[0].labels_of(range(12)).tolist() == own.repeat(4).tolist()
+    assert asked[0].guidance == (2 if "--guidance" in options else 0)
+    page = Image.open(tmp_path / "samples" / "inpainted.png")
+    assert page.width > 4 + 3 * 51 and page.height == 3 + 6 * 51, "six rows, with names before them"
+
+
+def test_own_classes_are_found_by_name(trained, cli, tmp_path, monkeypatch):
+    """In other data a class may have another number; one that the denoiser does not know is refused."""
+    asked, inpaint = [], CodeDiffusion.inpaint
+    monkeypatch.setattr(CodeDiffusion, "inpaint", lambda self, *inputs: asked.append(self) or inpaint(self, *inputs))
+    for split in ("train", "test"):
+        for name in ("black", "dark blue", "sea"):
+            write_bars(tmp_path / "data" / split / name, 3, 16, colour=False, seed=len(split))
+    call = ("--checkpoint", trained, "--stage", "inpaint", "--data_path", tmp_path / "data", "--result_path", tmp_path)
+    outcome = cli(*call)
+    assert outcome.status == 2 and "no class 'black': choose from 0 (dark blue), 1 (sea)" in outcome.err
+    shutil.rmtree(tmp_path / "data" / "test" / "black")
+    assert cli(*call).status == 0
+    numbers = load_dataset("ImageFolder", tmp_path / "data", image_size=16).test_labels
+    assert set(numbers.tolist()) == {1, 2} and asked[0].labels == tuple((numbers - 1).tolist())
+
+
+def test_own_classes_of_images_without_any(trained, grey, cli, tmp_path, monkeypatch):
+    asked, inpaint = [], CodeDiffusion.inpaint
+    monkeypatch.setattr(CodeDiffusion, "inpaint", lambda self, *inputs: asked.append(self) or inpaint(self, *inputs))
+    call = ("--checkpoint", trained, "--stage", "inpaint", "--data_path", grey[3], "--result_path", tmp_path)
+    assert cli(*call).status == 0 and asked[0].labels == ()
+    outcome = cli(*call, "--labels", "own")
+    assert outcome.status == 2 and "--labels own: ImageFolder has no labels" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -311,7 +394,11 @@ def test_inpainting_as_a_class(trained, cli, tmp_path, monkeypatch):
         (("--stage", "sample", "--labels", "all", "--num_samples", 1), "say 2 at least"),
         (("--stage", "evaluate", "--labels", "all"), "--labels is for --stage sample and --stage inpaint"),
         (("--stage", "sample", "--guidance", -1), "not from 0 to 100"),
-        (("--stage", "inpaint", "--guidance", 1), "--guidance with --stage inpaint is of the labels"),
+        (
+            ("--stage", "inpaint", "--guidance", 1, "--labels", "any"),
+            "--stage inpaint is of the labels, and here are none",
+        ),
+        (("--stage", "sample", "--labels", "own"), "no class 'own'"),
         (("--stage", "sample", "--condition", "none"), "made with different options: omit --condition ("),
         (("--stage", "sample", "--denoiser_blocks", 3), "made with different options: omit --denoiser_blocks ("),
         (("--stage", "evaluate", "--readout", "rate"), "made with different options: omit --readout (both in the run)"),

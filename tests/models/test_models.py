@@ -2,7 +2,6 @@
 
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from helpers import with_steady_current
@@ -171,22 +170,6 @@ def test_every_weight_of_the_residual_denoiser_meets_spikes():
     assert all(each.macs == 0 < each.acs < 3 * each.dense_macs for each in layers.values())
     with pytest.raises(ValueError, match="multiple of 16"):
         ResidualSDID(denoiser_channels=24)
-
-
-@pytest.mark.parametrize("kind", [VQSVAE, VQVAE])
-@pytest.mark.parametrize("side", [16, 20])
-def test_codes_see_the_pixels_that_they_are_said_to_see(kind, side):
-    """Those whose vectors have a gradient at a hidden pixel, and no others."""
-    torch.manual_seed(0)
-    finer = {"downsampling": 2} if kind is VQSVAE else {}
-    model = kind(codebook_size=5, embedding_dim=6, hidden_channels=8, **finer).eval()
-    images = torch.rand(10, 1, side, side, requires_grad=True)
-    hidden = torch.zeros(side, side, dtype=torch.bool)
-    hidden[side // 4 : side // 2, side // 2 :] = True
-    encoded = model.encoder(images)
-    for cell, sees in np.ndenumerate(model.affected_codes(hidden)):
-        (gradient,) = torch.autograd.grad(encoded[(..., *cell)].sum(), images, retain_graph=True)
-        assert bool(gradient[..., hidden].any()) == bool(sees), cell
 
 
 def test_an_image_keeps_its_size_on_a_finer_grid():

@@ -4,12 +4,13 @@ import json
 import os
 import shlex
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, LIVELY, SMALL, assert_same_run, read_images, read_log, read_metrics, write_idx
+from helpers import GOLDEN, LIVELY, SMALL, assert_same_run, read_images, read_log, read_metrics, write_bars, write_idx
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -49,6 +50,24 @@ def test_a_run_leaves_everything(finished):
     config = json.loads((run / "config.json").read_text())
     assert config["image_shape"] == [1, 16, 16] and config["epochs"] == 2 and config["versions"].keys() >= {"torch"}
     assert not list(run.rglob("*.part")) and not (run / "samples" / "png").exists()
+
+
+def test_a_run_inside_its_image_folder(cli, tmp_path, monkeypatch):
+    """What a run draws is no picture to train on: for its own next stage, after a stop, and for the next run."""
+    write_bars(tmp_path / "pics", 24, 16, colour=False, seed=0)
+    monkeypatch.chdir(tmp_path / "pics")
+    run = Path("result", "ImageFolder", "snn-vq-vae")
+    own = ("--dataset_name", "ImageFolder", "--data_path", ".", "--image_size", 16, *SMALL, *LIVELY)
+    own += ("--epochs", 1, "--diffusion_epochs", 1, "--metrics", "mse")
+    assert cli(*own, "--stage", "vqsvae").status == 0
+    assert list(run.rglob("*.png")), "there is something to be mistaken for pictures"
+    assert cli(*own, "--stage", "sdid", "--max_minutes", 1e-4).status == 0
+    outcome = cli("--resume", run)
+    assert outcome.status == 0 and "note: what a run has written to " in outcome.err and str(run) in outcome.err
+    assert cli("--checkpoint", run, "--stage", "sample", "--png", "--result_path", ".").status == 0
+    assert cli(*own, "--result_path", "again").status == 0
+    first, second = (json.loads(path.read_text()) for path in sorted(Path().rglob("config.json")))
+    assert first["data"] == second["data"] and first["data"]["train"]["count"] == 21
 
 
 def test_weights_are_plain_state_dicts(finished):

@@ -22,7 +22,7 @@ from helpers import (
 from PIL import Image
 from torch import nn
 
-from datasets import digest
+from datasets import digest, load_dataset
 from errors import UserError
 from models.spiking import LIF, fire
 from parts import MASKS
@@ -32,7 +32,8 @@ from pipeline.options import with_role
 from pipeline.presets import PRESETS
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
-from pipeline.sampling.masks import hidden_pixels
+from pipeline.sampling.image_models import CodeDiffusion
+from pipeline.sampling.masks import hidden_pixels, nearest_visible
 from pipeline.training.averaging import moving_average
 from pipeline.training.interruption import Interruption
 from pipeline.training.loop import Place, Trainer
@@ -503,11 +504,52 @@ def test_filling_in_keeps_the_rest(improved, cli, tmp_path):
     assert any((fillings[0] != filling).any() for filling in fillings[1:])
 
 
+def test_what_is_seen_is_given_and_nothing_leaks(improved, grey, monkeypatch):
+    """Cells without a hidden pixel keep their codes; what was hidden has no influence, and what is drawn fits in."""
+    model = SpikingDiffusion.load(improved, device="cpu", precision="float32").model
+    images, hidden = load_dataset("ImageFolder", grey[3], image_size=16).test, torch.zeros(16, 16, dtype=torch.bool)
+    hidden[5:16, 7:14] = True  # ends within a cell
+    given, draw = [], CodeDiffusion._draw_codes
+    monkeypatch.setattr(CodeDiffusion, "_draw_codes", lambda self, *inputs: given.append(inputs) or draw(self, *inputs))
+    completed = model.inpaint(images, hidden)
+    tokens, mask = given[0][1], model.diffusion.mask_token
+    covered = np.array([[hidden[y : y + 2, x : x + 2].any() for x in range(0, 16, 2)] for y in range(0, 16, 2)])
+    assert ((tokens == mask).numpy() == covered).all() and 0 < covered.sum() < covered.size
+    codes = model.encode(images)
+    assert (tokens == codes)[:, :, [0, 1]].all(), "far from what is hidden they are those of the image"
+    assert torch.equal(completed[..., ~hidden], images[..., ~hidden])
+    others = torch.where(hidden, 255 - images, images)
+    assert torch.equal(model.inpaint(others, hidden), completed)
+    drawn = torch.where(hidden, model._decode(draw(model, range(len(images)), tokens)[0]), images)
+    assert torch.equal(completed, torch.where(hidden, model.reconstruct(drawn), images))
+    assert torch.equal(model.inpaint(images, torch.zeros_like(hidden)), images)
+    everything = torch.ones_like(hidden)
+    assert torch.equal(model.inpaint(images, everything), model.inpaint(others, everything))
+
+
+def test_nearest_visible_pixels():
+    hidden = torch.zeros(3, 5, dtype=torch.bool)
+    hidden[:, 2:] = True
+    rows, columns = nearest_visible(hidden)
+    assert (rows == torch.arange(3)[:, None]).all() and (columns == torch.tensor([0, 1, 1, 1, 1])).all()
+
+
 def test_mistakes_with_masks(improved, cli, tmp_path, grey):
     Image.new("L", (5, 5), 255).save(tmp_path / "small.png")
     Image.new("L", (16, 16)).save(tmp_path / "black.png")
     (tmp_path / "text.png").write_text("no image")
-    cases = {"middle": "left, right", "small.png": "16x16", "black.png": "no white pixel", "text.png": "not one of PNG"}
+    Image.new("L", (16, 16), 255).save(tmp_path / "white.png")
+    Image.fromarray(np.full((16, 16), 1, np.uint8)).save(tmp_path / "one.png")
+    Image.new("RGBA", (16, 16), (0, 0, 0, 255)).save(tmp_path / "brush.png")
+    cases = {
+        "middle": "left, right",
+        "small.png": "16x16",
+        "black.png": "no white pixel",
+        "one.png": "the brightest has 1 of 255",
+        "brush.png": "transparent ones 0",
+        "white.png": "all white: paint black, or leave transparent, what is to be kept",
+        "text.png": "not one of PNG",
+    }
     for name, expected in cases.items():
         mask = tmp_path / name if "." in name else name
         outcome = cli("--checkpoint", improved, "--stage", "inpaint", "--mask", mask)
