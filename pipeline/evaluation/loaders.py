@@ -15,6 +15,7 @@ from metrics.inception import inception_features, load_inception, load_paper_inc
 from pipeline.evaluation.feature_networks import classifier, fad_network
 from pipeline.options import EvaluationOptions
 from pipeline.runtime.device import Machine, Network
+from pipeline.runtime.seeds import seeded
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,15 @@ class FeatureNetwork(Generic[Network]):
 
 
 def _inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[nn.Module]:
-    network, weights = load_inception(options.fid_weights, machine.device), options.fid_weights or "as published"
+    with seeded(0):  # of weights that are replaced
+        network = load_inception(options.fid_weights, machine.device)
+    weights = options.fid_weights or "as published"
     return FeatureNetwork(network, inception_features, f"pytorch-fid's Inception, weights {weights}")
 
 
 def _paper_inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[nn.Module]:
-    network = load_paper_inception(options.paper_fid_weights, machine.device)
+    with seeded(0):
+        network = load_paper_inception(options.paper_fid_weights, machine.device)
     protocol = "the release's: ImageNet Inception, normalised twice, SVD root"
     return FeatureNetwork(network, inception_features, protocol, fixed=(PAPER_IMAGES, PAPER_IMAGES))
 
