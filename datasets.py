@@ -10,8 +10,9 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +80,9 @@ class ImageData:
     """A data set: `train`, `test` and `held_out` (training images kept from training), uint8 [N,C,H,W], 0 black to 255.
 
     Labels are int64 [N], classes from 0 in the order of `class_names`; all of them are None where a set has no classes.
+
+    Made by `load_dataset`, or from arrays by `arrays.image_data`, which checks them. `loaded` are the options that
+    `load_dataset` was given, empty for any other images: `dataclasses.replace` does not keep them.
     """
 
     name: str
@@ -89,6 +93,18 @@ class ImageData:
     test_labels: Tensor | None = None
     held_out_labels: Tensor | None = None
     class_names: tuple[str, ...] | None = None
+    loaded: Mapping[str, Any] = field(init=False, default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The options of the command line that are true of these images, by name.
+
+        Where they were loaded from is not among them if they were not.
+        """
+        counts = {"held_out": len(self.held_out), "train_images": len(self.train) + len(self.held_out)}
+        channels, height, width = self.shape
+        own = {"channels": channels, "image_size": height} if self.name == "ImageFolder" and height == width else {}
+        return {"dataset_name": self.name, **(self.loaded or counts | own)}
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -139,10 +155,27 @@ def load_dataset(
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
     wanted = {"image_size": image_size, "channels": channels}
+    for key, value in {"train_images": train_images, "held_out": held_out, **wanted}.items():
+        if not isinstance(value, Integral | None):
+            raise UserError(f"{key} must be a whole number, not {value!r}")
     options = {key: value for key, value in wanted.items() if value is not None}
     if options and find_part(DATASETS, name) is not load_folder:
         raise UserError(f"{' and '.join(options)} can be chosen for ImageFolder only: leave out for {name}")
-    train, test, class_names = find_part(DATASETS, name)(expand(data_path), train_images, **options)
+    with torch.device("cpu"):  # whatever a program has set as its default
+        data = _split(name, find_part(DATASETS, name)(expand(data_path), train_images, **options), held_out)
+    given = {"data_path": expand(data_path).absolute(), "train_images": train_images, "held_out": held_out, **wanted}
+    return with_origin(data, given)
+
+
+def with_origin(data: ImageData, loaded: Mapping[str, Any]) -> ImageData:
+    """The same data set, loaded with these options."""
+    object.__setattr__(same := replace(data), "loaded", loaded)
+    return same
+
+
+def _split(name: str, source: Source, held_out: int) -> ImageData:
+    """The data set, with images held out of the training split."""
+    train, test, class_names = source
     if not 0 <= held_out < len(train.images):
         raise UserError(
             f"held_out is {held_out}, but must be from 0 to {len(train.images) - 1}, one less than the split"

@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can mend: its message is one line that says what is wrong and what to do.
 
-    The command line prints that line and exits with status 2; everything else keeps its traceback.
+    The command line prints that line and exits with status 2; everything else keeps its traceback. From Python it is a
+    ValueError like any other. (What argparse calls to read a value must raise ArgumentTypeError instead: of a
+    ValueError it hides the message.)
     """
 
 

@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from spikingjelly.activation_based.monitor import OutputMonitor
 from spikingjelly.activation_based.neuron import BaseNode
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter, is_binary_tensor
 from torch import Tensor, nn
@@ -121,6 +120,8 @@ def firing_rates(model: nn.Module, call: Callable[[], Any]) -> dict[str, float]:
 
     Needs the same mode and backend as `count_layers`. Raises ValueError if there are neurons and none ran.
     """
+    from spikingjelly.activation_based.monitor import OutputMonitor  # here because it imports TensorBoard
+
     with torch.no_grad(), OutputMonitor(model, BaseNode, lambda spikes: spikes.float().mean().item()) as monitor:
         call()
     if monitor.monitored_layers and not monitor.records:

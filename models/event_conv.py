@@ -120,7 +120,8 @@ class _EventConv(torch.autograd.Function):
 
 def _worthwhile(conv: nn.Conv2d | nn.ConvTranspose2d, spikes: Tensor) -> bool:
     wide = min(conv.in_channels, conv.out_channels) >= NARROWEST
-    return wide and spikes.device.type == "cpu" and available()
+    known = {conv.weight.dtype, computed_dtype(spikes)} <= NAMES.keys()
+    return wide and known and spikes.device.type == "cpu" and available()
 
 
 def computed_dtype(x: Tensor) -> torch.dtype:

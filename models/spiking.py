@@ -11,6 +11,7 @@ there is a C++ compiler. "fast" is the default; `use_backend` chooses.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from typing import TypeVar, cast
 
@@ -25,25 +26,27 @@ MEMBRANE_DECAY = 0.8
 SURROGATE = surrogate.ATan(2.0)
 BACKENDS = ("fast", "reference")
 
-_backend = "fast"
+_backend = ContextVar("backend", default="fast")  # each thread has its own
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Context in which all spiking networks compute with the backend `name`. Raises ValueError for an unknown one."""
-    global _backend
+    """Context in which this thread's spiking networks compute with the backend `name`.
+
+    Other threads do not see it, nor does one that is started inside. Raises ValueError for an unknown name.
+    """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
-    before, _backend = _backend, name
+    before = _backend.set(name)
     try:
         yield
     finally:
-        _backend = before
+        _backend.reset(before)
 
 
 def is_reference() -> bool:
-    """Whether the reference backend is chosen."""
-    return _backend == "reference"
+    """Whether this thread has chosen the reference backend."""
+    return _backend.get() == "reference"
 
 
 def full_precision(x: Tensor) -> torch.autocast:
@@ -144,7 +147,7 @@ def fire(
     With `readout` weights `[S]`: to `sum_s readout[s] * spikes[s]`, `[N,C,H,W]`.
     """
     dtype = _spike_dtype(x, readout)
-    if not is_reference() and x.device.type == "cpu" and fused_lif.available():
+    if not is_reference() and x.device.type == "cpu" and x.dtype in fused_lif.NAMES and fused_lif.available():
         x = fused_lif.norm_lif(x, bias, norm, spike_steps, constant=constant, readout=readout, dtype=dtype)
         return x if readout is not None else x.unflatten(0, (spike_steps, -1))
     x = x + bias.view(-1, 1, 1)  # of the type of the bias: float32, even if the currents are bfloat16

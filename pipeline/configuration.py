@@ -1,6 +1,6 @@
 """How the options of a call are resolved: defaults, preset, saved run, command line, each overriding the previous."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from pipeline.options import (
     TRAINING_STAGES,
     AutoencoderOptions,
     DenoiserOptions,
+    EvaluationOptions,
     Options,
     names,
     with_role,
@@ -24,6 +25,9 @@ from pipeline.sampling.labels import ANY
 
 RECORDED = ("image_shape", "data", "class_names")
 """What config.json has of a run's data besides the options."""
+
+WEIGHTS = ("fid_weights", "paper_fid_weights", "fad_weights")
+"""Options that name the weights of feature networks."""
 
 TYPED = "command line"
 """Origin of what was typed in this call."""
@@ -199,9 +203,14 @@ def _check_values(options: Options) -> None:
     if options.sampling.temperature == "auto" and options.origins["final_temperature"] == TYPED:
         raise UserError("--temperature auto chooses one for all timesteps: leave out --final_temperature")
     evaluates = stage in ("all", "evaluate")  # else what a run has recorded may have moved away
-    for key in ("fid_weights", "paper_fid_weights", "fad_weights"):
-        path = getattr(options.evaluation, key)
-        if path and not path.exists() and (evaluates or key in typed):
+    check_weights(options.evaluation, WEIGHTS if evaluates else [key for key in WEIGHTS if key in typed])
+
+
+def check_weights(options: EvaluationOptions, named: Iterable[str] = WEIGHTS) -> None:
+    """Raise UserError if a file or folder of feature networks, of the options of these names, does not exist."""
+    for key in named:
+        path = getattr(options, key)
+        if path and not path.exists():
             raise UserError(f"--{key} {path} does not exist: correct the path, or leave the option out")
 
 

@@ -24,7 +24,7 @@ from pipeline.options import CONDITIONS, Options
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine, Network
 from pipeline.runtime.processes import from_rank_0
-from pipeline.runtime.seeds import derive_seed
+from pipeline.runtime.seeds import derive_seed, seeded
 
 
 class Networks:
@@ -45,13 +45,14 @@ class Networks:
             self.autoencoder_path = self.start.model
 
     def new_autoencoder(self, channels: int, image_size: int) -> Autoencoder:
-        """A new autoencoder for stage 1, still on the CPU."""
+        """A new autoencoder for stage 1, still on the CPU, with the initial weights of the run's seed."""
         o = self.options.autoencoder
         options = _chosen(model_options(o.model), vars(o), channels=channels, image_size=image_size)
-        return build_model(o.model, **options)
+        with seeded(derive_seed(self.options.run.seed, "weights", 1)):
+            return build_model(o.model, **options)
 
     def new_denoiser(self, grid: tuple[int, int], data: ImageData) -> Denoiser:
-        """A new denoiser for stage 2, still on the CPU, for a `grid` (h, w) of codes of the images in `data`."""
+        """The same for stage 2: a denoiser for a `grid` (h, w) of codes of the images in `data`."""
         o = self.options.denoiser
         options = _chosen(
             denoiser_options(o.denoiser),
@@ -63,7 +64,8 @@ class Networks:
             grid=grid,
         )
         try:
-            return build_denoiser(o.denoiser, **options)
+            with seeded(derive_seed(self.options.run.seed, "weights", 2)):
+                return build_denoiser(o.denoiser, **options)
         except ValueError as error:  # it names the option
             raise UserError(f"--{error}") from error
 
@@ -178,7 +180,8 @@ class Networks:
     def _load(self, path: Path, kind: str, build: Callable[..., Network], shape_of: Callable[[dict], dict]) -> Network:
         weights = from_rank_0(partial(load_weights, path))
         try:
-            network = build(**shape_of(weights))
+            with seeded(0):  # of weights that are replaced
+                network = build(**shape_of(weights))
             network.load_state_dict(weights)
         except (KeyError, AttributeError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{path} does not hold the weights of {kind}") from error

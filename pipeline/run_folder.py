@@ -20,11 +20,10 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 import files
 from errors import UserError
@@ -32,6 +31,9 @@ from pipeline.checkpoints import load_checkpoint, save_weights, write_file, writ
 from pipeline.declaration import Role
 from pipeline.options import with_role
 from pipeline.runtime.processes import on_rank_0
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
@@ -111,6 +113,7 @@ class RunFolder:
                 closing.callback(self._lock.release)
             for curves in self._curves.values():
                 closing.callback(curves.close)
+            self._lock, self._curves = None, {}  # whoever goes on with this object takes both anew
 
     @on_rank_0
     def lock(self) -> None:
@@ -279,11 +282,13 @@ class RunFolder:
         with writing(self.path):
             self._open_curves(stage, epoch).add_image(name, image, epoch)
 
-    def _open_curves(self, stage: str, epoch: int) -> SummaryWriter:
+    def _open_curves(self, stage: str, epoch: int) -> "SummaryWriter":
         """The TensorBoard writer of a stage; as it opens, TensorBoard forgets this and later epochs of earlier calls.
 
         Each stage has a folder of its own because it forgets them of everything in a folder.
         """
+        from torch.utils.tensorboard import SummaryWriter  # here because only trainings need it: it takes a second
+
         if stage not in self._curves:
             self._curves[stage] = SummaryWriter(str(self.path / "tensorboard" / stage), purge_step=epoch)
         return self._curves[stage]

@@ -1,16 +1,17 @@
 """What every stage of a call works with: options, run folder, device, data and trained networks."""
 
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
 from datasets import ImageData, load_dataset
 from errors import UserError
 from models import Autoencoder, Denoiser, VQAutoencoder
-from pipeline.configuration import Call
+from pipeline.configuration import Call, assemble
 from pipeline.networks import Networks
-from pipeline.options import CODES
+from pipeline.options import CODES, DataOptions, names
 from pipeline.parser import as_written
-from pipeline.runtime.device import Machine
+from pipeline.runtime.device import Machine, choose_machine
 from pipeline.runtime.processes import from_rank_0
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel, PriorSampling
 from pipeline.sampling.labels import OWN
@@ -23,7 +24,8 @@ class Session:
     Args:
         call: options and run folder.
         machine: device and precision.
-        data: the data set, if it is there already; otherwise it is loaded when a stage first needs it.
+        data: the data set, if it is there already, and the options of the call are then those that are true of it;
+            otherwise it is loaded when a stage first needs it.
 
     Attributes:
         last: what last.pth holds of a training that is resumed, else empty.
@@ -32,6 +34,8 @@ class Session:
     def __init__(self, call: Call, machine: Machine, data: ImageData | None = None):
         self.options, self.run, self.recorded = call
         self.machine, self._given = machine, data
+        if data is not None:
+            self.options = replace(self.options, data=replace(self.options.data, **data.facts))
         self.networks = Networks(self.options, self.run, machine)
         self.last: dict[str, Any] = {}
         if self.options.run.resume:
@@ -54,10 +58,27 @@ class Session:
         data = self._given or from_rank_0(load)
         if self.recorded["image_shape"] and data.shape != tuple(self.recorded["image_shape"]):
             shapes = f"{data.shape}, those of the run were {tuple(self.recorded['image_shape'])}"
-            raise UserError(f"the images in {o.data_path} are {shapes} (channels, height, width): correct --data_path")
+            raise UserError(f"the images in {self._place} are {shapes} (channels, height, width): {self._remedy}")
         if (change := self.data_change(data)) and self.options.run.resume:
-            raise UserError(f"{change}; training cannot continue on different data: correct --data_path")
+            raise UserError(f"{change}; training cannot continue on different data: {self._remedy}")
         return data
+
+    @property
+    def _place(self) -> str:
+        """Where the images are, in words."""
+        return "data" if self._given else str(self.options.data.data_path)
+
+    @property
+    def _remedy(self) -> str:
+        """What to do if they are not those of the run."""
+        return "pass those of the run" if self._given else "correct --data_path"
+
+    def described(self) -> dict[str, Any]:
+        """The options as config.json has them: those of a run, but of data that are given only what is true of them."""
+        left_out = {"resume", "checkpoint"}
+        if self._given:
+            left_out |= set(names(DataOptions)) - self._given.facts.keys()
+        return {key: as_written(value) for key, value in self.options.values().items() if key not in left_out}
 
     @property
     def has_data(self) -> bool:
@@ -71,7 +92,7 @@ class Session:
         counts = [f"{name} ({now[name]['count']} images now, {before[name]['count']} in the run)" for name in changed]
         if not counts:
             return None
-        return f"{self.options.data.data_path} has different images from those of the run: {', '.join(counts)}"
+        return f"{self._place} has different images from those of the run: {', '.join(counts)}"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -83,9 +104,7 @@ class Session:
     def code_grid(self) -> tuple[int, int]:
         """Height and width of an image's grid of codes. Raises UserError if it has fewer timesteps than asked for."""
         height, width = (side // self.options.autoencoder.downsampling for side in self.image_shape[1:])
-        most, steps = height * width, self.options.sampling.sample_steps
-        if steps is not None and steps > most:
-            raise UserError(f"images of this size have {most} timesteps: use --sample_steps {most} instead of {steps}")
+        check_sample_steps(self.options.sampling.sample_steps, height * width)
         return height, width
 
     @property
@@ -137,7 +156,7 @@ class Session:
     def code_diffusion(self, autoencoder: VQAutoencoder, denoiser: Denoiser | None) -> CodeDiffusion:
         """Both networks with the sampling options; at temperature 1 if it is still to be chosen."""
         o = self.options.sampling
-        names = self.recorded["class_names"]
+        class_names = self.recorded["class_names"]
         model = CodeDiffusion(
             autoencoder,
             denoiser,
@@ -149,7 +168,20 @@ class Session:
             sample_steps=o.sample_steps,
             reveal_order=o.reveal_order,
             batch_size=o.eval_batch_size,
-            class_names=tuple(names) if names else None,
+            class_names=tuple(class_names) if class_names else None,
         )
         labels = None if self.options.run.stage == "inpaint" and o.labels == (OWN,) else o.labels
         return model.asked(labels, o.guidance) if denoiser else model
+
+
+def check_sample_steps(steps: int | None, most: int) -> None:
+    """Raise UserError if there are fewer timesteps than are asked for."""
+    if steps is not None and steps > most:
+        raise UserError(f"images of this size have {most} timesteps: use --sample_steps {most} instead of {steps}")
+
+
+def open_session(data: ImageData | None = None, **options: Any) -> Session:
+    """A session with options named as on the command line, on the device that they name."""
+    call = assemble(options)
+    o = call.options.run
+    return Session(call, choose_machine(o.device, o.precision), data)

@@ -8,7 +8,6 @@ from errors import UserError
 from pipeline.evaluation.evaluate import check_evaluation, evaluate
 from pipeline.evaluation.temperature import with_temperature
 from pipeline.options import TRAINING_STAGES
-from pipeline.report.report import write_report
 from pipeline.runtime.processes import from_rank_0
 from pipeline.sampling.draw import draw
 from pipeline.sampling.grids import GREY, grid, named_rows, save_png
@@ -37,6 +36,8 @@ def execute(session: Session) -> None:
     if o.stage in ("all", "evaluate"):
         evaluate(session)
     if o.report and o.stage not in ("sample", "inpaint"):
+        from pipeline.report.report import write_report  # here because the library needs none
+
         write_report([session], session.run.report)
     what = "run is" if session.run.path == session.networks.trained.path else "results are"
     print(f"\nthe {what} in {session.run.path}:")

@@ -21,7 +21,6 @@ import pipeline.runtime.threads  # noqa: F401  before torch
 import torch
 from torch import Tensor
 
-import spiking_diffusion
 from datasets import ImageData, load_dataset
 from errors import UserError, reported
 from files import expand
@@ -30,10 +29,11 @@ from metrics.fad import FAD_IMAGES
 from parts import DATASETS
 from pipeline.checkpoints import write_json
 from pipeline.declaration import parse_metrics
+from pipeline.evaluation.metrics import evaluate_images
 from pipeline.evaluation.records import print_records
 from pipeline.options import SAMPLE_METRICS, EvaluationOptions, names
 from pipeline.run_folder import RunFolder
-from pipeline.runtime.device import find_device
+from pipeline.runtime.device import choose_machine, find_device
 from pipeline.runtime.terminal import print_anywhere
 
 RANDOM_IMAGES = FAD_IMAGES
@@ -79,8 +79,8 @@ def evaluate(args: argparse.Namespace) -> list[dict]:
     if ours != theirs:
         raise UserError(f"the images in {drawn} are {ours} pixels, those of {data.name} {theirs}: resize one set")
     options = {key: getattr(args, key) for key in names(EvaluationOptions)}
-    pixels = to_channels(images, data.test.shape[1]).numpy()
-    return spiking_diffusion.evaluate(pixels, data, drawn=drawn, device=args.device, seed=args.seed, **options)
+    pixels, machine = to_channels(images, data.test.shape[1]), choose_machine(args.device, "float32")
+    return evaluate_images(pixels, data, EvaluationOptions(**options), machine, args.seed, drawn)
 
 
 def load_sides(args: argparse.Namespace) -> tuple[ImageData, Tensor, str]:

@@ -38,8 +38,8 @@ from models.spiking import SpikingStack, membrane_weights, use_backend, weighted
 from pipeline.declaration import autoencoder_weights
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.grids import save_figure
+from pipeline.session import open_session
 from scripts.nir_graphs import ResidualGraph, SDIDGraph, spiking_layers
-from spiking_diffusion import open_session
 
 IMAGES = 8  # on which spikes are compared
 ROUNDING = 1e-9  # allowed difference of outputs that are not spikes

@@ -22,8 +22,7 @@ from files import expand
 from pipeline.report.report import write_report
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
-from pipeline.session import Session
-from spiking_diffusion import open_session
+from pipeline.session import Session, open_session
 
 
 def open_run(folder: Path, data_path: Path | None) -> Session:

@@ -21,6 +21,7 @@ from metrics.fad import FadAutoencoder, Statistics, fad_features, load_published
 from metrics.frechet import feature_statistics
 from pipeline.evaluation.cache import cached
 from pipeline.runtime.device import Machine, Network
+from pipeline.runtime.seeds import seeded
 
 BATCH_SIZE = 128
 NETWORK_SEED = 0  # not the run's: all runs on a data set are judged by one network
@@ -73,7 +74,8 @@ def fad_network(data: ImageData, fad_weights: Path | None, machine: Machine, see
     Our own has the same architecture, with the channels of `data`, and is trained on its training split. Raises
     UserError as `load_published` does, or if there are no training images.
     """
-    published = load_published(fad_weights, data.name) if fad_weights else None
+    with seeded(seed):  # of weights that are replaced
+        published = load_published(fad_weights, data.name) if fad_weights else None
     if published:
         network, reference = published
         return FadNetwork(network.to(machine.device), "published weights", reference)
@@ -118,8 +120,7 @@ def _trained(
     count = len(examples[0])
     if not count:
         raise UserError(f"{name} has no training images for the {training.name} to learn")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         network = build()
     epochs = max(training.epochs, math.ceil(FEWEST_STEPS * BATCH_SIZE / count))
     settings = f"{epochs} epochs, batches of {BATCH_SIZE}, lr {training.lr}, seed {seed}"
@@ -135,7 +136,8 @@ def _trained(
 
     weights = cached(key, train)
     network.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()})
-    return network.to(machine.device).eval().requires_grad_(False), f"own {training.name}, {epochs} epochs"
+    network = machine.to_device(network)  # one that was trained just now is in that order of memory, too
+    return network.eval().requires_grad_(False), f"own {training.name}, {epochs} epochs"
 
 
 def _source(network: nn.Module) -> str:

@@ -16,6 +16,7 @@ from metrics.inception import clean_features, inception_features, load_inception
 from pipeline.evaluation.feature_networks import Extract, classifier, fad_network
 from pipeline.options import EvaluationOptions
 from pipeline.runtime.device import Machine, Network
+from pipeline.runtime.seeds import seeded
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class FeatureNetwork(Generic[Network]):
 
 
 def _inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[nn.Module]:
-    network = load_inception(options.fid_weights, machine.device)
+    network = _published(options, machine)
     return FeatureNetwork(network, inception_features, "pytorch-fid's Inception")
 
 
@@ -53,13 +54,18 @@ def _inception_classifier(options: EvaluationOptions, data: ImageData, machine: 
 
 
 def _clean_inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[nn.Module]:
-    network = load_inception(options.fid_weights, machine.device)
     enlarged = f", images first resized to {FSVAE_SIDE}x{FSVAE_SIDE}" if max(data.shape[1:]) < FSVAE_SIDE else ""
-    return FeatureNetwork(network, clean_features, f"clean-fid's Inception, mode clean{enlarged}")
+    return FeatureNetwork(_published(options, machine), clean_features, f"clean-fid's Inception, mode clean{enlarged}")
+
+
+def _published(options: EvaluationOptions, machine: Machine) -> nn.Module:
+    with seeded(0):  # of weights that are replaced
+        return load_inception(options.fid_weights, machine.device)
 
 
 def _paper_inception(options: EvaluationOptions, data: ImageData, machine: Machine) -> FeatureNetwork[nn.Module]:
-    network = load_paper_inception(options.paper_fid_weights, machine.device)
+    with seeded(0):
+        network = load_paper_inception(options.paper_fid_weights, machine.device)
     protocol = "the release's: ImageNet Inception, normalised twice, SVD root"
     return FeatureNetwork(network, inception_features, protocol)
 

@@ -41,7 +41,7 @@ from metrics.memorisation import memorisation
 from pipeline.evaluation.cache import forget
 from pipeline.evaluation.feature_networks import kept_features
 from pipeline.evaluation.loaders import LOADERS, FeatureNetwork
-from pipeline.evaluation.records import make_record
+from pipeline.evaluation.records import context, make_record
 from pipeline.options import EvaluationOptions
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import from_rank_0, is_rank_0
@@ -254,7 +254,7 @@ class Evaluation:
 
     Args:
         options: which metrics, the reference split, and the feature networks' weights. Where no metrics are named, all
-            that are available are computed, and a line says which are not.
+            that are available are computed, and a line, by `say`, tells which are not.
         data: the real images, and what feature networks are trained on.
         machine: where the feature networks run.
         seed: of KID's subsets.
@@ -265,7 +265,13 @@ class Evaluation:
     """
 
     def __init__(
-        self, options: EvaluationOptions, data: ImageData, machine: Machine, seed: int, num_samples: int | None = None
+        self,
+        options: EvaluationOptions,
+        data: ImageData,
+        machine: Machine,
+        seed: int,
+        num_samples: int | None = None,
+        say: Callable[[str], None] = print,
     ):
         self.options, self.data, self.machine = options, data, machine
         self.seed, self.num_samples = seed, num_samples
@@ -280,7 +286,7 @@ class Evaluation:
             missing = f"no {', '.join(name for name in wanted if obstacles[name] == obstacle)}: {obstacle}"
             if options.metrics is not None:
                 raise UserError(missing)
-            print(missing)
+            say(missing)
 
     @property
     def images_needed(self) -> int:
@@ -371,3 +377,17 @@ class Evaluation:
         names = self.data.class_names or ()
         values = {each: PER_CLASS[name](features, label) for label, each in enumerate(names)}
         return {each: value for each, value in values.items() if value is not None}
+
+
+def evaluate_images(
+    images: Tensor,
+    data: ImageData,
+    options: EvaluationOptions,
+    machine: Machine,
+    seed: int,
+    drawn: str,
+    say: Callable[[str], None] = print,
+) -> list[dict]:
+    """Metric records of images uint8 `[N,C,H,W]` from anywhere, `drawn` says where; the rest as in `Evaluation`."""
+    evaluation = Evaluation(options, data, machine, seed, len(images), say)
+    return [{**record, **context(machine)} for record in evaluation.compute(images, drawn)]

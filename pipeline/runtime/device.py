@@ -3,6 +3,8 @@
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,6 +85,32 @@ def keep_freed_memory() -> None:
         return
     mallopt(mmap_threshold, 2**30)
     mallopt(trim_threshold, -1)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Context in which products in float32 are not rounded to TF32 or bfloat16, whatever the program has chosen."""
+    cudnn: Any = torch.backends.cudnn
+    settings: list[tuple[Any, str, Any]] = [(cudnn, "allow_tf32", False)]
+    try:
+        products = torch.get_float32_matmul_precision()
+        before = [cudnn.allow_tf32]
+    except RuntimeError:  # it has chosen by the settings that PyTorch has since 2.9, beside which these cannot be read
+        mkldnn: Any = torch.backends.mkldnn
+        layers = cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul, mkldnn.matmul
+        products, settings = "highest", [(layer, "fp32_precision", "ieee") for layer in layers]
+        before = [layer.fp32_precision for layer in layers]
+    try:
+        for place, name, value in settings:
+            setattr(place, name, value)
+        if products != "highest":
+            torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        for (place, name, _), value in zip(settings, before, strict=True):
+            setattr(place, name, value)
+        if products != "highest":
+            torch.set_float32_matmul_precision(products)
 
 
 def choose_machine(device: str, precision: str) -> Machine:

@@ -8,12 +8,19 @@ The noise of samples is not derived here: see `AbsorbingDiffusion.noise`, `FSVAE
 """
 
 import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 PURPOSES = ("weights", "order", "noise", "statistics", "statistics order", "prototypes")
 """Initial weights; order of an epoch; noise of a step; noise and order of batch-norm recalibration; k-means."""
 
 SEEDS = 2**28  # of a purpose in a stage: 6 purposes and 2 stages fit into 32 bits
 STEPS = 2**22  # at most, of a process in a stage; that leaves room for 64 processes
+
+_one_at_a_time = threading.RLock()
 
 
 def derive_seed(seed: int, purpose: str, stage: int, index: int = 0) -> int:
@@ -30,3 +37,15 @@ def own_seed(seed: int, process: int) -> int:
     """The seed that the process of this number has in the place of a derived one; the first process has that itself."""
     place, index = divmod(seed, SEEDS)
     return place * SEEDS + (index + process * STEPS) % SEEDS
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Context in which new networks draw their weights on the CPU from this seed.
+
+    PyTorch draws them from a generator that the whole program shares; afterwards that goes on as if nothing had been
+    drawn. One thread at a time is in such a context.
+    """
+    with _one_at_a_time, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
@@ -29,15 +29,26 @@ def in_batches(tensor: Tensor, batch_size: int, title: str, compute: Callable[[T
     return processes.gather(done)
 
 
+def computing(network: nn.Module, machine: Machine) -> torch.autocast:
+    """Context in which a network computes on its machine; one that is not of float32 computes in its own type."""
+    lower = machine.bf16 and float_type(network) == torch.float32
+    return torch.autocast(machine.device.type, torch.bfloat16, enabled=lower)
+
+
+def float_type(network: nn.Module) -> torch.dtype:
+    """The type of a network's weights."""
+    return next(network.parameters()).dtype
+
+
 @torch.no_grad()
 def encode_images(model: VQAutoencoder, images: Tensor, machine: Machine, batch_size: int = 64) -> Tensor:
     """Codes of `images`, uint8 `[N,C,H,W]`, as the smallest integer type that holds them: `[N,h,w]` on the CPU."""
     model.eval()
 
     def encode(part: Tensor) -> Tensor:
-        return model.encode(to_float(part.to(machine.device))).to(torch.int16)
+        return model.encode(to_float(part.to(machine.device)).to(float_type(model))).to(torch.int16)
 
-    with machine.autocast():
+    with computing(model, machine):
         return in_batches(images, batch_size, "encoding", encode)
 
 
@@ -49,7 +60,7 @@ def decode_codes(model: VQAutoencoder, codes: Tensor, machine: Machine, batch_si
     def decode(part: Tensor) -> Tensor:
         return to_uint8(model.decode(part.to(machine.device).long()))
 
-    with machine.autocast():
+    with computing(model, machine):
         return in_batches(codes, batch_size, "decoding", decode)
 
 
@@ -80,5 +91,5 @@ def draw_codes(
         conditions = None if condition is None else condition[part].to(machine.device)
         return diffusion.sample(logits_at, here, temperature, kept, final_temperature, conditions)
 
-    with machine.autocast():
+    with computing(denoiser, machine):
         return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", draw)

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C during training: recorded, so that it can save before it ends."""
 
 import signal
+import threading
 from types import FrameType
 
 SIGNALS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
@@ -21,14 +22,17 @@ class Interruption:
     """Context in which the first signal is only recorded, as `signal`, and the second takes effect at once.
 
     Code that checks `signal` stops cleanly, and Interrupted is raised at the end of the context. A signal that was
-    ignored before, as with nohup, stays ignored.
+    ignored before, as with nohup, stays ignored, and one whose handler is not Python's, which could not be restored,
+    keeps it. Threads other than the main one receive no signals: there, nothing is changed.
     """
 
     def __init__(self, resume_hint: str):
         self.resume_hint = resume_hint
         self.signal: int | None = None
-        handlers = {number: signal.getsignal(number) for number in SIGNALS}
-        self._handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+        receives = threading.current_thread() is threading.main_thread()
+        handlers = {number: signal.getsignal(number) for number in SIGNALS if receives}
+        left_alone = (signal.SIG_IGN, None)
+        self._handlers = {number: handler for number, handler in handlers.items() if handler not in left_alone}
 
     def __enter__(self) -> "Interruption":
         for number in self._handlers:

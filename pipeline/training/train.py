@@ -4,17 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch
-
 from datasets import digest
 from errors import UserError
 from models import FSVAE
 from models.code_order import code_order
 from pipeline.checkpoints import load_weights, save_weights
 from pipeline.lineage import Recorder, inherited
-from pipeline.parser import as_written
 from pipeline.runtime.processes import from_rank_0
-from pipeline.runtime.seeds import derive_seed
 from pipeline.sampling.batches import encode_images
 from pipeline.session import Session
 from pipeline.training.loop import Place, Trainer
@@ -32,6 +28,8 @@ def check(session: Session) -> None:
     factor, (height, width) = o.autoencoder.downsampling, session.data.shape[1:]
     if height % factor or width % factor:
         raise UserError(f"images of {width}x{height} pixels: both sides must be multiples of --downsampling {factor}")
+    if not session.has_codes and height != width:
+        raise UserError(f"images of {width}x{height} pixels: {o.autoencoder.model} needs squares")
     run.read_log()
     run.read_records()
     _check_same_data(session)
@@ -57,13 +55,12 @@ def _check_same_data(session: Session) -> None:
 
 def begin(session: Session) -> None:
     """Record options and data in the run folder; copy the autoencoder of another run, if stage 2 uses it."""
-    o, run, networks = session.options, session.run, session.networks
-    options = {key: as_written(value) for key, value in o.values().items() if key not in ("resume", "checkpoint")}
-    data = session.data
+    run, networks, data = session.run, session.networks, session.data
     session.recorded = {"image_shape": data.shape, "data": data.fingerprint, "class_names": data.class_names}
-    lineage = from_rank_0(lambda: run.lineage if o.run.resume else inherited(session))
-    run.write_config(options | session.recorded | {"lineage": lineage})
-    if not o.run.resume:
+    resumes = session.options.run.resume
+    lineage = from_rank_0(lambda: run.lineage if resumes else inherited(session))
+    run.write_config(session.described() | session.recorded | {"lineage": lineage})
+    if not resumes:
         run.remove_last()
     if networks.autoencoder_path != run.model:
         save_weights(run.model, from_rank_0(partial(load_weights, networks.autoencoder_path)))
@@ -94,7 +91,6 @@ def train_autoencoder(session: Session) -> bool:
     if _has_stage_1(session):
         return True
     o, data, machine = session.options.training, session.data, session.machine
-    torch.manual_seed(derive_seed(session.options.run.seed, "weights", 1))
     model = session.networks.new_autoencoder(*data.shape[:2])
     if not session.last:  # a resumed training has its weights
         session.networks.begin_autoencoder(model)
@@ -126,7 +122,6 @@ def train_denoiser(session: Session) -> bool:
     autoencoder = session.load_vq_autoencoder()
     data = session.data
     codes = encode_images(autoencoder, data.train, machine, session.options.sampling.eval_batch_size)
-    torch.manual_seed(derive_seed(session.options.run.seed, "weights", 2))
     denoiser = machine.to_device(networks.new_denoiser(session.code_grid, data))
     if session.last.get("stage") == "sdid":  # a resumed training has weights, and conditions that are fitted
         with _refusing_others(session):
@@ -168,6 +163,8 @@ def _refusing_others(session: Session) -> Iterator[None]:
     """Raise UserError if the state in last.pth is not that of the networks that config.json describes."""
     try:
         yield
+    except UserError:  # a disk that is full is not a file that does not fit
+        raise
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         commit = session.run.read_config().get("git_commit")
         advice = f"restore both, or resume with git commit {commit} if the network has changed since"

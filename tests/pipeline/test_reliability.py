@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 import files
 import main
@@ -225,7 +226,7 @@ def test_the_lock_is_let_go_last(monkeypatch, tmp_path):
         order.append("curves")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(run_folder.SummaryWriter, "close", close)
+    monkeypatch.setattr(SummaryWriter, "close", close)
     monkeypatch.setattr(run_folder.FileLock, "release", lambda *a, **b: order.append("lock") or release(*a, **b))
     with pytest.raises(UserError, match="No space left"), RunFolder(tmp_path) as run:
         run.lock()

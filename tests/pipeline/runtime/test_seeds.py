@@ -12,7 +12,6 @@ from pipeline import networks
 from pipeline.runtime import processes, seeds
 from pipeline.runtime.seeds import PURPOSES, SEEDS, STEPS, derive_seed, own_seed
 from pipeline.training import loop as training
-from pipeline.training import train
 
 
 def test_seeds_are_32_bits_and_follow_from_what_they_are_for():
@@ -76,16 +75,18 @@ def test_no_two_streams_of_a_run_are_alike(cli, grey, tmp_path, monkeypatch):
         derived[arguments] = seeds.derive_seed(*arguments)
         return derived[arguments]
 
-    for module in (train, networks, training):
+    for module in (networks, training):
         monkeypatch.setattr(module, "derive_seed", recording)
     monkeypatch.setattr(torch, "Generator", Recorded)
     USED.clear()
-    with mock.patch.object(torch, "manual_seed", wraps=torch.manual_seed) as weights:
+    with mock.patch.object(networks, "seeded", wraps=seeds.seeded) as weights:
         outcome = cli(*grey, *IMPROVED, "--result_path", tmp_path)
     assert (outcome.status, outcome.err) == (0, "")
-    used = USED + [call.args[0] for call in weights.call_args_list]
+    drawn = {call.args[0] for call in weights.call_args_list} - {0}  # the seed of weights that are then replaced
+    used = {*USED, *drawn}
+    assert len(drawn) == 2
     assert {purpose for _, purpose, *_ in derived} == set(PURPOSES)
-    assert set(used) <= set(derived.values()), "all generators are seeded by derived seeds"
+    assert used <= set(derived.values()), "all generators are seeded by derived seeds"
     streams = [torch.rand(4, generator=torch.Generator().manual_seed(seed)) for seed in derived.values()]
     streams += [torch.from_numpy(np.random.default_rng((42, sample)).random(4)).float() for sample in range(100)]
     streams += [torch.from_numpy(np.random.default_rng((42, sample, 1)).random(4)).float() for sample in range(100)]
