@@ -392,7 +392,10 @@ def test_own_classes_of_images_without_any(trained, grey, cli, tmp_path, monkeyp
     [
         (("--stage", "sample", "--labels", "boot"), "no class 'boot': choose from 0 (dark blue), 1 (sea), or all"),
         (("--stage", "sample", "--labels", "all", "--num_samples", 1), "say 2 at least"),
-        (("--stage", "evaluate", "--labels", "all"), "--labels is for --stage sample and --stage inpaint"),
+        (
+            ("--stage", "evaluate", "--labels", "all"),
+            "--labels has no effect in --stage evaluate, only in --stage sample or inpaint",
+        ),
         (("--stage", "sample", "--guidance", -1), "not from 0 to 100"),
         (
             ("--stage", "inpaint", "--guidance", 1, "--labels", "any"),

@@ -58,7 +58,7 @@ def test_a_run_inside_its_image_folder(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "pics")
     run = Path("result", "ImageFolder", "snn-vq-vae")
     own = ("--dataset_name", "ImageFolder", "--data_path", ".", "--image_size", 16, *SMALL, *LIVELY)
-    own += ("--epochs", 1, "--diffusion_epochs", 1, "--metrics", "mse")
+    own += ("--epochs", 1, "--diffusion_epochs", 1)
     assert cli(*own, "--stage", "vqsvae").status == 0
     assert list(run.rglob("*.png")), "there is something to be mistaken for pictures"
     assert cli(*own, "--stage", "sdid", "--max_minutes", 1e-4).status == 0

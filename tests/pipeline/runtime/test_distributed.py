@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from helpers import IMPROVED, ROOT, run_in
+from helpers import IMPROVED, ROOT, run_in, without
 from jobs import perform
 
 from models import fused_lif
@@ -99,12 +99,13 @@ def together(small, grey, classes, finished, tmp_path_factory):
     perform([(("--checkpoint", folder / "drawn alone" / "model.pth", "--num_samples", 5), None)])
     tiny = ("--spike_steps", 4, "--hidden_channels", 4, "--num_samples", 3, "--device", "cpu", "--precision", "float32")
     prior = (*grey, *tiny, "--model", "snn-vae", "--epochs", 1)
+    revived = ("--result_path", folder / "revived")
     jobs = {
         "stopped": ((*limited, "--result_path", folder / "stopped shared"), STOPPED),
         "resumed": (("--resume", run_in(folder / "stopped alone"), "--stage", "vqsvae"), None),
         "stage 2": ((*stage_2, "--result_path", folder / "shared stage 2"), None),
         "improved": ((*improved, "--result_path", folder / "improved shared"), None),
-        "revived": ((*improved, "--revive_codes", "--stage", "vqsvae", "--result_path", folder / "revived"), None),
+        "revived": ((*without(improved, "--metrics"), "--revive_codes", "--stage", "vqsvae", *revived), None),
         "snn-vae": ((*prior, "--result_path", folder / "prior"), None),
         "drawn": (("--checkpoint", folder / "drawn shared" / "model.pth", "--num_samples", 5), None),
     }

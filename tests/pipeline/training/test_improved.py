@@ -18,6 +18,7 @@ from helpers import (
     read_log,
     read_metrics,
     run_in,
+    without,
 )
 from PIL import Image
 from torch import nn
@@ -40,6 +41,9 @@ from pipeline.training.loop import Place, Trainer
 from pipeline.training.schedules import LR_SCHEDULES, Schedule
 from scripts import pack
 from spiking_diffusion import SpikingDiffusion
+
+TRAINED = without(IMPROVED, "--metrics")
+"""Options of a training of one stage, after which nothing is evaluated."""
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +172,7 @@ def test_an_unfinished_run_leaves_no_half_of_a_copy(improved, tmp_path, capsys):
         (("--images_per_prototype", 5), "sdid has no --images_per_prototype"),
         (("--preset", "improved", "--denoiser", "sdid"), "is for residual: sdid has no --condition"),
         (("--model", "snn-vae", "--sort_codes"), "snn-vae has no --sort_codes"),
-        (("--stage", "sdid", "--sort_codes"), "--sort_codes is for --stage all and --stage vqsvae"),
+        (("--stage", "all", "--mask", "top"), "--mask has no effect in --stage all, only in --stage inpaint"),
     ],
 )
 def test_mistakes(options, expected, cli, grey, tmp_path):
@@ -177,7 +181,7 @@ def test_mistakes(options, expected, cli, grey, tmp_path):
 
 
 def test_a_switch_of_the_preset_can_be_switched_off(cli, grey, tmp_path):
-    outcome = cli(*grey, *IMPROVED, "--no-revive_codes", "--stage", "vqsvae", "--result_path", tmp_path)
+    outcome = cli(*grey, *TRAINED, "--no-revive_codes", "--stage", "vqsvae", "--result_path", tmp_path)
     assert outcome.status == 0
     config = json.loads((run_in(tmp_path) / "config.json").read_text())
     assert config["revive_codes"] is False and config["clipped_error"] is True
@@ -246,7 +250,7 @@ def test_new_denoiser_on_trained_codes(improved, cli, grey, tmp_path):
     """A run of stage 1 alone has none to begin with; to train stage 1 on, what its denoiser is like does not matter."""
     start = tmp_path / "start"
     shutil.copytree(improved, start, ignore=shutil.ignore_patterns("diff_result"))
-    new = (*grey, "--denoiser_channels", 32, "--epochs", 1, "--diffusion_epochs", 1)
+    new = (*grey, "--denoiser_channels", 32, "--diffusion_epochs", 1)
     outcome = cli(*new, "--start_from", start, "--stage", "sdid", "--result_path", tmp_path / "new")
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out.count(f"{start} has no denoiser: the new one is trained from scratch\n") == 1
@@ -256,7 +260,7 @@ def test_new_denoiser_on_trained_codes(improved, cli, grey, tmp_path):
     assert (outcome.status, outcome.err) == (0, "") and "no denoiser" not in outcome.out
     assert_same_weights(run_in(tmp_path / "new"), run_in(tmp_path / "same"))
     result = ("--result_path", tmp_path / "stage_1")
-    assert cli(*new, "--start_from", improved, "--stage", "vqsvae", *result).status == 0
+    assert cli(*new, "--epochs", 1, "--start_from", improved, "--stage", "vqsvae", *result).status == 0
     outcome = cli(*new, "--stage", "sdid", *result)
     assert (outcome.status, outcome.err) == (0, "") and "untrained" not in outcome.out
 
@@ -436,11 +440,11 @@ def test_stopped_while_statistics_are_taken(improved, cli, grey, tmp_path, monke
 def test_a_second_stage_that_was_stopped_early_is_not_begun_again(improved, cli, grey, tmp_path, monkeypatch):
     """The first stage's last.pth may be replaced by the second's, but not that of the second."""
     place = ("--result_path", tmp_path, "--save_every", 1e-9)
-    assert cli(*grey, *IMPROVED, *place, "--stage", "vqsvae").status == 0
+    assert cli(*grey, *TRAINED, *place, "--stage", "vqsvae").status == 0
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_calibrate_average", interrupt)
-        assert cli(*grey, *IMPROVED, *place, "--stage", "sdid").status == 130
-    again = cli(*grey, *IMPROVED, *place, "--stage", "sdid")
+        assert cli(*grey, *TRAINED, *place, "--stage", "sdid").status == 130
+    again = cli(*grey, *TRAINED, *place, "--stage", "sdid")
     assert again.status == 2 and "interrupted training" in again.err
     assert cli("--resume", run_in(tmp_path)).status == 0
     assert_same_weights(improved, run_in(tmp_path))
