@@ -102,15 +102,18 @@ class Geometry(NamedTuple):
 
 
 @functools.lru_cache
-def _neighbours(height: int, width: int, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
+def _neighbours(height: int, width: int, kernel: tuple[int, int], geometry: Geometry) -> Tensor | None:
     """The table of a convolution over a grid, `[h',w',k*l]`: torch convolves the numbers of the positions, from 1.
 
-    For each place in the kernel there is one channel, whose kernel is 1 at that place and 0 elsewhere. Raises
-    RuntimeError, as torch does, if there is no such convolution.
+    For each place in the kernel there is one channel, whose kernel is 1 at that place and 0 elsewhere. None if torch
+    refuses, as where the grid is too small.
     """
     numbers = torch.arange(1.0, height * width + 1, dtype=torch.float64, device="cpu").view(1, 1, height, width)
     picks = torch.eye(math.prod(kernel), dtype=torch.float64, device="cpu").unflatten(1, kernel)  # [k*l,k,l]
-    found = torch.convolution(numbers, picks[None] if geometry.transposed else picks[:, None], None, *geometry)
+    try:
+        found = torch.convolution(numbers, picks[None] if geometry.transposed else picks[:, None], None, *geometry)
+    except RuntimeError:
+        return None
     rows = found[0].round().long() - 1  # -1 for padding
     return torch.where(rows < 0, height * width, rows).permute(1, 2, 0).contiguous()
 
@@ -176,19 +179,17 @@ def computed_dtype(x: Tensor) -> torch.dtype:
 
 @torch.compiler.disable  # the compiler cannot trace into the library
 def convolve(conv: Convolution, spikes: Tensor) -> Tensor | None:
-    """A convolution without its bias: spikes `[G,C,H,W]` to `[G,C',H',W']`; None if torch should compute it.
-
-    Raises RuntimeError, as torch does, for a grid that is too small.
-    """
+    """A convolution without its bias: spikes `[G,C,H,W]` to `[G,C',H',W']`; None if torch should compute it."""
     if spikes.dim() != 4 or not _computes(conv, spikes, spikes.shape[1]):
         return None
     spikes = spikes.to(computed_dtype(spikes)).contiguous(memory_format=torch.channels_last)
     padding = cast(tuple[int, int], conv.padding)
     geometry = Geometry(conv.stride, padding, conv.dilation, conv.transposed, conv.output_padding)
     table = _neighbours(*spikes.shape[2:], conv.weight.shape[2:], geometry)
-    events = find_events(spikes.detach().permute(0, 2, 3, 1).flatten(1, 2), table.flatten(0, 1))
+    rows = spikes.detach().permute(0, 2, 3, 1).flatten(1, 2)
+    events = None if table is None else find_events(rows, table.flatten(0, 1))
     tiles = None if events is None else pack(_weight(conv), spikes.dtype)
-    if tiles is None:
+    if table is None or tiles is None:
         return None
     return _EventConv.apply(spikes, conv.weight, tiles, events, geometry, table.shape[:2])
 

@@ -43,6 +43,7 @@ template <class Body> void for_tiles(long positions, long channels, int threads,
         for (long c = 0; c < 2 * channels; ++c) totals[c] += sums[share * 2 * channels + c];
 }
 
+// Sums of x and of its square, less the values of the first row: far from zero, squares would leave nothing of a variance.
 template <class X> struct Moments {
     using A = typename Accumulator<X>::type;
     const X* x;
@@ -50,7 +51,8 @@ template <class X> struct Moments {
     double* sums;  // [SHARES, 2, C]
     void run(long begin, long end, long rows, long share) {
         double* total = sums + share * 2 * channels;
-        std::vector<A> sum(rows * channels), square(rows * channels);
+        std::vector<A> origin(rows * channels), sum(rows * channels), square(rows * channels);
+        for (long j = 0; j < rows * channels; ++j) origin[j] = load(x[j % channels]);
         for (long row = begin; row < end;) {
             std::fill(sum.begin(), sum.end(), A(0));
             std::fill(square.begin(), square.end(), A(0));
@@ -59,7 +61,7 @@ template <class X> struct Moments {
                 const X* in = x + row * channels;
 #pragma omp simd
                 for (long j = 0; j < n; ++j) {
-                    const A v = load(in[j]);
+                    const A v = load(in[j]) - origin[j];
                     sum[j] += v;
                     square[j] += v * v;
                 }
@@ -194,6 +196,11 @@ template <class X> struct Affine {
 #define INPUT_KERNELS(NAME, X, A)                                                                            \
     extern "C" void moments_##NAME(const X* x, long positions, long channels, double* totals, int threads) { \
         for_tiles(positions, channels, threads, Moments<X>{x, channels, nullptr}, totals);                   \
+        for (long c = 0; positions && c < channels; ++c) { /* of x itself */                                 \
+            const double origin = load(x[c]), sum = totals[c];                                               \
+            totals[c] += positions * origin;                                                                 \
+            totals[channels + c] += origin * (2 * sum + positions * origin);                                 \
+        }                                                                                                    \
     }                                                                                                        \
     extern "C" void affine_##NAME(const X* x, const A* a, const A* b, const A* c, long positions,            \
                                   long channels, X* grad, int threads) {                                     \

@@ -1,7 +1,14 @@
 """Convolutions computed from events against dense ones: outputs and gradients, at any share of spikes."""
 
+import copy
+import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -44,7 +51,7 @@ def with_threads():
 
 def run(conv, spikes, function):
     """Output, and gradients of spikes and weights, of the convolution that `function` computes."""
-    spikes = spikes.clone().requires_grad_()
+    spikes = spikes.detach().requires_grad_(spikes.is_floating_point())
     conv.zero_grad()
     out = function(conv, spikes)
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype))
@@ -111,7 +118,8 @@ def test_results_do_not_depend_on_the_number_of_threads(with_threads, dtype):
     found = []
     for threads in (1, 2, 3, 3):
         with_threads(threads)
-        out = event_conv.convolve(conv, spikes)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            out = event_conv.convolve(conv, spikes)
         out.backward(torch.ones_like(out))
         found.append((out.detach(), conv.weight.grad.clone()))
         conv.zero_grad()
@@ -129,6 +137,102 @@ def test_events_at_chosen_positions(share):
     assert event_conv.convolve_at(conv, spikes, rows[:0]).shape == (4, 0, 67)
     with torch.enable_grad():
         assert event_conv.convolve_at(conv, spikes, rows) is None, "it would have no gradient"
+
+
+TYPES = {
+    "float32": (torch.float32, torch.float32, None),
+    "float64": (torch.float64, torch.float64, None),
+    "bfloat16": (torch.float32, torch.bfloat16, torch.bfloat16),
+}
+"""Weights, inputs and autocast of the layers that the kernels compute."""
+
+OTHER_TYPES = {
+    "float16": (torch.float16, torch.float16, None),
+    "all bfloat16": (torch.bfloat16, torch.bfloat16, None),
+    "autocast to float16": (torch.float32, torch.float32, torch.float16),
+    "bfloat16 beside float32": (torch.float32, torch.bfloat16, None),
+    "float64 beside float32": (torch.float32, torch.float64, None),
+    "integers": (torch.float32, torch.int64, None),
+}
+ODD = ("groups", "reflect", "circular", "replicate", "same", "valid", "no image", "input", "weight", *OTHER_TYPES)
+
+
+@st.composite
+def layers(draw, types):
+    """A convolution, its input, and the type of autocast: half of them are odd in one way."""
+
+    def one(*values):
+        return draw(st.sampled_from(values))
+
+    def pair(*values):
+        return one(*((value, value) for value in values)) if one(True, False) else (one(*values), one(*values))
+
+    torch.manual_seed(one(*range(99)))
+    odd = one(*ODD) if one(True, False) else None
+    groups = 3 if odd == "groups" else 1
+    channels = [groups * one(1, 4, 9, 70) for _ in range(2)]
+    options = dict(kernel_size=pair(1, 2, 3), stride=pair(1, 2, 3), dilation=pair(1, 2), groups=groups, bias=False)
+    padding = pair(0, 1, 2)
+    if one(True, False):
+        conv = nn.ConvTranspose2d(*channels, **options, padding=padding, output_padding=pair(0, 0, 0, 1))
+    else:
+        padding = odd if odd in {"same", "valid"} else padding
+        mode = odd if odd in {"reflect", "circular", "replicate"} else "zeros"
+        options.update(stride=1) if odd == "same" else None
+        conv = nn.Conv2d(*channels, **options, padding=padding, padding_mode=mode)
+    x = spikes_of(one(0, 0.02, 0.1, 0.5, 1), 0 if odd == "no image" else 3, channels[0], *pair(5, 7, 8))
+    strange = one(math.nan, math.inf, -1.0, 0.5)
+    if odd == "input":
+        x.view(-1)[one(0, -1)] = strange
+    conv.weight.data.view(-1)[-1] = strange if odd == "weight" else 0.5
+    layout = one("contiguous", "channels last", "transposed", "every other")
+    x, conv.weight = in_layout(layout, x), nn.Parameter(in_layout(layout, conv.weight.detach()))
+    weights, inputs, autocast = OTHER_TYPES.get(odd, types)
+    return conv.to(weights), x.to(inputs), autocast
+
+
+def in_layout(layout, values):
+    """The same values `[A,B,C,D]`, in other places of the memory."""
+    if layout == "channels last":
+        return values.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        return values.mT.contiguous().mT
+    return values.repeat_interleave(2, -1)[..., ::2] if layout == "every other" else values
+
+
+@pytest.mark.parametrize("types", TYPES)
+def test_any_layer_computes_what_torch_computes(types, with_threads):
+    """Output and gradients, or the same error; what the kernels compute, against the same layer in float64."""
+    with_threads(1)  # layers this small gain nothing from several threads
+    by_events = {nn.Conv2d: 0, nn.ConvTranspose2d: 0}
+
+    @settings(max_examples=150, derandomize=True, deadline=None, database=None)
+    @given(layers(TYPES[types]))
+    def compare(layer):
+        conv, x, autocast = layer
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            try:
+                expected = run(conv, x, nn.Module.__call__)
+            except RuntimeError:
+                with pytest.raises(RuntimeError):
+                    run(conv, x, convolve_spikes)
+                return
+            results = run(conv, x, convolve_spikes)
+            events = event_conv.convolve(conv, x) is not None
+        if not events:
+            for ours, theirs in zip(results, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, equal_nan=True)
+            return
+        by_events[type(conv)] += 1
+        exact = copy.deepcopy(conv).to(expected[0].dtype).double()
+        for ours, theirs, truth in zip(results, expected, run(exact, x.double(), nn.Module.__call__), strict=True):
+            assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+            unit = torch.finfo(expected[0].dtype).eps * max(1.0, float(truth.abs().max()))
+            off, dense_off = (float((each.double() - truth).abs().max()) for each in (ours, theirs))
+            assert off <= max(20 * unit, 1.01 * dense_off)
+
+    compare()
+    assert min(by_events.values()) > 20
 
 
 def test_dense_where_it_is_faster_or_the_input_is_no_spikes(monkeypatch):
@@ -149,7 +253,7 @@ def test_dense_where_it_is_faster_or_the_input_is_no_spikes(monkeypatch):
 
 def test_dense_without_a_compiler(monkeypatch):
     conv, spikes = nn.Conv2d(3, 4, 3, padding=1), spikes_of(0.1, 2, 3, 5, 5, dtype=torch.float32)
-    monkeypatch.setattr(event_conv, "available", lambda: False)
+    monkeypatch.setattr(fused_lif, "available", lambda: False)
     assert event_conv.convolve(conv, spikes) is None
     assert torch.equal(convolve_spikes(conv, spikes), convolve(conv, spikes))
     with torch.no_grad():
