@@ -23,7 +23,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from files import from_cache, to_cache
 from models.reduction import SINGLE_PROCESS, Reduction
@@ -134,6 +133,12 @@ def readable(*tensors: Tensor | None) -> bool:
     )
 
 
+def check_first_derivative() -> None:
+    """Called by a backward pass that is no graph itself. Raises RuntimeError if one was asked for (`create_graph`)."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the compiled kernels have no second derivatives: choose the reference backend")
+
+
 def call(name: str, *arguments: Tensor | int | bool | None) -> int:
     """Run a kernel on as many threads as torch uses; it gets the address of each tensor's data."""
     converted: list[ctypes.c_bool | ctypes.c_long | ctypes.c_void_p] = []
@@ -200,8 +205,8 @@ class _NormLIF(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out):
+        check_first_derivative()
         x, weight, scale, shift, mean, invstd, readout = ctx.saved_tensors
         channels = x.shape[1]
         grad_out = grad_out.contiguous(memory_format=torch.channels_last)
