@@ -43,7 +43,7 @@ template <class Body> void for_tiles(long positions, long channels, int threads,
         for (long c = 0; c < 2 * channels; ++c) totals[c] += sums[share * 2 * channels + c];
 }
 
-// Sums of x and of its square, less the values of the first row: far from zero, squares would leave nothing of a variance.
+// Sums of x and of its square, less the values of the first row: far from zero, little would be left of a variance.
 template <class X> struct Moments {
     using A = typename Accumulator<X>::type;
     const X* x;
@@ -196,10 +196,10 @@ template <class X> struct Affine {
 #define INPUT_KERNELS(NAME, X, A)                                                                            \
     extern "C" void moments_##NAME(const X* x, long positions, long channels, double* totals, int threads) { \
         for_tiles(positions, channels, threads, Moments<X>{x, channels, nullptr}, totals);                   \
-        for (long c = 0; positions && c < channels; ++c) { /* of x itself */                                 \
-            const double origin = load(x[c]), sum = totals[c];                                               \
-            totals[c] += positions * origin;                                                                 \
-            totals[channels + c] += origin * (2 * sum + positions * origin);                                 \
+        for (long c = 0; positions && c < channels; ++c) { /* mean, and sum of squares about it */           \
+            const double sum = totals[c];                                                                    \
+            totals[c] = load(x[c]) + sum / positions;                                                        \
+            totals[channels + c] -= sum * sum / positions;                                                   \
         }                                                                                                    \
     }                                                                                                        \
     extern "C" void affine_##NAME(const X* x, const A* a, const A* b, const A* c, long positions,            \

@@ -158,11 +158,13 @@ def moments(x: Tensor, reduction: Reduction = SINGLE_PROCESS) -> tuple[Tensor, T
     With a `reduction`, over the `x` of all processes.
     """
     channels = x.shape[1]
-    sums = _sums(channels)
-    call(f"moments_{name_of(x.dtype)}", x, x.numel() // channels, channels, sums)
-    sums, positions = _total(sums, x.numel() // channels, reduction)
-    mean, square = sums / positions
-    return mean, (square - mean.square()).clamp_min(0), positions
+    positions = x.numel() // channels
+    own = _sums(channels)  # mean, and sum of squares about it
+    call(f"moments_{name_of(x.dtype)}", x, positions, channels, own)
+    (total, _), count = _total(positions * own, positions, reduction)
+    mean = total / count
+    squares = reduction.total(own[1] + positions * (own[0] - mean).square())
+    return mean, (squares / count).clamp_min(0), count
 
 
 def _sums(channels: int) -> Tensor:
