@@ -3,15 +3,18 @@
 In the trained denoiser 3 to 9 % of a convolution's inputs are spikes; a dense convolution multiplies zeros for the
 rest. If the share of spikes is small enough, `event_conv.cpp` computes the layer and its weight gradient from a list of
 the spikes. The gradient with respect to the spikes is not sparse and stays dense. Results differ from those of dense
-convolutions by rounding alone and do not depend on the number of threads.
+convolutions by rounding alone and do not depend on the number of threads. What is no such convolution of spikes is left
+to torch: `convolve` and `convolve_at` return None.
 """
 
 import functools
+import math
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from models.fused_lif import NAMES, available, call
+from models.fused_lif import call, check_first_derivative, has, is_exactly, name_of, readable
 
 TILE = 64  # columns, as in event_conv.cpp
 NARROWEST = 64  # input and output channels; in narrower layers, listing the spikes costs more than it saves
@@ -33,127 +36,171 @@ class Events:
     def __init__(self, spikes: Tensor, starts: Tensor, table: Tensor):
         grids, rows, channels = spikes.shape
         self.outputs, self.width = grids * len(table), table.shape[1] * channels
-        fired = torch.empty(int(starts[-1]), dtype=torch.int32)
-        call(f"event_list_{NAMES[spikes.dtype]}", spikes, starts, grids * rows, channels, fired)
+        fired = starts.new_empty(int(starts[-1]), dtype=torch.int32)
+        call(f"event_list_{name_of(spikes.dtype)}", spikes, starts, grids * rows, channels, fired)
         sizes = (grids, rows, *table.shape, channels)
-        self.offsets = torch.empty(self.outputs + 1, dtype=torch.int64)
+        self.offsets = starts.new_empty(self.outputs + 1)
         call("event_gather", starts, fired, table, *sizes, self.offsets, None)
-        self.numbers = torch.empty(int(self.offsets[-1]), dtype=torch.int32)
+        self.numbers = fired.new_empty(int(self.offsets[-1]))
         call("event_gather", starts, fired, table, *sizes, self.offsets, self.numbers)
 
-    def convolve(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Sum of the rows of `weight [C',C,k,k]`, rounded to `dtype`, of each output's spikes: `[G*P,C']`."""
-        channels, inputs, height, width = weight.shape
-        tiles = torch.empty(-(-channels // TILE), self.width, TILE, dtype=dtype)
-        strides = (weight.stride(3), weight.stride(1), weight.stride(0))
-        kernel = f"event_pack_{NAMES[weight.dtype]}_{NAMES[dtype]}"
-        call(kernel, weight, *strides, height * width, inputs, channels, tiles)
-        out = torch.empty(self.outputs, channels, dtype=dtype)
+    def convolve(self, tiles: Tensor, channels: int) -> Tensor:
+        """Sum of the rows of weights `tiles` of each output's spikes, see `pack`: `[G*P,C']`."""
+        out = tiles.new_empty(self.outputs, channels)
         sizes = (self.outputs, self.width, channels)
-        call(f"event_forward_{NAMES[dtype]}", self.offsets, self.numbers, tiles, *sizes, out)
+        call(f"event_forward_{name_of(tiles.dtype)}", self.offsets, self.numbers, tiles, *sizes, out)
         return out
 
-    def weight_gradient(self, grad: Tensor) -> Tensor:
-        """Gradient `[K*C,C']` of the rows of weights, at least float32, given that of the outputs, `[G*P,C']`."""
-        result = torch.zeros(self.width, grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
+    def weight_gradient(self, grad: Tensor) -> Tensor | None:
+        """Gradient `[K*C,C']` of the rows of weights, at least float32, given that of the outputs, `[G*P,C']`.
+
+        None if the latter is not finite, since zero times infinity is not zero.
+        """
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        result = grad.new_zeros(self.width, grad.shape[1], dtype=dtype)
         sizes = (self.outputs, *result.shape)
-        call(f"event_backward_{NAMES[grad.dtype]}", self.offsets, self.numbers, grad, *sizes, result)
-        return result
+        finite = call(f"event_backward_{name_of(grad.dtype)}", self.offsets, self.numbers, grad, *sizes, result)
+        return result if finite else None
+
+
+def pack(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Weights `[C',C,k,l]` as the kernels read them: in `dtype`, in tiles of columns `[ceil(C'/TILE),k*l*C,TILE]`.
+
+    None if they are not finite in that type.
+    """
+    rows = weight.detach().flatten(2)  # [C',C,k*l]
+    channels, inputs, taps = rows.shape
+    tiles = rows.new_empty(-(-channels // TILE), taps * inputs, TILE, dtype=dtype)
+    kernel = f"event_pack_{name_of(rows.dtype)}_{name_of(dtype)}"
+    strides = (rows.stride(2), rows.stride(1), rows.stride(0))
+    return tiles if call(kernel, rows, *strides, taps, inputs, channels, tiles) else None
 
 
 def find_events(spikes: Tensor, table: Tensor) -> Events | None:
-    """The events of contiguous spikes `[G,R,C]`; see `Events` for the table.
+    """The events of contiguous spikes `[G,R,C]`; see `Events` for the table, int64.
 
     None if a dense convolution is faster, or if an input is neither 0 nor 1.
     """
     rows = spikes.shape[:2].numel()
-    starts = torch.empty(rows + 1, dtype=torch.int64)  # where the list of each row begins
-    binary = call(f"event_count_{NAMES[spikes.dtype]}", spikes, rows, spikes.shape[2], starts)
+    starts = table.new_empty(rows + 1)  # where the list of each row begins
+    binary = call(f"event_count_{name_of(spikes.dtype)}", spikes, rows, spikes.shape[2], starts)
     if not binary or starts[-1] > LARGEST_SHARE[spikes.dtype] * spikes.numel():
         return None
     return Events(spikes, starts, table)
 
 
-@functools.lru_cache
-def _neighbours(height: int, width: int, kernel: int, stride: int, padding: int, output_padding: int | None) -> Tensor:
-    """The table of a convolution over a grid, `[h',w',kernel^2]`; of a transposed one if `output_padding` is given.
+class Geometry(NamedTuple):
+    """Where a convolution finds the neighbours of an output, as torch's functions take it."""
 
-    A transposed convolution is a convolution of stride 1, with a flipped kernel, over a grid with gaps.
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int = 1
+
+
+@functools.lru_cache
+def _neighbours(height: int, width: int, kernel: tuple[int, int], geometry: Geometry) -> Tensor | None:
+    """The table of a convolution over a grid, `[h',w',k*l]`: torch convolves the numbers of the positions, from 1.
+
+    For each place in the kernel there is one channel, whose kernel is 1 at that place and 0 elsewhere. None if torch
+    refuses, as where the grid is too small.
     """
-    rows = torch.arange(height * width).view(height, width)
-    if output_padding is None:
-        after = before = padding
-    else:
-        spread = rows.new_full((stride * (height - 1) + 1, stride * (width - 1) + 1), height * width)
-        spread[::stride, ::stride] = rows
-        before = kernel - 1 - padding
-        rows, after, stride = spread, before + output_padding, 1
-    rows = nn.functional.pad(rows, (before, after, before, after), value=height * width)
-    windows = rows.unfold(0, kernel, stride).unfold(1, kernel, stride).flatten(2)
-    return (windows if output_padding is None else windows.flip(2)).contiguous()
+    numbers = torch.arange(1.0, height * width + 1, dtype=torch.float64, device="cpu").view(1, 1, height, width)
+    picks = torch.eye(math.prod(kernel), dtype=torch.float64, device="cpu").unflatten(1, kernel)  # [k*l,k,l]
+    try:
+        found = torch.convolution(numbers, picks[None] if geometry.transposed else picks[:, None], None, *geometry)
+    except RuntimeError:
+        return None
+    rows = found[0].round().long() - 1  # -1 for padding
+    return torch.where(rows < 0, height * width, rows).permute(1, 2, 0).contiguous()
 
 
 class _EventConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, conv, events, grid):
-        transposed = isinstance(conv, nn.ConvTranspose2d)
-        out = events.convolve(weight.transpose(0, 1) if transposed else weight, x.dtype)
+    def forward(ctx, x, weight, tiles, events, geometry, grid):
         ctx.save_for_backward(x, weight)
-        ctx.conv, ctx.events, ctx.transposed = conv, events, transposed
-        return out.view(len(x), *grid, -1).permute(0, 3, 1, 2)
+        ctx.events, ctx.geometry = events, geometry
+        channels = weight.shape[1 if geometry.transposed else 0]
+        return events.convolve(tiles, channels).view(len(x), *grid, channels).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx, grad):
-        (x, weight), conv = ctx.saved_tensors, ctx.conv
+        check_first_derivative()
+        x, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            geometry = (conv.stride, conv.padding, conv.dilation, ctx.transposed, conv.output_padding, conv.groups)
-            dense = torch.ops.aten.convolution_backward
-            grad_x = dense(grad, x, weight.to(x.dtype), None, *geometry, (True, False, False))[0]
+        rows = grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
             rows = ctx.events.weight_gradient(grad.permute(0, 2, 3, 1).flatten(0, 2))
+        dense = (ctx.needs_input_grad[0], ctx.needs_input_grad[1] and rows is None, False)
+        if any(dense):
+            backward = torch.ops.aten.convolution_backward
+            grad_x, grad_weight, _ = backward(grad, x, weight.to(x.dtype), None, *ctx.geometry, dense)
+        if rows is not None:
             grad_weight = rows.view(*weight.shape[2:], x.shape[1], -1).permute(3, 2, 0, 1)
-            grad_weight = (grad_weight.transpose(0, 1) if ctx.transposed else grad_weight).to(weight.dtype)
-        return grad_x, grad_weight, None, None, None
+            grad_weight = grad_weight.transpose(0, 1) if ctx.geometry.transposed else grad_weight
+        return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
-def _worthwhile(conv: nn.Conv2d | nn.ConvTranspose2d, spikes: Tensor) -> bool:
-    wide = min(conv.in_channels, conv.out_channels) >= NARROWEST
-    known = {conv.weight.dtype, computed_dtype(spikes)} <= NAMES.keys()
-    return wide and known and spikes.device.type == "cpu" and available()
+Convolution = nn.Conv2d | nn.ConvTranspose2d
+
+
+def _weight(conv: Convolution) -> Tensor:
+    """The weights of a convolution, as `[C',C,k,l]` also if it is transposed."""
+    return conv.weight.transpose(0, 1) if conv.transposed else conv.weight
+
+
+def _computes(conv: Convolution, x: Tensor, channels: int) -> bool:
+    """Whether events compute this layer, and fast; torch computes others, or says what is wrong with them.
+
+    In one group, with zeros around its input `x` of so many channels.
+    """
+    outputs, inputs = _weight(conv).shape[:2]
+    if min(inputs, outputs) < NARROWEST or inputs != channels or x.numel() == 0 or not readable(x, conv.weight):
+        return False
+    simple = conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    dtype = computed_dtype(x)
+    return (
+        simple
+        and is_exactly(conv, nn.Conv2d, nn.ConvTranspose2d)
+        and computed_dtype(conv.weight) == dtype
+        and has(f"event_pack_{name_of(conv.weight.dtype)}_{name_of(dtype)}")
+    )
 
 
 def computed_dtype(x: Tensor) -> torch.dtype:
-    """The type in which convolutions of `x` compute: its own, or that of autocast."""
+    """The type in which convolutions of `x` compute: its own, or that of autocast, which leaves float64 as it is."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    cast = torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
 @torch.compiler.disable  # the compiler cannot trace into the library
-def convolve(conv: nn.Conv2d | nn.ConvTranspose2d, spikes: Tensor) -> Tensor | None:
-    """A convolution without its bias: spikes `[G,C,H,W]` to `[G,C',H',W']`; None if a dense one should be used.
-
-    Kernels must be square, without dilation or groups.
-    """
-    if not _worthwhile(conv, spikes):
+def convolve(conv: Convolution, spikes: Tensor) -> Tensor | None:
+    """A convolution without its bias: spikes `[G,C,H,W]` to `[G,C',H',W']`; None if torch should compute it."""
+    if spikes.dim() != 4 or not _computes(conv, spikes, spikes.shape[1]):
         return None
     spikes = spikes.to(computed_dtype(spikes)).contiguous(memory_format=torch.channels_last)
-    output_padding = conv.output_padding[0] if isinstance(conv, nn.ConvTranspose2d) else None
-    table = _neighbours(*spikes.shape[2:], conv.kernel_size[0], conv.stride[0], conv.padding[0], output_padding)
-    events = find_events(spikes.detach().permute(0, 2, 3, 1).flatten(1, 2), table.flatten(0, 1))
-    if events is None:
+    padding = cast(tuple[int, int], conv.padding)
+    geometry = Geometry(conv.stride, padding, conv.dilation, conv.transposed, conv.output_padding)
+    table = _neighbours(*spikes.shape[2:], conv.weight.shape[2:], geometry)
+    rows = spikes.detach().permute(0, 2, 3, 1).flatten(1, 2)
+    events = None if table is None else find_events(rows, table.flatten(0, 1))
+    tiles = None if events is None else pack(_weight(conv), spikes.dtype)
+    if table is None or tiles is None:
         return None
-    return _EventConv.apply(spikes, conv.weight, conv, events, table.shape[:2])
+    return _EventConv.apply(spikes, conv.weight, tiles, events, geometry, table.shape[:2])
 
 
 @torch.compiler.disable
 def convolve_at(conv: nn.Conv2d, spikes: Tensor, rows: Tensor) -> Tensor | None:
-    """`spiking.convolve_at`, without gradients: spikes `[S,R,C]` to `[S,P,C']`; None if a dense one should be used."""
-    if torch.is_grad_enabled() or not _worthwhile(conv, spikes):
+    """`spiking.convolve_at`, without gradients: spikes `[S,R,C]` to `[S,P,C']`; None if torch should compute it."""
+    if torch.is_grad_enabled() or not _computes(conv, spikes, spikes.shape[2]):
         return None
     spikes = spikes.to(computed_dtype(spikes)).contiguous()
-    events = find_events(spikes, rows)
-    if events is None:
+    events = find_events(spikes, rows.long().contiguous())
+    tiles = None if events is None else pack(conv.weight, spikes.dtype)
+    if events is None or tiles is None:
         return None
-    return events.convolve(conv.weight, spikes.dtype).unflatten(0, (len(spikes), len(rows)))
+    return events.convolve(tiles, len(conv.weight)).unflatten(0, (len(spikes), len(rows)))

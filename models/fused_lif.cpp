@@ -13,6 +13,7 @@
 namespace {
 
 constexpr long TILE = 512;  // elements a thread carries through all spike steps while they stay in its L1 cache
+constexpr long SHARES = 64;  // of the work; no more threads can take part
 
 // Per-channel values repeated over the rows of a tile, so that inner loops run over one flat index.
 template <class A> std::vector<A> repeat(const A* values, long channels, long rows) {
@@ -21,23 +22,37 @@ template <class A> std::vector<A> repeat(const A* values, long channels, long ro
     return result;
 }
 
-// Runs body(first element, number of elements, thread) over all tiles of whole rows.
+// Runs body(first row, row after the last, rows in a tile, number of the share) over all tiles of whole rows. The shares
+// do not depend on the number of threads, and so the sums that each of them makes do not either.
 template <class Body> void for_tiles(long positions, long channels, int threads, Body body) {
     const long rows = std::max(1L, TILE / channels), tiles = (positions + rows - 1) / rows;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int thread = 0; thread < threads; ++thread)  // one share a thread: sums are the same in every run
-        body.run(tiles * thread / threads * rows, std::min(positions, tiles * (thread + 1) / threads * rows), rows,
-                 thread);
+    for (long share = 0; share < SHARES; ++share) {
+        const long begin = tiles * share / SHARES * rows, end = std::min(positions, tiles * (share + 1) / SHARES * rows);
+        if (begin < end) body.run(begin, end, rows, share);
+    }
 }
 
+// The same for a body with sums of its own in each share; their total over the shares is written to `totals [2, C]`.
+template <class Body> void for_tiles(long positions, long channels, int threads, Body body, double* totals) {
+    std::vector<double> sums(SHARES * 2 * channels);
+    body.sums = sums.data();
+    for_tiles(positions, channels, threads, body);
+    std::fill(totals, totals + 2 * channels, 0.0);
+    for (long share = 0; share < SHARES; ++share)
+        for (long c = 0; c < 2 * channels; ++c) totals[c] += sums[share * 2 * channels + c];
+}
+
+// Sums of x and of its square, less the values of the first row: far from zero, little would be left of a variance.
 template <class X> struct Moments {
     using A = typename Accumulator<X>::type;
     const X* x;
     long channels;
-    double* sums;  // [threads, 2, C]
-    void run(long begin, long end, long rows, int thread) {
-        double* total = sums + thread * 2 * channels;
-        std::vector<A> sum(rows * channels), square(rows * channels);
+    double* sums;  // [SHARES, 2, C]
+    void run(long begin, long end, long rows, long share) {
+        double* total = sums + share * 2 * channels;
+        std::vector<A> origin(rows * channels), sum(rows * channels), square(rows * channels);
+        for (long j = 0; j < rows * channels; ++j) origin[j] = load(x[j % channels]);
         for (long row = begin; row < end;) {
             std::fill(sum.begin(), sum.end(), A(0));
             std::fill(square.begin(), square.end(), A(0));
@@ -46,7 +61,7 @@ template <class X> struct Moments {
                 const X* in = x + row * channels;
 #pragma omp simd
                 for (long j = 0; j < n; ++j) {
-                    const A v = load(in[j]);
+                    const A v = load(in[j]) - origin[j];
                     sum[j] += v;
                     square[j] += v * v;
                 }
@@ -67,7 +82,7 @@ template <class X, class Y> struct Forward {
     long steps, positions, channels;
     bool constant;
     Y* out;
-    void run(long begin, long end, long rows, int) {
+    void run(long begin, long end, long rows, long) {
         const auto a = repeat(scale, channels, rows), b = repeat(shift, channels, rows);
         std::vector<A> voltage(rows * channels), sum(rows * channels);
         const long stride = positions * channels;
@@ -83,7 +98,7 @@ template <class X, class Y> struct Forward {
                     const A y = load(in[j]) * a[j] + b[j];
                     const A h = voltage[j] + (y - voltage[j]) * A(0.5);
                     const bool spike = h >= A(1);
-                    voltage[j] = spike ? A(0) : h;
+                    voltage[j] = h * (spike ? A(0) : A(1));  // infinity becomes NaN, as in SpikingJelly
                     if (readout)
                         sum[j] += spike ? readout[s] : A(0);
                     else
@@ -105,13 +120,13 @@ template <class X, class Y> struct Backward {
     bool constant;
     const Y* grad_out;
     X* grad;       // gradient of batch norm's output, shaped like x
-    double* sums;  // [threads, 2, C]: sum of that gradient, and of its product with the normalised input
-    void run(long begin, long end, long rows, int thread) {
+    double* sums;  // [SHARES, 2, C]: sum of that gradient, and of its product with the normalised input
+    void run(long begin, long end, long rows, long share) {
         const auto a = repeat(scale, channels, rows), b = repeat(shift, channels, rows);
         const auto m = repeat(mean, channels, rows), i = repeat(invstd, channels, rows);
         const long width = rows * channels, stride = positions * channels;
         std::vector<A> h(steps * width), voltage(width), dv(width), total(width), product(width);
-        double* out_sums = sums + thread * 2 * channels;
+        double* out_sums = sums + share * 2 * channels;
         for (long row = begin; row < end; row += rows) {
             const long n = std::min(rows, end - row) * channels, at = row * channels;
             std::fill(voltage.begin(), voltage.end(), A(0));
@@ -125,7 +140,7 @@ template <class X, class Y> struct Backward {
                 for (long j = 0; j < n; ++j) {
                     const A y = load(in[j]) * a[j] + b[j];
                     hs[j] = voltage[j] + (y - voltage[j]) * A(0.5);
-                    voltage[j] = hs[j] >= A(1) ? A(0) : hs[j];
+                    voltage[j] = hs[j] * (hs[j] >= A(1) ? A(0) : A(1));
                 }
             }
             for (long s = steps - 1; s >= 0; --s) {
@@ -165,7 +180,7 @@ template <class X> struct Affine {
     const A *a, *b, *c;
     long channels;
     X* grad;
-    void run(long begin, long end, long rows, int) {
+    void run(long begin, long end, long rows, long) {
         const auto ra = repeat(a, channels, rows), rb = repeat(b, channels, rows), rc = repeat(c, channels, rows);
         for (long row = begin; row < end; row += rows) {
             const long n = std::min(rows, end - row) * channels, at = row * channels;
@@ -179,8 +194,13 @@ template <class X> struct Affine {
 }  // namespace
 
 #define INPUT_KERNELS(NAME, X, A)                                                                            \
-    extern "C" void moments_##NAME(const X* x, long positions, long channels, double* sums, int threads) {   \
-        for_tiles(positions, channels, threads, Moments<X>{x, channels, sums});                              \
+    extern "C" void moments_##NAME(const X* x, long positions, long channels, double* totals, int threads) { \
+        for_tiles(positions, channels, threads, Moments<X>{x, channels, nullptr}, totals);                   \
+        for (long c = 0; positions && c < channels; ++c) { /* mean, and sum of squares about it */           \
+            const double sum = totals[c];                                                                    \
+            totals[c] = load(x[c]) + sum / positions;                                                        \
+            totals[channels + c] -= sum * sum / positions;                                                   \
+        }                                                                                                    \
     }                                                                                                        \
     extern "C" void affine_##NAME(const X* x, const A* a, const A* b, const A* c, long positions,            \
                                   long channels, X* grad, int threads) {                                     \
@@ -195,11 +215,12 @@ template <class X> struct Affine {
     }                                                                                                        \
     extern "C" void backward_##NAME(const X* x, const A* scale, const A* shift, const A* mean,               \
                                     const A* invstd, const A* readout, long steps, long positions,           \
-                                    long channels, bool constant, const Y* grad_out, X* grad, double* sums,  \
-                                    int threads) {                                                           \
+                                    long channels, bool constant, const Y* grad_out, X* grad,                \
+                                    double* totals, int threads) {                                           \
         for_tiles(positions, channels, threads,                                                              \
                   Backward<X, Y>{x, scale, shift, mean, invstd, readout, steps, positions, channels,         \
-                                 constant, grad_out, grad, sums});                                           \
+                                 constant, grad_out, grad, nullptr},                                         \
+                  totals);                                                                                   \
     }
 
 INPUT_KERNELS(float32, float, float)

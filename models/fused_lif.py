@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 from typing import cast
@@ -33,16 +34,19 @@ FLAGS = (
     *("-std=c++17", "-fopenmp", "-shared", "-fPIC"),
     *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),  # other compilers reject it
 )
-NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
-def _processor() -> str:
-    """The processor's features, on which `-march=native` depends: machines may share a cache folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return platform.processor()
+def _target(compiler: list[str]) -> str:
+    """The macros that the compiler predefines: its version, and the features of the processor that `native` means here.
+
+    Compilers are updated, and machines may share a cache folder. Raises OSError or subprocess.CalledProcessError.
+    """
+    return _run([*compiler, *FLAGS, "-E", "-dM", "-x", "c++", os.devnull])
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
+    return done.stdout
 
 
 def _load() -> ctypes.CDLL:
@@ -52,7 +56,7 @@ def _load() -> ctypes.CDLL:
     if not compiler:
         raise OSError("no C++ compiler found")
     sources = (file.read_text(encoding="utf-8") for file in SOURCES)
-    key = "\n".join((*compiler, *FLAGS, platform.machine(), _processor(), *sources))
+    key = "\n".join((*compiler, *FLAGS, _target(compiler), *sources))
     name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.summed.so"
     kept = from_cache(name, _load_checked)
     if kept:
@@ -60,8 +64,7 @@ def _load() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder) / name
         units = [str(file) for file in SOURCES if file.suffix == ".cpp"]
-        command = [*compiler, *FLAGS, *units, "-o", str(fresh)]
-        subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
+        _run([*compiler, *FLAGS, *units, "-o", str(fresh)])
         content = fresh.read_bytes()
         return ctypes.CDLL(str(to_cache(name, content + _checksum(content)) or fresh))
 
@@ -77,6 +80,9 @@ def _load_checked(path: Path) -> ctypes.CDLL:
     if _checksum(content[:-32]) != content[-32:]:
         raise ValueError("wrong checksum")
     return ctypes.CDLL(str(path))
+
+
+_loading = threading.Lock()
 
 
 @functools.cache
@@ -95,7 +101,42 @@ def _library() -> ctypes.CDLL | None:
 @torch.compiler.disable
 def available() -> bool:
     """Whether the compiled kernels can be used on this machine; warns once if not."""
-    return _library() is not None
+    with _loading:
+        return _library() is not None
+
+
+def has(kernel: str) -> bool:
+    """Whether the kernels are available, and one of this name, which ends in the types of its tensors, among them."""
+    return available() and hasattr(_library(), kernel)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a type, as in the names of kernels."""
+    return str(dtype).removeprefix("torch.")
+
+
+def is_exactly(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a layer computes what one of these classes does. No kernel stands in for another layer.
+
+    A subclass, hooks, or a forward of its own may compute anything.
+    """
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return type(layer) in kinds and "forward" not in vars(layer) and not any(hooks)
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """Whether kernels can read all of these by address: strided tensors in the memory of the CPU, of no subclass."""
+    return all(
+        type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.layout is torch.strided
+        for tensor in tensors
+        if tensor is not None
+    )
+
+
+def check_first_derivative() -> None:
+    """Called by a backward pass that is no graph itself. Raises RuntimeError if one was asked for (`create_graph`)."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the compiled kernels have no second derivatives: choose the reference backend")
 
 
 def call(name: str, *arguments: Tensor | int | bool | None) -> int:
@@ -111,17 +152,6 @@ def call(name: str, *arguments: Tensor | int | bool | None) -> int:
     return getattr(_library(), name)(*converted, ctypes.c_int(torch.get_num_threads()))
 
 
-def _empty_sums(channels: int) -> Tensor:
-    return torch.zeros(torch.get_num_threads(), 2, channels, dtype=torch.float64)
-
-
-def _total(sums: Tensor, rows: int, reduction: Reduction) -> tuple[Tensor, int]:
-    """Totals `[2,C]` of `sums [threads,2,C]` over threads and processes, and the total number of rows summed."""
-    total = sums.sum(0)
-    numbers = reduction.total(torch.cat((total.flatten(), total.new_tensor([rows]))))
-    return numbers[:-1].view_as(total), int(numbers[-1])
-
-
 def moments(x: Tensor, reduction: Reduction = SINGLE_PROCESS) -> tuple[Tensor, Tensor, int]:
     """Mean and biased variance of each channel, float64 `[C]`, of channels-last `x [B,C,H,W]`, and the count B*H*W.
 
@@ -129,11 +159,26 @@ def moments(x: Tensor, reduction: Reduction = SINGLE_PROCESS) -> tuple[Tensor, T
     """
     channels = x.shape[1]
     positions = x.numel() // channels
-    sums = _empty_sums(channels)
-    call(f"moments_{NAMES[x.dtype]}", x, positions, channels, sums)
-    total, positions = _total(sums, positions, reduction)
-    mean, square = total / positions
-    return mean, (square - mean.square()).clamp_min(0), positions
+    own = _sums(channels)  # mean, and sum of squares about it
+    call(f"moments_{name_of(x.dtype)}", x, positions, channels, own)
+    (total, _), count = _total(positions * own, positions, reduction)
+    mean = total / count
+    squares = reduction.total(own[1] + positions * (own[0] - mean).square())
+    return mean, (squares / count).clamp_min(0), count
+
+
+def _sums(channels: int) -> Tensor:
+    """Room for two sums of each channel."""
+    return torch.empty(2, channels, dtype=torch.float64, device="cpu")
+
+
+def _total(sums: Tensor, rows: int, reduction: Reduction) -> tuple[Tensor, int]:
+    """Totals of `sums [2,C]` over the processes, and the total number of rows summed."""
+    numbers = reduction.total(torch.cat((sums.flatten(), sums.new_tensor([rows]))))
+    return numbers[:-1].view_as(sums), int(numbers[-1])
+
+
+Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 
 
 class _NormLIF(torch.autograd.Function):
@@ -147,14 +192,14 @@ class _NormLIF(torch.autograd.Function):
     def forward(ctx, x, offset, weight, bias, mean, invstd, spike_steps, constant, readout, dtype, training, reduction):
         scale = weight.double() * invstd
         shift = bias.double() - mean * scale
-        accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+        accumulator = torch.promote_types(x.dtype, torch.float32)
         scale, shift, mean, invstd = (v.to(accumulator) for v in (scale, shift, mean, invstd))
         readout = None if readout is None else readout.to(accumulator)
         samples = x.shape[0] if constant else x.shape[0] // spike_steps
         positions, channels = samples * x.shape[2] * x.shape[3], x.shape[1]
         shape = (samples if readout is not None else samples * spike_steps, *x.shape[1:])
-        out = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
-        ctx.kernel = f"{NAMES[x.dtype]}_{NAMES[dtype]}"
+        out = torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
+        ctx.kernel = f"{name_of(x.dtype)}_{name_of(dtype)}"
         sizes = (spike_steps, positions, channels, constant)
         call(f"forward_{ctx.kernel}", x, scale, shift, readout, *sizes, out)
         ctx.save_for_backward(x, weight, scale, shift, mean, invstd, readout)
@@ -163,35 +208,58 @@ class _NormLIF(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
+        check_first_derivative()
         x, weight, scale, shift, mean, invstd, readout = ctx.saved_tensors
         channels = x.shape[1]
         grad_out = grad_out.contiguous(memory_format=torch.channels_last)
         grad = torch.empty_like(x)
-        sums = _empty_sums(channels)
+        sums = _sums(channels)
         call(f"backward_{ctx.kernel}", x, scale, shift, mean, invstd, readout, *ctx.sizes, grad_out, grad, sums)
-        grad_bias, grad_weight = sums.sum(0)
+        grad_bias, grad_weight = sums
         (total, product), rows = _total(sums, x.numel() // channels, ctx.reduction)
         # dx = scale * (g - mean(g) - xhat * mean(g * xhat)), written as a g + b x + c
         a = scale.double()
         b = -a * invstd.double() * product / rows if ctx.training else torch.zeros_like(a)
         c = -a * total / rows - b * mean.double() if ctx.training else b
         coefficients = (v.to(scale.dtype) for v in (a, b, c))
-        call(f"affine_{NAMES[x.dtype]}", x, *coefficients, x.numel() // channels, channels, grad)
+        call(f"affine_{name_of(x.dtype)}", x, *coefficients, x.numel() // channels, channels, grad)
         grad_offset = torch.zeros_like(weight) if ctx.training else (a * grad_bias).to(weight.dtype)
         return grad, grad_offset, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 8
+
+
+def _computes(
+    x: Tensor, offset: Tensor, norm: Norm, spike_steps: int, constant: bool, readout: Tensor | None, dtype: torch.dtype
+) -> bool:
+    """Whether the kernels compute this batch norm of these currents; torch computes others, or says what is wrong."""
+    held = [*norm.parameters(), *norm.buffers()]  # weight, bias, running mean and variance, number of batches
+    known = is_exactly(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and norm.track_running_stats and len(held) == 5
+    if not known or x.dim() != 4 or not readable(x, offset, *held, readout):
+        return False
+    (samples, channels), steps, values = x.shape[:2], 1 if constant else spike_steps, (offset, *held[:4])
+    if spike_steps < 1 or samples % steps or channels == 0 or any(value.shape != (channels,) for value in values):
+        return False
+    if readout is not None and (readout.shape != (spike_steps,) or readout.requires_grad):
+        return False
+    if norm.training and isinstance(norm, nn.SyncBatchNorm):
+        enough = hasattr(norm, "reduction")  # other processes have values, too
+    else:
+        enough = not norm.training or x.numel() // channels * spike_steps // steps > 1
+    double = x.dtype == torch.float64
+    same = all((value.dtype == torch.float64) == double for value in values)
+    return enough and same and has(f"forward_{name_of(x.dtype)}_{name_of(dtype)}")
 
 
 @torch.compiler.disable  # the compiler cannot trace the library, and would gain nothing
 def norm_lif(
     x: Tensor,
     offset: Tensor,
-    norm: nn.BatchNorm2d | nn.SyncBatchNorm,
+    norm: Norm,
     spike_steps: int,
     *,
     constant: bool,
     readout: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor | None:
     """Batch norm, then LIF (tau 2, threshold 1, hard reset, ATan surrogate) from rest over all spike steps.
 
     Args:
@@ -204,8 +272,11 @@ def norm_lif(
         dtype: type of the result, by default that of `x`.
 
     Returns:
-        Spikes `[S*N,C,H,W]`, or the readout `[N,C,H,W]`; channels-last.
+        Spikes `[S*N,C,H,W]`, or the readout `[N,C,H,W]`; channels-last. None where the kernels do not compute this.
     """
+    dtype = dtype or x.dtype
+    if not _computes(x, offset, norm, spike_steps, constant, readout, dtype):
+        return None
     x = x.contiguous(memory_format=torch.channels_last)
     sync = norm.training and isinstance(norm, nn.SyncBatchNorm)
     reduction = cast(Reduction, norm.reduction) if sync else SINGLE_PROCESS
@@ -224,4 +295,4 @@ def norm_lif(
     invstd = (variance + norm.eps).rsqrt()
     statistics = (offset, norm.weight, norm.bias, mean, invstd)
     modes = (norm.training, reduction)
-    return _NormLIF.apply(x, *statistics, spike_steps, constant, readout, dtype or x.dtype, *modes)
+    return _NormLIF.apply(x, *statistics, spike_steps, constant, readout, dtype, *modes)

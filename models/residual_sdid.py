@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from models.denoiser import Denoiser
 from models.labels import Labels
 from models.prototypes import Prototypes
-from models.spiking import Firing, apply_head, is_reference, one_hot
+from models.spiking import Firing, apply_head, is_reference, literal, one_hot
 
 HEADS = 16  # groups of channels, each with its own mixing matrix
 THRESHOLD_BIAS = 1.0  # initial bias of batch norm; a neuron at rest fires at a current of 2
@@ -47,7 +47,7 @@ class MixingBlock(nn.Module):
         (steps, samples, channels), (height, width) = spikes.shape[:3], spikes.shape[3:]
         positions = height * width
         x = spikes.permute(0, 1, 3, 4, 2).reshape(steps * samples, positions, HEADS, -1)  # [S,N,C,h,w] -> [SN,P,H,C/H]
-        if is_reference():
+        if literal(self.mix):
             x = self.mix(x.transpose(1, 2).reshape(len(x), -1, 1, channels // HEADS))
             x = x.view(len(x), HEADS, positions, -1).transpose(1, 2)
         else:
@@ -149,7 +149,7 @@ class ResidualSDID(Denoiser):
         self._check_condition(condition)
         mean = torch.full((self.spike_steps,), 1 / self.spike_steps, device=tokens.device).to(self.head.weight)
         spikes = F.one_hot(tokens.long(), self.codebook_size + 1).permute(0, 3, 1, 2).to(self.head.weight)
-        if is_reference():
+        if literal(self.embed):
             spikes = spikes.expand(self.spike_steps, *spikes.shape)
             currents = self.embed(spikes.flatten(0, 1)).unflatten(0, spikes.shape[:2])
         else:
@@ -157,7 +157,7 @@ class ResidualSDID(Denoiser):
         if condition is not None:
             currents = currents + self._condition_currents(condition)
         x = self.blocks(currents + self.position)
-        x = self.fire(x) if is_reference() else self.fire(x, mean)
+        x = self.fire(x) if literal(self.head) else self.fire(x, mean)
         return F.pixel_shuffle(apply_head(self.head, x, mean), self.patch)
 
     def _condition_currents(self, condition: Tensor) -> Tensor:

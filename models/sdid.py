@@ -7,7 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.denoiser import Denoiser
-from models.spiking import SpikingStack, apply_head, bias_of, convolve_at, full_precision, is_reference, weighted_sum
+from models.spiking import (
+    SpikingStack,
+    apply_head,
+    bias_of,
+    convolve_at,
+    full_precision,
+    is_local,
+    literal,
+    weighted_sum,
+)
 
 
 class SDID(Denoiser):
@@ -61,7 +70,7 @@ class SDID(Denoiser):
         mean = self._mean_weights()
         first = self._embed(tokens, t)
         x = self.conv4(self.conv3(self.conv2(first)))
-        if is_reference():
+        if literal(self.head):
             return apply_head(self.head, torch.cat((self.conv5(x), first), 2), mean)
         return apply_head(self.head, torch.cat((self.conv5(x, mean), weighted_sum(mean, first)), 1), mean)
 
@@ -69,12 +78,15 @@ class SDID(Denoiser):
         """See Denoiser. Only what the P logits depend on is computed.
 
         A logit depends on 3x3 positions of the last hidden block, 5x5 of the one before, and so on. Features are kept
-        as `[S, positions, C]`, and a convolution is a matrix product of gathered neighbours.
+        as `[S, positions, C]`, and a convolution is a matrix product of gathered neighbours. With other layers in their
+        place, everything is computed.
         """
         self._check_evaluation_mode()
         self._check_condition(condition)
         mean = self._mean_weights()
         blocks = (self.conv2, self.conv3, self.conv4, self.conv5)
+        if not is_local(self.head) or not all(block.is_local for block in blocks):
+            return super().logits_at(tokens, t, where, condition)
         needed = [_dilate(where)]  # positions of conv5, then of conv4, and so on
         for _ in blocks[1:]:
             needed.append(_dilate(needed[-1]))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import chain
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,8 @@ def full_precision(x: Tensor) -> torch.autocast:
 class LIF(neuron.LIFNode):
     """SpikingJelly's multi-step LIF as the paper uses it: tau 2, threshold 1, hard reset to 0, ATan surrogate.
 
-    `H = V + (X - V) / 2`, spike `[H >= 1]`, `V = H (1 - spike)`. Starts from rest at every call. The membrane potential
+    `H = V + (X - V) / 2`, spike `[H >= 1]`, `V = H (1 - spike)`; other values of its attributes are obeyed, but only
+    these are fast: see `is_papers_neuron`. Starts from rest at every call. The membrane potential
     is at least float32, even if `X` is bfloat16: SpikingJelly's fused kernels expect that, whereas the state that a
     SpikingJelly neuron keeps by itself would have the type of `X`.
     """
@@ -67,9 +68,24 @@ class LIF(neuron.LIFNode):
 
     def forward(self, x: Tensor) -> Tensor:
         """Input currents `[S,...]` to spikes `[S,...]`."""
-        rest = torch.zeros_like(x[0], dtype=torch.promote_types(x.dtype, torch.float32))
+        rest = torch.full_like(x[0], self.v_reset or 0.0, dtype=torch.promote_types(x.dtype, torch.float32))
         parameters = (self.tau, self.decay_input, self.v_threshold, self.v_reset, self.surrogate_function)
-        return functional.lif_multi_step(x, rest, *parameters)[0]
+        modes = (self.detach_reset, self.store_v_seq)
+        spikes, _, voltages = functional.lif_multi_step(x, rest, *parameters, *modes)
+        if self.store_v_seq:
+            self.v_seq = voltages
+        return spikes
+
+
+def is_papers_neuron(layer: nn.Module) -> bool:
+    """Whether a neuron is what `fused_lif` computes: `LIF` with the values of the paper. Others run as they are."""
+    gradient: Any = layer.surrogate_function if fused_lif.is_exactly(layer, LIF) else None
+    if gradient is None or not fused_lif.is_exactly(gradient, surrogate.ATan):
+        return False
+    values = (layer.tau, layer.v_threshold, layer.v_reset, gradient.alpha)
+    modes = (layer.decay_input, layer.detach_reset, layer.store_v_seq, gradient.spiking)
+    fixed = all(isinstance(value, int | float) for value in values)  # not learned, and a reset that is hard
+    return fixed and (values, modes) == ((2, 1, 0, 2), (True, False, False, True))
 
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -111,6 +127,15 @@ def weighted_sum(weights: Tensor, spikes: Tensor) -> Tensor:
         return torch.tensordot(weights, spikes.to(weights.dtype), 1)
 
 
+def literal(*convolutions: nn.Module) -> bool:
+    """Whether to call these layers as modules, at every spike step: on the reference backend, or if one is a subclass.
+
+    Likewise if it has hooks or a forward of its own: it may compute anything.
+    """
+    own = all(fused_lif.is_exactly(conv, nn.Conv2d, nn.ConvTranspose2d) for conv in convolutions)
+    return is_reference() or not own
+
+
 def apply_head(head: Convolution, x: Tensor, weights: Tensor) -> Tensor:
     """Output of a convolution without neurons, summed over the spike steps with `weights [S]`: `[N,C',H',W']`.
 
@@ -128,8 +153,9 @@ def norm_lif(norm: nn.BatchNorm2d, lif: LIF, x: Tensor, spike_steps: int) -> Ten
 
     In bfloat16, batch norm would round a steady current just above the threshold to just that, and silence its neuron.
     """
+    dtype = torch.promote_types(x.dtype, torch.float32) if norm.weight is None else norm.weight.dtype
     with full_precision(x):
-        return lif(norm(x.to(norm.weight.dtype)).unflatten(0, (spike_steps, -1)))
+        return lif(norm(x.to(dtype)).unflatten(0, (spike_steps, -1)))
 
 
 def fire(
@@ -147,9 +173,10 @@ def fire(
     With `readout` weights `[S]`: to `sum_s readout[s] * spikes[s]`, `[N,C,H,W]`.
     """
     dtype = _spike_dtype(x, readout)
-    if not is_reference() and x.device.type == "cpu" and x.dtype in fused_lif.NAMES and fused_lif.available():
-        x = fused_lif.norm_lif(x, bias, norm, spike_steps, constant=constant, readout=readout, dtype=dtype)
-        return x if readout is not None else x.unflatten(0, (spike_steps, -1))
+    if not is_reference() and is_papers_neuron(lif):
+        fused = fused_lif.norm_lif(x, bias, norm, spike_steps, constant=constant, readout=readout, dtype=dtype)
+        if fused is not None:
+            return fused if readout is not None else fused.unflatten(0, (spike_steps, -1))
     x = x + bias.view(-1, 1, 1)  # of the type of the bias: float32, even if the currents are bfloat16
     spikes = norm_lif(norm, lif, x.repeat(spike_steps, 1, 1, 1) if constant else x, spike_steps)
     return spikes.to(dtype) if readout is None else weighted_sum(readout, spikes)
@@ -208,25 +235,31 @@ class SpikingStack(nn.Sequential):
         *blocks, last = self.blocks
         for block in blocks:
             x = self._spikes(block, x)
-        x = self._spikes(last, x, None if is_reference() else readout)
-        if self.head is not None and readout is not None:
-            return apply_head(self.head, x, readout)
-        return weighted_sum(readout, x) if is_reference() and readout is not None else x
+        if self.head is None or readout is None:
+            return self._spikes(last, x, readout)
+        return apply_head(self.head, self._spikes(last, x, None if literal(self.head) else readout), readout)
 
     def _spikes(self, block: Block, x: Tensor, readout: Tensor | None = None) -> Tensor:
-        conv, norm, lif = block
-        if is_reference():
-            x = x if x.dim() == 5 else x.expand(self.spike_steps, *x.shape)
-            return norm_lif(norm, lif, conv(x.flatten(0, 1)), self.spike_steps)
-        if x.dim() == 5:
+        (conv, norm, lif), constant = block, x.dim() == 4
+        if literal(conv):
+            x = conv((x.expand(self.spike_steps, *x.shape) if constant else x).flatten(0, 1))
+            return fire(norm, lif, x, self.spike_steps, bias=x.new_zeros(x.shape[1]), readout=readout)
+        if constant:
+            with full_precision(x):  # tokens and timesteps are large integers, inexact in bfloat16
+                x = convolve(conv, x)  # once, not at every step
+        else:
             x = convolve_spikes(conv, x.flatten(0, 1))
-            return fire(norm, lif, x, self.spike_steps, bias=bias_of(conv), readout=readout)
-        with full_precision(x):  # once, not at every step; tokens and timesteps are large integers, inexact in bfloat16
-            x = convolve(conv, x)
-        return fire(norm, lif, x, self.spike_steps, bias=bias_of(conv), readout=readout, constant=True)
+        return fire(norm, lif, x, self.spike_steps, bias=bias_of(conv), readout=readout, constant=constant)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `fire_at` computes it: one block, without batch statistics, of which each layer is local."""
+        conv, norm, lif = self.blocks[0]
+        fixed = fused_lif.is_exactly(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and norm.running_mean is not None
+        return len(self) == 3 and is_local(conv) and fixed and not norm.training and fused_lif.is_exactly(lif, LIF)
 
     def fire_at(self, x: Tensor, rows: Tensor, readout: Tensor | None = None) -> Tensor:
-        """The output of a stack of one block at chosen positions, spikes `[S,P,C']`; for the input see `convolve_at`.
+        """The output of a stack at chosen positions, spikes `[S,P,C']`, if it `is_local`; see `convolve_at`.
 
         With `readout` weights `[S]`: to their weighted sum `[P,C']`.
         """
@@ -237,6 +270,14 @@ class SpikingStack(nn.Sequential):
         return fire(norm, lif, x, self.spike_steps, bias=bias_of(conv), readout=readout).flatten(-3)
 
 
+def is_local(conv: nn.Module) -> bool:
+    """Whether `convolve_at` computes a layer from the 3x3 neighbours of each position."""
+    if literal(conv) or not isinstance(conv, nn.Conv2d):
+        return False
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+
+
 def one_hot(layer: Layer) -> Layer:
     """Mark a layer whose input is one-hot: without spikes it would be a look-up, and `metrics.energy` counts it so."""
     object.__setattr__(layer, "one_hot", True)
@@ -244,9 +285,8 @@ def one_hot(layer: Layer) -> Layer:
 
 
 def bias_of(conv: Convolution) -> Tensor:
-    """The bias `[C]` of a convolution that has one."""
-    assert conv.bias is not None
-    return conv.bias
+    """The bias `[C]` of a convolution; zeros if it has none."""
+    return conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
 
 
 def convolve(conv: Convolution, x: Tensor) -> Tensor:
@@ -256,8 +296,9 @@ def convolve(conv: Convolution, x: Tensor) -> Tensor:
     """
     if isinstance(conv, nn.ConvTranspose2d):
         padding = cast(tuple[int, int], conv.padding)  # never a string in a transposed convolution
-        return F.conv_transpose2d(x, conv.weight, None, conv.stride, padding, conv.output_padding)
-    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+        modes = (conv.output_padding, conv.groups, conv.dilation)
+        return F.conv_transpose2d(x, conv.weight, None, conv.stride, padding, *modes)
+    return conv._conv_forward(x, conv.weight, None)  # pads as the layer does
 
 
 def convolve_spikes(conv: Convolution, x: Tensor) -> Tensor:

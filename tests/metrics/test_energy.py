@@ -363,8 +363,9 @@ def test_misuse_is_refused(autoencoder, denoiser, images, tokens):
     for network, call in calls:
         with pytest.raises(ValueError, match="5 images"):
             count(network, call, 5, STEPS)
-        with use_backend("fast"), pytest.raises(ValueError, match="reference backend"):
-            count(network, call, 3, STEPS)
+        with use_backend("fast"):  # calls what has hooks as the reference backend does
+            fast = count(network, call, 3, STEPS).dense_macs
+        assert fast == count(network, call, 3, STEPS).dense_macs
         network.train()
         with pytest.raises(ValueError, match="evaluation"):
             count(network, call, 3, STEPS)

@@ -147,7 +147,7 @@ def test_resumed_with_another_number_of_processes(together, tmp_path):
     (rest,) = perform([(("--resume", copy, "--stage", "vqsvae"), None)])
     whole, model = together.alone["stage 1"], run_in(together.folder / "alone") / "model.pth"
     for losses, run in ((rest, copy), (together.shared["resumed"], run_in(together.folder / "stopped alone"))):
-        assert close(losses, whole[STOPPED:])
+        assert close(losses, whole[STOPPED:], 1e-8)  # AdamW makes more of what rounding leaves of a small gradient
         assert weights_differ_by(run / "model.pth", model) < 1e-6
 
 
