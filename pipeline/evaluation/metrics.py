@@ -305,7 +305,7 @@ class Evaluation:
         protocol, least = getattr(metric, side), metric.least(side)
         if least <= count < protocol and not named:
             raise UserError(
-                f"the protocol has {protocol} {side} images, not {count}: with fewer it is computed where --metrics names it"
+                f"the protocol has {protocol} {side} images, not {count}: name the metric to compute it of fewer"
             )
         check_enough("this", least if named else protocol, **{side: range(count)})
 
