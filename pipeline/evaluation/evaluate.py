@@ -4,7 +4,7 @@ import sys
 
 from errors import UserError
 from pipeline.evaluation.metrics import Evaluation
-from pipeline.evaluation.model_metrics import energy_records, reconstruction_records
+from pipeline.evaluation.model_metrics import autoencoder_records, energy_records, floor_records, reconstructions
 from pipeline.evaluation.records import write_records
 from pipeline.evaluation.temperature import check_held_out, with_temperature
 from pipeline.options import METRICS, SAMPLE_METRICS
@@ -31,10 +31,13 @@ def evaluate(session: Session) -> None:
     model = with_temperature(session, model) if draws else model
     count = o.sampling.num_samples or evaluation.images_needed or GRID_IMAGES
     images = draw(session, model, count, reuse=True) if of_samples else None
-    # what all processes compute comes first, so that none waits for the metrics of samples, which rank 0 alone computes
-    records = reconstruction_records(model, evaluation, wanted)
+    # what all processes compute comes first, so that none waits for metrics of images, which rank 0 alone computes
+    reconstructed, test = reconstructions(model, evaluation, wanted), session.data.test
+    records = autoencoder_records(model, reconstructed, test, o.run.seed, wanted)
     if "energy" in wanted:
-        records += energy_records(model, session.data.test, o.run.seed)
+        records += energy_records(model, test, o.run.seed)
+    if reconstructed is not None:
+        records = floor_records(reconstructed, evaluation) + records
     if images is not None:
         records = evaluation.compute(images, model.drawn, labels=model.labels_of(range(count))) + records
     if change := session.data_change(session.data):

@@ -20,7 +20,7 @@ from pipeline.evaluation import metrics as evaluation
 from pipeline.evaluation.feature_networks import FadNetwork
 from pipeline.evaluation.loaders import LOADERS, FeatureNetwork
 from pipeline.evaluation.metrics import Evaluation, Metric
-from pipeline.evaluation.model_metrics import energy_records, reconstruction_records
+from pipeline.evaluation.model_metrics import energy_records, floor_records, reconstructions
 from pipeline.options import SAMPLE_METRICS, EvaluationOptions
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
@@ -394,19 +394,25 @@ def test_reconstructions_are_scored_as_samples_are(data, monkeypatch):
 
     floors = {name: Metric("free", 4, 3, distance) for name in ("fad", "fid", "clean_fid")}
     monkeypatch.setattr(evaluation, "GENERATED_METRICS", {**floors, "kid": Metric("free", 4, 3, distance)})
-    ready = prepared(data, metrics=list(evaluation.GENERATED_METRICS))
-    records = reconstruction_records(generator, ready, ["fad", "fid", "clean_fid", "kid"])
+
+    def records_of(*names):
+        ready = prepared(data, metrics=names)
+        reconstructed = reconstructions(generator, ready, names)
+        return [] if reconstructed is None else floor_records(reconstructed, ready)
+
+    records = records_of(*evaluation.GENERATED_METRICS)
     assert len(records) == 3
-    reconstructed, real = (pooled(images, Pooling()) for images in (generator.reconstruct(data.test), data.test))
-    expected = frechet_distance(*feature_statistics(reconstructed), *feature_statistics(real))
+    ours, real = (pooled(images, Pooling()) for images in (generator.reconstruct(data.test), data.test))
+    expected = frechet_distance(*feature_statistics(ours), *feature_statistics(real))
     for record in records:
         assert record["name"] == "reconstruction_distance" and record["value"] == pytest.approx(expected)
         assert record["num_generated"] == 7 and "reconstructions" in record["drawn"]
-    (alone,) = reconstruction_records(generator, prepared(data, metrics=["fid"]), ["fid"])
-    assert alone == records[1]
-    too_few = {"fid": Metric("free", 8, 3, distance)}
+    assert records_of("fid") == [records[1]]
+    too_few = {"fid": Metric("free", 8, 3, distance), "kid": Metric("free", 4, 3, distance)}
     monkeypatch.setattr(evaluation, "GENERATED_METRICS", too_few)
-    assert reconstruction_records(generator, prepared(data, metrics=["fid"]), ["fid"]) == []
+    assert records_of("fid") == []
+    monkeypatch.setattr(CodeDiffusion, "reconstruct", lambda *_: pytest.fail("in vain"))
+    assert records_of("kid") == []
 
 
 def test_images_drawn_with_labels_are_judged_class_by_class(data, monkeypatch):
