@@ -395,7 +395,7 @@ class EvaluationOptions:
 
     metrics: tuple[str, ...] | None = option(
         None,
-        f"metrics to compute: {', '.join(METRICS)}; all: all that are available, but not fid_50k",
+        f"metrics to compute: {', '.join(METRICS)}; all: all that are available, except fid_50k",
         Role.RESUMED,
         metavar="A,B",
         absent="all",

@@ -3,7 +3,7 @@
 python scripts/evaluate.py RUN_FOLDER                            its samples/images.npz against its data set
 python scripts/evaluate.py GENERATED --dataset_name MNIST        images against a data set
 python scripts/evaluate.py GENERATED REAL --metrics fid,kid      images against other images
-python scripts/evaluate.py --dataset_name MNIST --seed 1         5,000 random training images, as if generated
+python scripts/evaluate.py --dataset_name MNIST --seed 1         10,000 random training images, as if generated
 
 Images are a folder of image files, searched recursively, or an .npy or .npz file: [N,H,W], [N,H,W,1] or
 [N,H,W,3] of integers from 0 to 255, uint16 or bool; an .npz file must hold one array, or one named "images".
@@ -25,18 +25,16 @@ from datasets import ImageData, load_dataset
 from errors import UserError, reported
 from files import expand
 from image_files import alternate, find_images, folders_of, read_images, take
-from metrics.fad import FAD_IMAGES
+from metrics.fid import FID_IMAGES
 from parts import DATASETS
 from pipeline.checkpoints import write_json
-from pipeline.declaration import parse_metrics
+from pipeline.declaration import number, parse_metrics
 from pipeline.evaluation.metrics import evaluate_images
 from pipeline.evaluation.records import print_records
 from pipeline.options import SAMPLE_METRICS, EvaluationOptions, names
 from pipeline.run_folder import RunFolder
-from pipeline.runtime.device import choose_machine, find_device
+from pipeline.runtime.device import choose_machine, find_device, keep_freed_memory
 from pipeline.runtime.terminal import print_anywhere
-
-RANDOM_IMAGES = FAD_IMAGES
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_anywhere()
     args = parse(arguments)
     with reported():
+        keep_freed_memory()
         records = evaluate(args)
         if args.output:
             write_json(args.output, records)
@@ -60,7 +59,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--dataset_name", choices=DATASETS, help="use this data set as the real images")
     add("--data_path", type=expand, help="where the data set is [that of the run, else data]")
     add("--held_out", type=int, help="training images of --dataset_name left out, as in the run that is compared [0]")
-    add("--metrics", type=parse_metrics(SAMPLE_METRICS), help=f"of {','.join(SAMPLE_METRICS)} [all available]")
+    among = f"of {','.join(SAMPLE_METRICS)} [all available, but not fid_50k]"
+    add("--metrics", type=parse_metrics(SAMPLE_METRICS), help=among)
+    add("--num_samples", type=number(int, 1), help="use the first N images, or N random ones [all, or 10,000]")
     add("--reference", choices=("test", "train"), default="test", help="split that real images are taken from [test]")
     add("--fid_weights", type=expand, help="pytorch-fid's Inception weights [downloaded]")
     add("--paper_fid_weights", type=expand, help="torchvision's Inception weights [downloaded]")
@@ -99,9 +100,9 @@ def load_sides(args: argparse.Namespace) -> tuple[ImageData, Tensor, str]:
     else:
         data, generated = load_data_of(args.generated, args.data_path), args.generated / "samples" / "images.npz"
     if generated is None:
-        chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(args.seed))[:RANDOM_IMAGES]
-        return data, data.train[chosen], "random training images"
-    return data, load_images(generated), str(generated)
+        chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(args.seed))
+        return data, data.train[chosen[: args.num_samples or FID_IMAGES]], "random training images"
+    return data, load_images(generated)[: args.num_samples], str(generated)
 
 
 def as_data(path: Path) -> ImageData:

@@ -4,7 +4,7 @@ import sys
 
 from errors import UserError
 from pipeline.evaluation.metrics import Evaluation
-from pipeline.evaluation.model_metrics import energy_records, reconstruction_records
+from pipeline.evaluation.model_metrics import autoencoder_records, energy_records, floor_records, reconstructions
 from pipeline.evaluation.records import write_records
 from pipeline.evaluation.temperature import check_held_out, with_temperature
 from pipeline.options import METRICS, SAMPLE_METRICS
@@ -30,10 +30,13 @@ def evaluate(session: Session) -> None:
     model = with_temperature(session, model) if draws else model
     count = o.sampling.num_samples or evaluation.images_needed or GRID_IMAGES
     images = draw(session, model, count, reuse=True) if of_samples else None
-    # what all processes compute comes first, so that none waits for the metrics of samples, which rank 0 alone computes
-    records = reconstruction_records(model, evaluation, wanted)
+    # what all processes compute comes first, so that none waits for metrics of images, which rank 0 alone computes
+    reconstructed = reconstructions(model, evaluation, wanted)
+    records = autoencoder_records(model, reconstructed, session.data, o.run.seed, wanted)
     if "energy" in wanted:
         records += energy_records(model, session.data, o.run.seed)
+    if reconstructed is not None:
+        records = floor_records(reconstructed, evaluation) + records
     if images is not None:
         labels = model.labels_of(range(count))
         records = evaluation.compute(images, model.drawn, model.settings, labels=labels) + records

@@ -93,7 +93,7 @@ def kept_features(network: Network, extract: Extract[Network], images: Tensor, n
     """
     weights = digest(network.state_dict())
     parts: list[np.ndarray] = []
-    with tqdm(total=len(images), desc=extract.__name__, unit=" images", leave=False, disable=None) as bar:
+    with tqdm(total=len(images), desc=f"features, {name}", unit=" images", leave=False, disable=None) as bar:
 
         def features(part: Tensor) -> np.ndarray:
             key = f"{extract.__name__}-{name}-{len(part)}-{digest(part)}-{weights}"

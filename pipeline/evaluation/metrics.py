@@ -157,11 +157,11 @@ class Metric(NamedTuple):
         return f"{name}_{min(short)}_images" if short else name
 
 
-def _fid(name: str, network: str, generated: int, **more: Any) -> Metric:
+def _fid(name: str, network: str, generated: int, real: int = FULL_RANK, **more: Any) -> Metric:
     def values(features: Features) -> Values:
         return {name: fid(features.generated, features.real)}
 
-    return Metric(network, generated, FULL_RANK, values, fewest=FEWEST_IMAGES, **more)
+    return Metric(network, generated, real, values, fewest=FEWEST_IMAGES, **more)
 
 
 def _kid(features: Features) -> Values:
@@ -221,7 +221,9 @@ PER_CLASS = {"fad": _distance_of_class, "classifier_frechet": _distance_of_class
 UNSEEN = "against held-out images, or where none are held out, test images"
 GENERATED_METRICS = {
     "fid": _fid("fid", "inception", FID_IMAGES),
-    "fid_50k": _fid("fid_50k", "inception", 50_000, split="train+held_out", protocol="as SDDPM and SDM", by_name=True),
+    "fid_50k": _fid(
+        "fid_50k", "inception", 50_000, 50_000, split="train+held_out", protocol="as SDDPM and SDM", by_name=True
+    ),
     "clean_fid": _fid("clean_fid", "clean inception", FID_IMAGES, protocol="as FSDDIM"),
     "clean_fid_5k": _fid("clean_fid_5k", "clean inception", 5000, protocol="as FSVAE and ESVAE"),
     "kid": Metric("inception", FID_IMAGES, KID_SUBSET_SIZE, _kid, fewest=KID_SUBSET_SIZE),
@@ -311,7 +313,7 @@ class Evaluation:
         protocol, least = getattr(metric, side), metric.least(side)
         if least <= count < protocol and not named:
             raise UserError(
-                f"the protocol has {protocol} {side} images, not {count}: with fewer it is computed where --metrics names it"
+                f"the protocol has {protocol} {side} images, not {count}: name the metric to compute it of fewer"
             )
         check_enough("this", least if named else protocol, **{side: range(count)})
 
@@ -363,7 +365,7 @@ class Evaluation:
         counts: dict[str, Any] = {"real": features.real_count, "generated": len(features.images)}
         marked = metric.marked(name, **counts)
         if marked != name:
-            protocol += f", but fewer images than {metric.generated} and {metric.real}"
+            protocol += f", of fewer images than its {metric.generated} generated and at least {metric.real} real"
         about: dict[str, Any] = {"split": features.split, "seed": self.seed, "network": features.source.digest}
         record = make_record(marked, value, protocol, data=self.data, **counts, **about)
         if per_class := self._per_class(name, features):

@@ -4,6 +4,8 @@ from collections.abc import Collection
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from datasets import ImageData
 from metrics.codebook import perplexity, usage
 from metrics.energy import PICOJOULES_PER_AC, PICOJOULES_PER_MAC
@@ -17,21 +19,26 @@ ENERGY_IMAGES = 16
 FLOORS = ("fad", "fid", "clean_fid")  # also computed of reconstructions, better than which samples can hardly be
 
 
-def reconstruction_records(model: ImageModel, evaluation: Evaluation, wanted: Collection[str]) -> list[dict]:
-    """Metrics of the autoencoder on the test split: MSE, SSIM, codebook use, and what FLOORS names."""
-    test, seed = evaluation.data.test, evaluation.seed
+def reconstructions(model: ImageModel, evaluation: Evaluation, wanted: Collection[str]) -> Tensor | None:
+    """Of the test split, uint8 `[M,C,H,W]`; None where no metric needs them."""
+    needed = {"mse", "ssim"} & set(wanted) or evaluation.metrics.keys() & set(FLOORS)
+    return model.reconstruct(evaluation.data.test) if needed else None
+
+
+def autoencoder_records(
+    model: ImageModel, reconstructed: Tensor | None, data: ImageData, seed: int, wanted: Collection[str]
+) -> list[dict]:
+    """Metrics of the autoencoder on the test split: MSE and SSIM of its reconstructions, and codebook use."""
     records = []
-    record = partial(make_record, data=evaluation.data, split="test", real=len(test), seed=seed)
+    test = data.test
+    record = partial(make_record, data=data, split="test", real=len(test), seed=seed)
     mean = "reconstructions as 8-bit images in [0,1], mean over all"
-    if {"mse", "ssim", *FLOORS} & set(wanted):
-        reconstructed = model.reconstruct(test)
+    if reconstructed is not None:
         pair = to_float(test), to_float(reconstructed)
         if "mse" in wanted:
             records.append(record("mse", mse(*pair), f"{mean} pixels"))
         if "ssim" in wanted:
             records.append(record("ssim", ssim(*pair), f"{mean} images, torchmetrics"))
-        scored = evaluation.compute(reconstructed, "reconstructions of the test split", metrics=FLOORS, whole=True)
-        records += [each | {"name": f"reconstruction_{each['name']}"} for each in scored]
     if "codebook" in wanted and isinstance(model, CodeDiffusion):
         codes, size = model.encode(test), model.autoencoder.codebook_size
         records += [
@@ -39,6 +46,12 @@ def reconstruction_records(model: ImageModel, evaluation: Evaluation, wanted: Co
             record("codebook_perplexity", perplexity(codes, size), "exp of the code entropy in nats"),
         ]
     return records
+
+
+def floor_records(reconstructed: Tensor, evaluation: Evaluation) -> list[dict]:
+    """What FLOORS names, of the reconstructions of the test split; empty in processes other than rank 0."""
+    records = evaluation.compute(reconstructed, "reconstructions of the test split", metrics=FLOORS, whole=True)
+    return [record | {"name": f"reconstruction_{record['name']}"} for record in records]
 
 
 def energy_records(model: ImageModel, data: ImageData, seed: int) -> list[dict]:

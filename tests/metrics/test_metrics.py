@@ -1,5 +1,8 @@
+import itertools
 import urllib.error
 
+import cleanfid.fid
+import cleanfid.utils
 import numpy as np
 import pytest
 import pytorch_fid.inception
@@ -8,7 +11,7 @@ import scipy.ndimage
 import torch
 import torchvision
 from PIL import Image
-from pytorch_fid.fid_score import get_activations
+from pytorch_fid.fid_score import calculate_frechet_distance, get_activations
 
 from errors import UserError
 from metrics import fid as fid_module
@@ -30,6 +33,8 @@ from metrics.frechet import feature_statistics, frechet_distance, frechet_distan
 from metrics.inception import (
     FID_WEIGHTS_URL,
     PAPER_WEIGHTS_URL,
+    clean_features,
+    clean_resize,
     inception_features,
     inception_logits,
     load_inception,
@@ -45,6 +50,14 @@ def save_random_inception(path, **options):
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")  # keeps the signal alive
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for each, low in (
+                (module.weight, 0.7),
+                (module.running_var, 0.7),
+                (module.bias, 0),
+                (module.running_mean, 0),
+            ):
+                torch.nn.init.uniform_(each, low, low + 0.6)
     torch.save(network.state_dict(), path)
     return path
 
@@ -193,27 +206,90 @@ def test_frechet_distance_of_the_release_is_right_where_covariances_commute():
     assert frechet_distance_of_release(*arguments) == pytest.approx(frechet_distance(*arguments))
 
 
-def test_inception_features_are_those_of_pytorch_fid(inception, weights, tmp_path, monkeypatch):
-    images = torch.randint(0, 256, (3, 3, 28, 28), dtype=torch.uint8)
-    paths = [tmp_path / f"{number}.png" for number in range(3)]
-    for path, image in zip(paths, images, strict=True):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    features = inception_features(images, inception, batch_size=2)
-    assert features.shape == (3, 2048) and features.std(axis=0).max() > 0.01
+@pytest.fixture
+def theirs(weights, monkeypatch):
+    """pytorch-fid's network as the package builds it."""
     state = torch.load(weights, weights_only=True)
     monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: state)
-    network = pytorch_fid.inception.InceptionV3().eval()
-    theirs = get_activations(paths, network, batch_size=3, num_workers=0)
-    np.testing.assert_allclose(features, theirs, rtol=1e-3, atol=1e-4)
+    return pytorch_fid.inception.InceptionV3
 
 
-def test_grey_is_repeated(inception):
+def random_files(folder, channels, count=3, size=28):
+    """Images uint8 `[N,C,H,W]`, and the files that hold them."""
+    images = torch.randint(0, 256, (count, channels, size, size), dtype=torch.uint8)
+    images[0] //= 4
+    paths = [folder / f"{number}.png" for number in range(count)]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image.permute(1, 2, 0).squeeze().numpy()).save(path)
+    return images, paths
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_inception_features_are_those_of_pytorch_fid(channels, inception, theirs, tmp_path):
+    images, paths = random_files(tmp_path, channels)
+    features = inception_features(images, inception, batch_size=2)
+    assert features.shape == (3, 2048) and features.std(axis=0).max() > 0.01
+    expected = get_activations(paths, theirs().eval(), batch_size=3, num_workers=0)
+    np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 40)])
+def test_images_are_resized_exactly_as_by_clean_fid(channels, size, tmp_path):
+    """Images of 28x28 are first resized to 32x32 and saved with 8 bits, as FSDDIM's references are."""
+    images, paths = random_files(tmp_path, channels, size=size)
+    if size < 32:
+        for path in paths:
+            Image.open(path).resize((32, 32), Image.Resampling.BILINEAR).save(path)
+    expected = np.stack([read_resized(str(path)).numpy() for path in paths])  # [N,3,299,299]
+    resized = clean_resize(images)
+    assert resized.shape == (3, channels, 299, 299)
+    np.testing.assert_array_equal(np.broadcast_to(resized.numpy(), expected.shape), expected)
+
+
+def read_resized(path):
+    return cleanfid.utils.ResizeDataset([path], mode="clean")[0]
+
+
+def test_clean_features_are_those_of_clean_fid(inception, theirs, tmp_path):
+    """Its network is a file to download: here it is pytorch-fid's, on the pixels as clean-fid scales them."""
+    images, paths = random_files(tmp_path, 3, size=32)
+    network = theirs(resize_input=False, normalize_input=False).eval()
+
+    def clean_network(pixels):
+        return network((pixels - 128) / 128)[0].flatten(1)
+
+    files = [str(path) for path in paths]
+    options = {"num_workers": 0, "device": torch.device("cpu"), "verbose": False}
+    expected = cleanfid.fid.get_files_features(files, clean_network, batch_size=3, mode="clean", **options)
+    features = clean_features(images, inception, batch_size=2)
+    np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-4)
+    assert np.abs(features - inception_features(images, inception)).max() > 0.01, "another protocol"
+
+
+@pytest.mark.parametrize("samples", [(300, 400), (40, 30)])  # more and fewer than features
+def test_fid_is_that_of_both_packages(samples, monkeypatch):
+    monkeypatch.setattr(fid_module, "FEWEST_IMAGES", 2)
+    ours, real = waves(samples[0], 64).astype(np.float32), random_features(samples[1]) + 1
+    statistics = itertools.chain(*((each.mean(axis=0), np.cov(each, rowvar=False)) for each in (ours, real)))
+    assert fid(ours, real) == pytest.approx(calculate_frechet_distance(*statistics), abs=1e-3)
+    assert fid(ours, real) == pytest.approx(cleanfid.fid.fid_from_feats(ours, real), abs=1e-3)
+
+
+@pytest.mark.parametrize("features", [inception_features, clean_features])
+def test_grey_is_repeated(features, inception):
     grey = torch.randint(0, 256, (1, 1, 28, 28), dtype=torch.uint8)
     colour = grey.repeat(1, 3, 1, 1)
-    np.testing.assert_array_equal(inception_features(grey, inception), inception_features(colour, inception))
+    np.testing.assert_allclose(features(grey, inception), features(colour, inception), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("extract", [inception_features, fad_features, classifier_features])
+def test_progress_is_told_in_images(inception):
+    done = []
+    images = torch.zeros(3, 1, 28, 28, dtype=torch.uint8)
+    assert len(inception_features(images, inception, batch_size=2, progress=done.append)) == 3
+    assert done == [2, 1]
+
+
+@pytest.mark.parametrize("extract", [inception_features, clean_features, fad_features, classifier_features])
 @pytest.mark.parametrize("images", [torch.rand(1, 3, 32, 32), torch.zeros(1, 2, 32, 32, dtype=torch.uint8)])
 def test_other_images_are_refused(images, extract):
     with pytest.raises(ValueError, match="uint8"):
@@ -278,8 +354,22 @@ def test_downloaded_weights_are_those_of_pytorch_fid(weights, monkeypatch):
         return torch.load(weights, weights_only=True)
 
     monkeypatch.setattr(inception_module, "load_state_dict_from_url", download)
-    expected = torch.load(weights, weights_only=True)["Conv2d_1a_3x3.conv.weight"]
-    assert torch.equal(load_inception(None, "cpu").Conv2d_1a_3x3.conv.weight, expected)
+    expected, downloaded = (load_inception(path, "cpu").state_dict() for path in (weights, None))
+    assert expected.keys() == downloaded.keys() and not any("bn" in name for name in expected), "folded"
+    assert all(torch.equal(downloaded[name], value) for name, value in expected.items())
+
+
+def test_batch_norm_is_folded_exactly(weights):
+    """In float64, so that the folded weights are those that float32 can hold best."""
+    state = torch.load(weights, weights_only=True)
+    folded = load_inception(weights, "cpu").state_dict()
+    for name in ("Conv2d_1a_3x3", "Mixed_7c.branch_pool"):
+        part = {key.removeprefix(f"{name}."): value.double() for key, value in state.items() if key.startswith(name)}
+        scale = part["bn.weight"] / (part["bn.running_var"] + 0.001).sqrt()
+        weight = part["conv.weight"] * scale[:, None, None, None]
+        bias = part["bn.bias"] - part["bn.running_mean"] * scale
+        torch.testing.assert_close(folded[f"{name}.conv.weight"], weight.float(), rtol=1e-7, atol=0)
+        torch.testing.assert_close(folded[f"{name}.conv.bias"], bias.float(), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("content", ["absent", "empty", "rubbish", "other keys", "no weights"])
@@ -301,7 +391,7 @@ def test_wrong_weights_are_one_line(content, tmp_path):
 
 @pytest.mark.parametrize(
     ("metric", "fewest"),
-    [(fid, 2048), (paper_fid, 1280), (lambda a, b: kid(a, b, 0), 1000), (classifier_distance, 129)],
+    [(fid, 129), (paper_fid, 1280), (lambda a, b: kid(a, b, 0), 1000), (classifier_distance, 129)],
 )
 def test_distance_between_too_few_images_is_refused(metric, fewest, monkeypatch):
     monkeypatch.setattr(fid_module, "KID_SUBSETS", 2)
@@ -497,13 +587,13 @@ def test_images_for_fad_are_resized_by_pillow(channels):
     assert torch.equal(to_fad_size(resized), resized)
 
 
-def test_fad_is_of_5000_images_or_more():
+def test_fad_is_of_more_images_than_features():
     features = random_features(5000)
     reference = np.ones(64), 4 * np.eye(64)
     assert fad(features, reference) == frechet_distance(*feature_statistics(features), *reference)
     assert fad(features, reference) == pytest.approx(64 * (1 + 1), rel=0.03)
-    with pytest.raises(UserError, match="5000 generated images, not 4999"):
-        fad(features[:-1], reference)
+    with pytest.raises(UserError, match="65 generated images, not 64"):
+        fad(features[:64], reference)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 20, 12)])

@@ -48,8 +48,8 @@ class Pixels(torch.nn.Module):
         return images.flatten(1)[:, :8].float() * self.scale
 
 
-def pixels(images, network):
-    return extract(images, network, network, 7, "pixels")
+def pixels(images, network, progress=None):
+    return extract(images, network, network, 7, progress)
 
 
 def distance(generated, real):
@@ -61,7 +61,7 @@ def table(monkeypatch, tmp_path):
     """One metric on the stand-in, as the FID is on Inception."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(evaluation, "LOADERS", {"pixels": lambda *_: FeatureNetwork(Pixels(), pixels, "pixels")})
-    metric = Metric("pixels", 5, 5, lambda seen: {"fid": distance(seen.generated, seen.real)})
+    metric = Metric("pixels", 5, 5, lambda seen: {"fid": distance(seen.generated, seen.real)}, at_least=True)
     monkeypatch.setattr(evaluation, "GENERATED_METRICS", {"fid": metric})
 
 
@@ -132,17 +132,27 @@ def test_images_against_a_data_set(tmp_path):
 
 
 def test_training_images_stand_in_for_generated_ones(monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "RANDOM_IMAGES", 30)
     data = load_dataset("Digits", "data")
-    first, again, other = (records("--dataset_name", "Digits", "--seed", seed)[0] for seed in (1, 1, 2))
+    few = ("--num_samples", 30)
+    first, again, other = (records("--dataset_name", "Digits", *few, "--seed", seed)[0] for seed in (1, 1, 2))
     chosen = torch.randperm(1437, generator=torch.Generator().manual_seed(1))[:30]
     assert first["value"] == pytest.approx(distance(pixels(data.train[chosen], Pixels()), pixels(data.test, Pixels())))
     assert (first["num_generated"], first["drawn"]) == (30, "random training images")
     assert again == first and other["value"] != first["value"]
-    (kept,) = records("--dataset_name", "Digits", "--seed", 1, "--held_out", 100)
+    monkeypatch.setattr(evaluate, "FID_IMAGES", 40)
+    assert records("--dataset_name", "Digits")[0]["num_generated"] == 40
+    (kept,) = records("--dataset_name", "Digits", *few, "--seed", 1, "--held_out", 100)
     assert kept["value"] != first["value"], "chosen from the others"
     assert "nothing to evaluate" in mistake(capsys)
     assert "--held_out is for --dataset_name" in mistake(capsys, "a", "b", "--held_out", 5)
+
+
+def test_the_first_of_many_images(tmp_path):
+    images = random_images(9)
+    sides = write_npz(tmp_path / "g.npz", images), write_npz(tmp_path / "r.npz", random_images(8, seed=1))
+    first = records(write_npz(tmp_path / "first.npz", images[:6]), sides[1])[0]
+    (record,) = records(*sides, "--num_samples", 6)
+    assert (record["num_generated"], record["value"]) == (6, first["value"])
 
 
 def test_sizes_and_colours_must_be_alike(tmp_path, capsys):
@@ -214,9 +224,9 @@ def test_options_are_checked(tmp_path, capsys):
 
 @pytest.mark.parametrize("case", ["missing folder", "too few images", "wrong weights"])
 def test_mistakes_on_the_command_line(case, tmp_path):
-    count = 10_000 - (case == "too few images")
+    count = 129 - (case == "too few images")
     generated = write_npz(tmp_path / "generated.npz", np.zeros((count, 2, 2, 1), dtype=np.uint8))
-    real = write_npz(tmp_path / "real.npz", np.zeros((2048, 2, 2, 1), dtype=np.uint8))
+    real = write_npz(tmp_path / "real.npz", np.zeros((129, 2, 2, 1), dtype=np.uint8))
     weights = tmp_path / "weights.pth"
     weights.write_text("not weights")
     generated = tmp_path / "nowhere" if case == "missing folder" else generated
@@ -224,5 +234,9 @@ def test_mistakes_on_the_command_line(case, tmp_path):
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 2 and process.stdout == ""
     assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
-    expected = {"missing folder": "nowhere", "too few images": "not 9999", "wrong weights": "--fid_weights PATH"}
+    expected = {
+        "missing folder": "nowhere",
+        "too few images": "at least 129 generated images, not 128",
+        "wrong weights": "--fid_weights PATH",
+    }
     assert expected[case] in process.stderr

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,17 +15,18 @@ from errors import UserError
 from metrics.extraction import extract
 from metrics.frechet import feature_statistics, frechet_distance
 from models import FSVAE, SDID, VQSVAE, VQVAE
+from pipeline.evaluation import loaders, temperature
 from pipeline.evaluation import metrics as evaluation
-from pipeline.evaluation import model_metrics, temperature
 from pipeline.evaluation.feature_networks import FadNetwork
-from pipeline.evaluation.loaders import FeatureNetwork
+from pipeline.evaluation.loaders import LOADERS, FeatureNetwork
 from pipeline.evaluation.metrics import Evaluation, Metric
-from pipeline.evaluation.model_metrics import energy_records, reconstruction_records
-from pipeline.options import EvaluationOptions
+from pipeline.evaluation.model_metrics import energy_records, floor_records, reconstructions
+from pipeline.options import SAMPLE_METRICS, EvaluationOptions
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
 from pipeline.sampling.image_models import CodeDiffusion, PriorSampling
 
+TABLE = evaluation.GENERATED_METRICS  # of the program, which tests replace
 CPU = Machine(torch.device("cpu"), bf16=False)
 
 
@@ -38,8 +41,8 @@ class Pooling(torch.nn.Module):
         return torch.nn.functional.adaptive_avg_pool2d(images.float() * self.scale, 2).flatten(1)
 
 
-def pooled(images, network):
-    return extract(images, network, network, 5, "pooling")
+def pooled(images, network, progress=None):
+    return extract(images, network, network, 5, progress)
 
 
 def noise(count, seed=0):
@@ -55,29 +58,37 @@ def data():
 @pytest.fixture(autouse=True)
 def pooling(monkeypatch, tmp_path):
     """Two feature networks instead of the real ones, and two metrics on the first; those used are counted."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     loaded = []
 
-    def load(name, **more):
-        return lambda options, data, machine: loaded.append(name) or FeatureNetwork(Pooling(), pooled, name, **more)
+    def load(name):
+        return lambda options, data, machine: loaded.append(name) or FeatureNetwork(Pooling(), pooled, name)
 
     def refuse(*_):
         raise UserError("it cannot be downloaded")
 
-    networks = {"free": load("free"), "fixed": load("fixed", fixed=(4, 5)), "missing": refuse}
+    networks = {"free": load("free"), "fixed": load("fixed"), "missing": refuse}
     monkeypatch.setattr(evaluation, "LOADERS", networks)
 
     def distance(seen):
         return {"distance": frechet_distance(*feature_statistics(seen.generated), *feature_statistics(seen.real))}
 
+    def counts(seen):
+        return {"n": len(seen.generated), "m": len(seen.real)}
+
     table = {
-        "distance": Metric("free", 6, 3, distance),
-        "counts": Metric("fixed", 4, 5, lambda seen: {"n": len(seen.generated), "m": len(seen.real)}, "test"),
+        "distance": Metric("free", 6, 3, distance, at_least=True),
+        "counts": Metric("fixed", 4, 5, counts, "test", first_real=5),
         "both": Metric("missing", 2, 0, distance),
         "more": Metric("missing", 2, 0, distance),
     }
     monkeypatch.setattr(evaluation, "GENERATED_METRICS", table)
     return loaded
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "spiking-diffusion"
 
 
 def prepared(data, num_samples=None, **options):
@@ -110,12 +121,99 @@ def test_against_the_training_split_where_the_protocol_leaves_it_open(data):
 
 def test_the_real_side_comes_from_the_cache_and_is_the_same(data, monkeypatch):
     first = prepared(data, metrics=["distance"]).compute(noise(6), "so")
-    monkeypatch.setattr(evaluation, "reference_features", evaluation.reference_features)
     asked = []
     original = Pooling.forward
     monkeypatch.setattr(Pooling, "forward", lambda self, images: asked.append(len(images)) or original(self, images))
-    assert prepared(data, metrics=["distance"]).compute(noise(6), "so") == first
+    assert prepared(data, metrics=["distance"]).compute(noise(6), "so") == first and not asked
+    assert prepared(data, metrics=["distance"]).compute(noise(6, 9), "so") != first
     assert sum(asked) == 6  # generated images only
+
+
+def test_features_of_generated_images_are_kept_for_a_week(data, cache):
+    prepared(data, metrics=["distance"]).compute(noise(6), "so")
+    (generated,), (real,) = cache.glob("*-generated-*"), cache.glob("*-test-*")
+    for path, days in ((generated, 8), (real, 800)):
+        os.utime(path, (time.time() - 86400 * days,) * 2)
+    prepared(data, metrics=["distance"]).compute(noise(6, 9), "so")
+    assert not generated.exists() and real.exists() and len(list(cache.glob("*-generated-*"))) == 1
+    prepared(data, metrics=["distance"]).compute(noise(6, 10), "so")
+    assert len(list(cache.glob("*-generated-*"))) == 2
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A metric that also exists of fewer images than its protocol has, and one that is for those who name it."""
+
+    def distance(seen):
+        return {"distance": frechet_distance(*feature_statistics(seen.generated), *feature_statistics(seen.real))}
+
+    table = {
+        "distance": Metric("free", 6, 7, distance, fewest=3),
+        "long": Metric("free", 9, 7, lambda seen: {"long": len(seen.real)}, "train+held_out", fewest=3, by_name=True),
+    }
+    monkeypatch.setattr(evaluation, "GENERATED_METRICS", table)
+
+
+@pytest.mark.parametrize(
+    ("generated", "real", "name"),
+    [(6, 7, "distance"), (8, 7, "distance"), (5, 7, "distance_5_images"), (8, 4, "distance_4_images")],
+)
+def test_fewer_images_than_the_protocol_has_are_another_metric(generated, real, name, data, few):
+    ready = prepared(replace(data, test=data.test[:real]), generated, metrics=["distance"])
+    (record,) = ready.compute(noise(generated), "so")
+    assert (record["name"], record["num_generated"], record["num_real"]) == (name, min(generated, 6), real)
+    assert ("fewer images" in record["protocol"]) == (name != "distance")
+
+
+def test_fewer_images_are_accepted_where_the_metric_is_named_and_down_to_a_limit(data, few, capsys):
+    with pytest.raises(UserError, match="no distance: this needs at least 3 generated images, not 2"):
+        prepared(data, 2, metrics=["distance"])
+    with pytest.raises(UserError, match="no distance: this needs at least 3 real images, not 2"):
+        prepared(replace(data, test=data.test[:2]), metrics=["distance"])
+    assert not prepared(data, 5).metrics
+    assert "the protocol has 6 generated images, not 5" in capsys.readouterr().out
+
+
+def test_what_is_long_is_computed_only_where_it_is_named(data, few):
+    assert prepared(data).metrics.keys() == {"distance"} and prepared(data).images_needed == 6
+    ready = prepared(data, metrics=["distance", "long"], reference="test")
+    assert ready.images_needed == 9
+    short, long = ready.compute(noise(9), "so")
+    assert (short["num_generated"], short["num_real"]) == (6, 7)
+    assert (long["num_generated"], long["num_real"], long["value"]) == (9, 79, 79), "training and held-out images"
+    assert long["split"] == "train+held_out"
+
+
+def test_the_network_is_recorded_by_its_weights(data, monkeypatch):
+    def digests(scale):
+        network = Pooling()
+        network.scale.data *= scale
+        monkeypatch.setitem(evaluation.LOADERS, "free", lambda *_: FeatureNetwork(network, pooled, "so"))
+        return {each["feature_network"] for each in prepared(data, metrics=["distance"]).compute(noise(6), "so")}
+
+    assert digests(1) == digests(1) != digests(2) and len(digests(1)) == 1
+
+
+def test_the_protocols_of_the_field():
+    """Numbers and reference as in docs/metrics.md."""
+    table = {name: (metric.network, metric.generated, metric.split) for name, metric in TABLE.items()}
+    assert table["fid"] == ("inception", 10_000, None) and table["fid_50k"] == ("inception", 50_000, "train+held_out")
+    assert table["clean_fid"] == ("clean inception", 10_000, None)
+    assert table["clean_fid_5k"] == ("clean inception", 5000, None)
+    assert table.keys() == set(SAMPLE_METRICS) and all(metric.network in LOADERS for metric in TABLE.values())
+    assert [name for name, metric in TABLE.items() if metric.by_name] == ["fid_50k"]
+
+
+def test_weights_without_the_last_layer_give_no_inception_score(data, monkeypatch):
+    network = Pooling()
+    network.register_buffer("class_weight", torch.full((3, 4), torch.nan), persistent=False)
+    monkeypatch.setattr(loaders, "load_inception", lambda *_: network)
+    monkeypatch.setattr(evaluation, "LOADERS", LOADERS)
+    monkeypatch.setattr(evaluation, "GENERATED_METRICS", {name: TABLE[name] for name in ("fid", "is")})
+    with pytest.raises(UserError, match="no is: fid_weights has no weights of the last layer"):
+        prepared(data, 2000, metrics=["is"], fid_weights="fid_weights")
+    network.class_weight.zero_()
+    assert prepared(data, 2000, metrics=["is"], fid_weights="fid_weights").metrics
 
 
 @pytest.mark.parametrize(
@@ -290,19 +388,33 @@ def test_energy_in_microjoules():
 
 
 def test_reconstructions_are_scored_as_samples_are(data, monkeypatch):
-    """FAD of the autoencoder, the floor of whatever draws its codes: by the same network and reference."""
+    """The floor of whatever draws the autoencoder's codes: by the same network and reference, of all test images."""
     generator = generators()["vq-vae"]
-    monkeypatch.setattr(model_metrics, "FAD_IMAGES", 7)
-    table = {**evaluation.GENERATED_METRICS, "fad": evaluation.GENERATED_METRICS["distance"]}
-    monkeypatch.setattr(evaluation, "GENERATED_METRICS", table)
-    ready = prepared(data, metrics=["fad"])
-    (record,) = reconstruction_records(generator, ready, ["fad"])
-    reconstructed, real = (pooled(images, Pooling()) for images in (generator.reconstruct(data.test), data.test))
-    expected = frechet_distance(*feature_statistics(reconstructed), *feature_statistics(real))
-    assert record["name"] == "reconstruction_fad" and record["value"] == pytest.approx(expected)
-    assert record["num_generated"] == 7 and "reconstructions" in record["drawn"]
-    monkeypatch.setattr(model_metrics, "FAD_IMAGES", 8)
-    assert reconstruction_records(generator, ready, ["fad"]) == []
+
+    def distance(seen):
+        return {"distance": frechet_distance(*feature_statistics(seen.generated), *feature_statistics(seen.real))}
+
+    floors = {name: Metric("free", 4, 3, distance) for name in ("fad", "fid", "clean_fid")}
+    monkeypatch.setattr(evaluation, "GENERATED_METRICS", {**floors, "kid": Metric("free", 4, 3, distance)})
+
+    def records_of(*names):
+        ready = prepared(data, metrics=names)
+        reconstructed = reconstructions(generator, ready, names)
+        return [] if reconstructed is None else floor_records(reconstructed, ready)
+
+    records = records_of(*evaluation.GENERATED_METRICS)
+    assert len(records) == 3
+    ours, real = (pooled(images, Pooling()) for images in (generator.reconstruct(data.test), data.test))
+    expected = frechet_distance(*feature_statistics(ours), *feature_statistics(real))
+    for record in records:
+        assert record["name"] == "reconstruction_distance" and record["value"] == pytest.approx(expected)
+        assert record["num_generated"] == 7 and "reconstructions" in record["drawn"]
+    assert records_of("fid") == [records[1]]
+    too_few = {"fid": Metric("free", 8, 3, distance), "kid": Metric("free", 4, 3, distance)}
+    monkeypatch.setattr(evaluation, "GENERATED_METRICS", too_few)
+    assert records_of("fid") == []
+    monkeypatch.setattr(CodeDiffusion, "reconstruct", lambda *_: pytest.fail("in vain"))
+    assert records_of("kid") == []
 
 
 def test_images_drawn_with_labels_are_judged_class_by_class(data, monkeypatch):
@@ -315,8 +427,8 @@ def test_images_drawn_with_labels_are_judged_class_by_class(data, monkeypatch):
     monkeypatch.setattr(evaluation, "classifier_distance", lambda *_: 1.0)  # of more images
     monkeypatch.setattr(evaluation, "_prdc", lambda _: {})
     table = {
-        "classifier": Metric("free", 6, 3, evaluation._classifier_metrics),
-        "recognition": Metric("free", 6, 3, evaluation._recognition),
+        "classifier": Metric("free", 6, 3, evaluation._classifier_metrics, at_least=True),
+        "recognition": Metric("free", 6, 3, evaluation._recognition, at_least=True),
     }
     monkeypatch.setattr(evaluation, "GENERATED_METRICS", table)
     named = replace(data, test_labels=torch.tensor([0, 0, 0, 0, 0, 1, 1]), class_names=("bag", "boot"))

@@ -1,3 +1,4 @@
+import io
 import multiprocessing
 import os
 import pwd
@@ -20,7 +21,7 @@ from metrics.frechet import feature_statistics
 from models import fused_lif
 from pipeline.evaluation import feature_networks
 from pipeline.evaluation.cache import cached
-from pipeline.evaluation.feature_networks import classifier, fad_network, reference_features
+from pipeline.evaluation.feature_networks import classifier, fad_network, kept_features
 from pipeline.runtime.device import choose_machine
 
 MACHINE = choose_machine("cpu", "float32")
@@ -152,7 +153,7 @@ def test_metrics_do_not_need_a_cache(tmp_path, monkeypatch, capsys):
     below_a_file(monkeypatch, tmp_path)
     data = make_data()
     network, _ = classifier(data, MACHINE, seed=0)
-    features = reference_features(network, classifier_features, data.test, "Bars-test")
+    features = kept_features(network, classifier_features, data.test, "Bars-test")
     assert accuracy(classifier_logits(features, network), data.test_labels) > 0.9
     assert fad_network(data, None, MACHINE, seed=0).reference[0].shape == (64,)
     assert capsys.readouterr().err.count("\n") == 1
@@ -338,21 +339,68 @@ def test_published_fad_network_is_preferred(tmp_path, monkeypatch):
     assert protocol.startswith("own") and len(trained) == 1
 
 
-def test_reference_features_are_kept_for_images_and_weights(cache):
+def test_features_are_kept_for_images_and_weights(cache):
     images, _ = bars(20)
     torch.manual_seed(0)
     networks = FadAutoencoder(1), FadAutoencoder(1)
     expected = fad_features(images, networks[0])
     calls = []
 
-    def extract(images, network):
+    def extract(images, network, progress=None):
         calls.append(network)
-        return fad_features(images, network)
+        return fad_features(images, network, progress=progress)
 
     for _ in range(2):
-        np.testing.assert_array_equal(reference_features(networks[0], extract, images, "Bars-test"), expected)
+        np.testing.assert_array_equal(kept_features(networks[0], extract, images, "Bars-test"), expected)
     assert len(calls) == 1
-    reference_features(networks[1], extract, images, "Bars-test")
-    reference_features(networks[0], extract, images[1:], "Bars-test")
+    kept_features(networks[1], extract, images, "Bars-test")
+    kept_features(networks[0], extract, images[1:], "Bars-test")
     assert len(calls) == 3
     assert len(list(cache.glob("extract-Bars-test-20-*.npz"))) == 2
+
+
+def test_an_interrupted_extraction_goes_on_where_it_was(monkeypatch):
+    monkeypatch.setattr(feature_networks, "CHUNK", 8)
+    images, _ = bars(20)
+    network, done = FadAutoencoder(1), []
+    expected = fad_features(images, network)
+
+    def extract(images, network, progress=None):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(len(images))
+        return fad_features(images, network, progress=progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        kept_features(network, extract, images, "Bars-test")
+    done[:] = []
+    features = kept_features(network, extract, images, "Bars-test")
+    assert done == [4], "the third part alone"
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_bar_counts_images_also_those_that_were_kept(monkeypatch):
+    shown = []
+
+    class Bar(feature_networks.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+
+        def update(self, n=1):
+            result = super().update(n)
+            shown.append(self.n)
+            return result
+
+    monkeypatch.setattr(feature_networks, "tqdm", Bar)
+    monkeypatch.setattr(feature_networks, "CHUNK", 8)
+    images, _ = bars(20)
+    network = FadAutoencoder(1)
+
+    def extract(images, network, progress=None):
+        return fad_features(images, network, batch_size=5, progress=progress)
+
+    kept_features(network, extract, images, "Bars-test")
+    assert sorted(set(shown)) == [5, 8, 13, 16, 20] and shown[-1] == 20
+    shown.clear()
+    kept_features(network, extract, images, "Bars-test")
+    assert shown == [8, 16, 20]
