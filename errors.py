@@ -1,8 +1,12 @@
 """The one exception that stands for a mistake of the user, not of the program, and how a script reports it."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+SIGPIPE = 13
+"""Number of the signal that ends a program whose output nobody reads any more; Python has no name for it on Windows."""
 
 
 class UserError(Exception):
@@ -14,9 +18,28 @@ class UserError(Exception):
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Context of a script: a mistake of the user, or of the file system, is one line on stderr and exit status 2."""
+    """Context of a script: a mistake of the user, or of the file system, is one line on stderr and exit status 2.
+
+    If nobody reads what it prints any more, as after `| head -1`, it ends without a word, as other programs do.
+    """
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+        sys.exit(128 + SIGPIPE)
     except (UserError, OSError) as error:
+        drop_output()
         print("error:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(2)
+
+
+def drop_output() -> None:
+    """Have what stdout or stderr cannot write go nowhere, as if it were read: Python would complain at the end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

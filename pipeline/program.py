@@ -3,7 +3,7 @@
 import sys
 
 import pipeline.runtime.threads  # noqa: F401  before torch
-from errors import UserError
+from errors import SIGPIPE, UserError, drop_output
 from pipeline.configuration import Call, resolve
 from pipeline.options import TRAINING_STAGES
 from pipeline.runtime import processes
@@ -15,6 +15,7 @@ from pipeline.training.interruption import Interrupted
 
 def stop(message: str, status: int = 2) -> None:
     """End the program with one line on stderr; of several processes that end, the first has said why."""
+    drop_output()
     if processes.is_first_to_end():
         print(*message.splitlines(), file=sys.stderr)
     sys.exit(status)
@@ -41,12 +42,15 @@ def run(arguments: list[str] | None, description: str) -> None:
                 machine = choose_machine(o.device, o.precision)
             with call.run, processes.in_contact(lambda: resume_hint(call)):
                 execute(Session(call, machine))
+                sys.stdout.flush()
         except UserError as error:
             stop(f"error: {error}")
         except Interrupted as interrupted:
             stop(str(interrupted), interrupted.status)
         except KeyboardInterrupt:
             stop(f"interrupted: {resume_hint(call)}", 130)
+        except BrokenPipeError:
+            stop(f"the output is closed: {resume_hint(call)}", 128 + SIGPIPE)
         except OSError as error:
             stop(f"error: {error}")
         except RuntimeError as error:

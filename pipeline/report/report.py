@@ -22,6 +22,9 @@ NONE = "–"  # an empty cell of a table
 MAIN_SETTINGS = ("preset", "dataset_name", "model", "denoiser", "epochs", "diffusion_epochs")
 """Listed for a single run even if they have their default values."""
 
+HELD_OUT = "held_out_loss"
+"""The logged value that is drawn beside "loss"."""
+
 TITLES = {
     "mse": "mean squared error",
     "quantizer_loss": "quantiser loss",
@@ -138,9 +141,9 @@ def metrics(runs: Sequence[RunView]) -> Summary:
 
 
 def curves(runs: Sequence[RunView]) -> Summary:
-    """A plot of each logged value, with a line for each run."""
+    """A plot of each logged value, with a line for each run; the loss on held-out images is in that of the loss."""
     logs, gaps = _found(runs, of_each("the curves of", runs, RunView.curves))
-    keys = sorted(dict.fromkeys(key for log in logs.values() for key in log), key=lambda key: key[0])
+    keys = sorted({key: None for log in logs.values() for key in log if key[1] != HELD_OUT}, key=lambda key: key[0])
     plots = [attempt(f"the curve of {key[1]}", partial(curve_plot, key, list(logs.values()))) for key in keys]
     return Summary(plots, gaps)
 
@@ -148,8 +151,13 @@ def curves(runs: Sequence[RunView]) -> Summary:
 def curve_plot(key: tuple[int, str], logs: Sequence[dict[tuple[int, str], Curve]]) -> Plot:
     """The plot of one value, from the curves of each run."""
     (stage, name), lines = key, [log[key] for log in logs if key in log]
+    title = f"stage {stage}: {TITLES.get(name, name)}"
+    unseen = [log[stage, HELD_OUT] for log in logs if name == "loss" and (stage, HELD_OUT) in log]
+    if unseen:
+        title += "; ×: on held-out images"
+        lines += [curve._replace(name=f"{curve.name}, held-out images", marker="x") for curve in unseen]
     logarithmic = name != "codebook_usage" and all(value > 0 for line in lines for value in line.y)
-    return line_plot(f"stage {stage}: {TITLES.get(name, name)}", "images seen", lines, logarithmic)
+    return line_plot(title, "images seen", lines, logarithmic)
 
 
 def _found(runs: Sequence[RunView], each: Sequence[Value | Missing]) -> tuple[dict[str, Value], list[str]]:

@@ -22,6 +22,7 @@ from pipeline.sampling.grids import to_float, ungrid
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel
 from pipeline.sampling.sample_files import GRID_IMAGES, load_samples
 from pipeline.session import Session
+from progress import in_words
 
 COLUMNS = 8  # of the grids
 CHUNK = 4096  # training images compared at a time
@@ -155,7 +156,8 @@ class RunView:
             seen = list(accumulate(line["images"] for line in epochs))
             for key in dict.fromkeys(key for line in epochs for key in line if key not in {*LOG_KEYS, "time"}):
                 points = [(images, line[key]) for images, line in zip(seen, epochs, strict=True) if key in line]
-                curves[stage, key] = Curve(self.name, self.line, *zip(*points, strict=True))
+                x, y = zip(*points, strict=True)
+                curves[stage, key] = Curve(self.name, self.line, x, y)
         return curves
 
     def metrics(self) -> dict[tuple[str, str], str]:
@@ -253,14 +255,6 @@ class RunView:
 def stage_of(line: dict[str, Any]) -> int:
     """The number of the stage of a line of log.jsonl."""
     return 2 if line["stage"] == "sdid" else 1
-
-
-def in_words(seconds: float) -> str:
-    """A duration, such as 1 h 20 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def nearest(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
