@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 SIGPIPE = 13
 """Number of the signal that ends a program whose output nobody reads any more; Python has no name for it on Windows."""
@@ -16,9 +16,15 @@ class UserError(Exception):
     """
 
 
+def say_on_stderr(message: str) -> None:
+    """Print a message in one line on stderr. If nobody reads it, as where a pipe is closed, that stops no work."""
+    with suppress(OSError):
+        print(*message.splitlines(), file=sys.stderr)
+
+
 @contextmanager
 def reported() -> Iterator[None]:
-    """Context of a script: a mistake of the user, or of the file system, is one line on stderr and exit status 2.
+    """Context of a program: a mistake of the user, or of the file system, is one line on stderr and exit status 2.
 
     If nobody reads what it prints any more, as after `| head -1`, it ends without a word, as other programs do.
     """
@@ -31,8 +37,8 @@ def reported() -> Iterator[None]:
         drop_output()
         sys.exit(128 + SIGPIPE)
     except (UserError, OSError) as error:
+        say_on_stderr(f"error: {error}")
         drop_output()
-        print("error:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(2)
 
 

@@ -3,7 +3,7 @@
 import sys
 
 import pipeline.runtime.threads  # noqa: F401  before torch
-from errors import SIGPIPE, UserError, drop_output
+from errors import SIGPIPE, UserError, drop_output, say_on_stderr
 from pipeline.configuration import Call, resolve
 from pipeline.options import TRAINING_STAGES
 from pipeline.runtime import processes
@@ -15,19 +15,19 @@ from pipeline.training.interruption import Interrupted
 
 def stop(message: str, status: int = 2) -> None:
     """End the program with one line on stderr; of several processes that end, the first has said why."""
-    drop_output()
     if processes.is_first_to_end():
-        print(*message.splitlines(), file=sys.stderr)
+        say_on_stderr(message)
+    drop_output()
     sys.exit(status)
 
 
 def resume_hint(call: Call | None) -> str:
     """What to do after an end before its time, in words: resume a training that has saved, else begin again."""
-    fresh = "nothing was saved, run the same command again"
+    again = "run the same command again"
     if call is None or call.options.run.stage not in TRAINING_STAGES or call.options.run.checkpoint:
-        return fresh
+        return again
     saved = call.run.last.is_file() or not processes.is_rank_0()  # others may not see the folder
-    return call.run.resume_hint if saved else fresh
+    return call.run.resume_hint if saved else f"nothing was saved, {again}"
 
 
 def run(arguments: list[str] | None, description: str) -> None:
@@ -42,7 +42,6 @@ def run(arguments: list[str] | None, description: str) -> None:
                 machine = choose_machine(o.device, o.precision)
             with call.run, processes.in_contact(lambda: resume_hint(call)):
                 execute(Session(call, machine))
-                sys.stdout.flush()
         except UserError as error:
             stop(f"error: {error}")
         except Interrupted as interrupted:

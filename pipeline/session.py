@@ -24,6 +24,7 @@ class Session:
 
     Attributes:
         last: what last.pth holds of a training that is resumed, else empty.
+        program: the program that wrote it, in words; config.json will name this one.
     """
 
     def __init__(self, call: Call, machine: Machine, data: ImageData | None = None):
@@ -31,9 +32,11 @@ class Session:
         self.machine, self._given = machine, data
         self.networks = Networks(self.options, self.run, machine)
         self.last: dict[str, Any] = {}
+        self.program = ""
         if self.options.run.resume:
             self.run.lock()
             self.last = from_rank_0(self.run.read_last)
+            self.program = self.run.program
 
     @cached_property
     def data(self) -> ImageData:

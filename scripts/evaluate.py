@@ -28,7 +28,7 @@ from files import expand
 from image_files import alternate, find_images, read_images
 from metrics.fad import FAD_IMAGES
 from parts import DATASETS
-from pipeline.checkpoints import write_json
+from pipeline.checkpoints import check_place, write_json
 from pipeline.declaration import parse_metrics
 from pipeline.evaluation.records import print_records
 from pipeline.options import SAMPLE_METRICS, EvaluationOptions, names
@@ -44,10 +44,13 @@ def main(arguments: list[str] | None = None) -> None:
     print_anywhere()
     args = parse(arguments)
     with reported():
+        check_place(args.output)
         records = evaluate(args)
-        if args.output:
-            write_json(args.output, records)
-        print_records(records)
+        try:  # what cannot be written is printed, and what cannot be printed is written
+            print_records(records)
+        finally:
+            if args.output:
+                write_json(args.output, records)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

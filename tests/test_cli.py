@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +157,32 @@ def test_nothing_to_work_with(stage, mistake, small, tmp_path):
     (tmp_path / "file").write_text("in the way")
     expected = {"all": "cannot write"}.get(stage, "model.pth does not exist")
     assert expected in mistake(*small, "--result_path", tmp_path / "file", "--stage", stage)
+
+
+@pytest.mark.parametrize("option", ["--result_path", "--data_path", "--start_from", "--checkpoint", "--fad_weights"])
+def test_a_path_that_is_not_utf_8(option, mistake, small, tmp_path):
+    """As a shell passes bytes that are none. Logs, reports and TensorBoard could not write it."""
+    path = f"{tmp_path}/b\udcfccher"
+    base = () if option == "--checkpoint" else small
+    if option in ("--start_from", "--checkpoint", "--fad_weights"):
+        os.mkdir(path)
+    if option == "--start_from":
+        (Path(path) / "config.json").write_text(json.dumps({"dataset_name": "ImageFolder"}))
+    line = mistake(*base, "--result_path", tmp_path / "result", option, path)
+    assert f"{option} " in line and "is not valid UTF-8" in line and "rename it" in line
+    assert not (tmp_path / "result").exists() and (option != "--result_path" or not os.path.exists(path))
+
+
+@pytest.mark.parametrize(("commit", "program"), [("abc", "git commit abc"), (None, "the copy of this program")])
+def test_a_run_says_which_program_can_resume_it(commit, program, mistake, run):
+    """A copy without git has no commit that could be named."""
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "git_commit": commit}))
+    state = torch.load(run / "last.pth", weights_only=True)
+    for changed, fault in (({"version": 1}, "has version 1"), ({"model": {}}, "does not fit its config.json")):
+        torch.save({**state, **changed}, run / "last.pth")
+        line = mistake("--resume", run, "--diffusion_epochs", 3)
+        assert fault in line and f"with {program}" in line and "None" not in line
 
 
 @pytest.mark.parametrize("there", [False, True])

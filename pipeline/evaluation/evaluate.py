@@ -1,8 +1,6 @@
 """The evaluation of a run: draw images if needed, compute the metrics, write metrics.json."""
 
-import sys
-
-from errors import UserError
+from errors import UserError, say_on_stderr
 from pipeline.evaluation.metrics import Evaluation
 from pipeline.evaluation.model_metrics import energy_records, reconstruction_records
 from pipeline.evaluation.records import write_records
@@ -38,7 +36,7 @@ def evaluate(session: Session) -> None:
     if images is not None:
         records = evaluation.compute(images, model.drawn, labels=model.labels_of(range(count))) + records
     if change := session.data_change(session.data):
-        print(f"warning: {change}", file=sys.stderr)
+        say_on_stderr(f"warning: {change}")
         records = [record | {"data": change} for record in records]
     if run.path != session.networks.trained.path:
         records = [record | {"checkpoint": as_written(o.run.checkpoint)} for record in records]

@@ -1,6 +1,5 @@
 """What the page shows of one run: read from its folder if it is there, else computed with its networks and data."""
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -12,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from datasets import ImageData, needs_download
-from errors import UserError
+from errors import UserError, say_on_stderr
 from pipeline.evaluation.records import describe
 from pipeline.evaluation.temperature import at_recorded_temperature
 from pipeline.report.pictures import Picture, animation, picture
@@ -78,7 +77,7 @@ def attempt(what: str, compute: Callable[[], Value]) -> Value | Missing:
         return Missing(str(error))
     except Exception as error:  # whatever a library raises; nothing that was trained or measured may depend on it
         reason = f"{type(error).__name__}: {error}"
-        print(f"warning: the report lacks {what} ({reason})", file=sys.stderr)
+        say_on_stderr(f"warning: the report lacks {what} ({reason})")
         return Missing(f"This could not be drawn ({reason}).")
 
 

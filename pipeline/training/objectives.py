@@ -1,6 +1,5 @@
 """The loss of each network, and its preview after each epoch."""
 
-import sys
 from dataclasses import replace
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from datasets import ImageData, Split
 from diffusion.absorbing import TrainingNoise
+from errors import say_on_stderr
 from metrics.codebook import usage
 from models import FSVAE, Denoiser
 from models.conditions import NOT_GIVEN
@@ -49,7 +49,7 @@ def vqsvae_trainer(model: VQAutoencoder, data: ImageData, place: Place) -> Train
         share = usage(codes, model.codebook_size)
         if share < max(FEWEST_CODES, 1.5 / model.codebook_size) and processes.is_rank_0():
             cause = f"warning: epoch {epoch}: the codebook is collapsing: only {share:.1%} of its codes are used"
-            print(f"{cause}; if this lasts, begin a new run with a smaller --codebook_size or --lr", file=sys.stderr)
+            say_on_stderr(f"{cause}; if this lasts, begin a new run with a smaller --codebook_size or --lr")
         return {"codebook_usage": share}
 
     return Trainer(

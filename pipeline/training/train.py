@@ -163,6 +163,5 @@ def _refusing_others(session: Session) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        commit = session.run.read_config().get("git_commit")
-        advice = f"restore both, or resume with git commit {commit} if the network has changed since"
+        advice = f"restore both, or resume with {session.program} if the network has changed since"
         raise UserError(f"{session.run.last} does not fit its config.json: {advice}") from error
