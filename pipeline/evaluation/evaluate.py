@@ -10,6 +10,7 @@ from pipeline.parser import as_written
 from pipeline.sampling.draw import draw
 from pipeline.sampling.sample_files import GRID_IMAGES
 from pipeline.session import Session
+from pipeline.start import announce_model
 
 
 def evaluate(session: Session) -> None:
@@ -25,6 +26,8 @@ def evaluate(session: Session) -> None:
     of_samples = trained or bool(set(wanted) & set(SAMPLE_METRICS))
     draws = of_samples or "energy" in wanted
     model = session.load_model(draws)
+    if not trained:
+        announce_model(session, model, data=session.data)
     evaluation = prepare_evaluation(session)
     model = with_temperature(session, model) if draws else model
     count = o.sampling.num_samples or evaluation.images_needed or GRID_IMAGES
