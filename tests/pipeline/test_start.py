@@ -108,6 +108,10 @@ def test_a_resumed_training_says_where_it_goes_on(cli, small, tmp_path):
     rows = block(cli("--resume", run_in(tmp_path), "--max_minutes", 1e-9).out)
     assert rows["resumed"] == "vqsvae, 0 epochs and 1 steps done"
     assert "warning" not in rows and "warning" in block(first.out)
+    assert cli("--resume", run_in(tmp_path)).status == 0
+    rows = block(cli("--resume", run_in(tmp_path), "--diffusion_epochs", 3, "--max_minutes", 1e-9).out)
+    assert rows["stage 1"].endswith("not trained in this call") and rows["stage 2"].endswith("90 steps, 360 images")
+    assert rows["resumed"] == "sdid, 2 epochs and 0 steps done"
 
 
 def test_stage_2_alone_says_that_stage_1_is_there(cli, small, run):

@@ -78,7 +78,15 @@ def test_idle_threads_sleep_unless_the_user_says_otherwise():
 
 
 @pytest.mark.parametrize(
-    "module", ("main", "scripts.benchmark", "scripts.evaluate", "scripts.export_nir", "scripts.report", "scripts.soak")
+    "module",
+    (
+        "pipeline.program",
+        "scripts.benchmark",
+        "scripts.evaluate",
+        "scripts.export_nir",
+        "scripts.report",
+        "scripts.soak",
+    ),
 )
 def test_it_is_set_before_torch_is_there(module):
     show = (
