@@ -7,12 +7,13 @@ import errno
 import functools
 import os
 import secrets
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
+
+from errors import say_on_stderr
 
 PARTS = f"*.{'[0-9a-f]' * 8}.part"
 LONGEST_WRITE = 3600.0  # seconds, after which whoever wrote is dead
@@ -42,6 +43,16 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         fresh.unlink(missing_ok=True)  # the disk may be full
     _sync_folder(path.parent)
+
+
+def check_place(path: Path) -> None:
+    """Raise OSError now, not after hours of computing, if `write_whole` could not write there; nothing stays there."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    folder = next(parent for parent in path.absolute().parents if parent.exists())  # those that are missing can be made
+    probe = part_of(folder / path.name)
+    probe.touch()
+    probe.unlink()
 
 
 def part_of(path: Path) -> Path:
@@ -113,4 +124,4 @@ def to_cache(name: str, content: bytes) -> Path | None:
 @functools.cache
 def _warn(text: str) -> None:
     """Say the same only once."""
-    print(f"warning: {text}", file=sys.stderr)
+    say_on_stderr(f"warning: {text}")

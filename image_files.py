@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from joblib import Parallel, delayed
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
 from errors import UserError, note
 from files import expand
+from progress import progress_bar
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
 ARRAY_ENDINGS = {".npy", ".npz"}
@@ -29,7 +29,7 @@ RUN_FILES = {".lock", "config.json", "last.pth", "log.jsonl", "metrics.json", "m
 DRAWN = {"samples", "nir"}
 """Folders beside them for what the program draws. A user's own pictures may lie beside the results of an evaluation."""
 
-MANY = 200  # more images than this are worth a progress bar and the second it takes to start processes
+MANY = 200  # more images than this are worth the second it takes to start processes
 CHUNK = 32  # images that a process is given at a time
 
 Images = Sequence[Path] | np.ndarray
@@ -161,7 +161,7 @@ def read_images(
 
     `behind` is the level of grey that is seen through transparent pixels.
 
-    Many images are shared among the cores, with a progress bar. Raises UserError for a file that `read_image` refuses
+    Many images are shared among the cores. Raises UserError for a file that `read_image` refuses
     and for one whose size differs from that of the first.
     """
     if isinstance(images, np.ndarray) and prepare is channels is None:
@@ -170,9 +170,8 @@ def read_images(
     chunks = [images[i : i + CHUNK] for i in range(0, len(images), CHUNK)]
     # processes rather than threads: opening a small image takes longer than decoding it, and holds Python's lock
     workers = Parallel(n_jobs=-1 if many else 1, return_as="generator", max_nbytes=None)
-    hidden = None if many else True  # None: where stderr is no terminal
     pixels: list[np.ndarray | UserError] = []
-    with tqdm(total=len(images), desc="reading images", unit=" images", leave=False, disable=hidden) as bar:
+    with progress_bar(len(images), "reading images") as bar:
         for chunk in workers(delayed(_read_chunk)(chunk, prepare, channels, behind) for chunk in chunks):
             pixels += chunk
             bar.update(len(chunk))

@@ -17,12 +17,12 @@ from pipeline.runtime.terminal import print_anywhere
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line, then run what it asks for; a mistake is one line on stderr and exit status 2."""
     print_anywhere()
-    if os.environ.get("WORLD_SIZE", "1") == "1":  # of several processes, only one may complain
-        with reported():
+    with reported():
+        if os.environ.get("WORLD_SIZE", "1") == "1":  # of several processes, only one may complain
             build_parser(__doc__).parse_args(arguments)
-    from pipeline import program  # imports PyTorch, which takes seconds: a mistake is told before
+        from pipeline import program  # imports PyTorch, which takes seconds: a mistake is told before
 
-    program.run(arguments, __doc__)
+        program.run(arguments, __doc__)
 
 
 if __name__ == "__main__":

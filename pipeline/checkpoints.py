@@ -32,6 +32,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @on_rank_0
+def check_place(path: Path | None) -> None:
+    """Raise UserError now, not after hours of computing, if a file could not be written there; None is no place."""
+    if path:
+        with writing(path):
+            files.check_place(path)
+
+
+@on_rank_0
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole, see `files.write_whole`, in rank 0 alone. Raises UserError."""
     with writing(path):

@@ -202,6 +202,9 @@ def _check_values(options: Options) -> None:
         raise UserError("--guidance with --stage inpaint is of the labels, and here are none: leave it out")
     if options.sampling.temperature == "auto" and options.origins["final_temperature"] == TYPED:
         raise UserError("--temperature auto chooses one for all timesteps: leave out --final_temperature")
+    for key, value in options.values().items():
+        if isinstance(value, Path) and key in typed and str(value) != str(value).encode(errors="replace").decode():
+            raise UserError(f"--{key} {value} is not valid UTF-8, in which logs are written: rename it")
     evaluates = stage in ("all", "evaluate")  # else what a run has recorded may have moved away
     check_weights(options.evaluation, WEIGHTS if evaluates else [key for key in WEIGHTS if key in typed])
 

@@ -33,6 +33,7 @@ from pipeline.run_folder import RunFolder, program_version
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine, describe_machine
 from pipeline.session import Session
+from progress import in_words
 
 Entry = dict[str, Any]
 Lineage = list[Entry]
@@ -55,14 +56,6 @@ class Cost(NamedTuple):
     def time(self) -> str:
         """Its duration, such as 1 h 20 min."""
         return in_words(60 * self.minutes)
-
-
-def in_words(seconds: float) -> str:
-    """A duration, such as 1 h 20 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def costs(lineage: Lineage) -> list[Cost]:

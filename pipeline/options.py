@@ -149,7 +149,13 @@ class DataOptions:
         absent="all",
         **COUNT,
     )
-    held_out: int = option(0, "set N of these aside, evenly spaced, not to train on", Role.NETWORKS, low=0, metavar="N")
+    held_out: int = option(
+        0,
+        "set N of these aside, evenly spaced, not to train on; their loss is logged after each epoch",
+        Role.NETWORKS,
+        low=0,
+        metavar="N",
+    )
     image_size: int | None = option(
         None,
         "side of ImageFolder's images in pixels, a multiple of 4",

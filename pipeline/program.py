@@ -3,7 +3,7 @@
 import sys
 
 import pipeline.runtime.threads  # noqa: F401  before torch
-from errors import UserError
+from errors import SIGPIPE, UserError, drop_output, say_on_stderr
 from pipeline.configuration import Call, resolve
 from pipeline.options import TRAINING_STAGES
 from pipeline.runtime import processes
@@ -16,17 +16,18 @@ from pipeline.training.interruption import Interrupted
 def stop(message: str, status: int = 2) -> None:
     """End the program with one line on stderr; of several processes that end, the first has said why."""
     if processes.is_first_to_end():
-        print(*message.splitlines(), file=sys.stderr)
+        say_on_stderr(message)
+    drop_output()
     sys.exit(status)
 
 
 def resume_hint(call: Call | None) -> str:
     """What to do after an end before its time, in words: resume a training that has saved, else begin again."""
-    fresh = "nothing was saved, run the same command again"
+    again = "run the same command again"
     if call is None or call.options.run.stage not in TRAINING_STAGES or call.options.run.checkpoint:
-        return fresh
+        return again
     saved = call.run.last.is_file() or not processes.is_rank_0()  # others may not see the folder
-    return call.run.resume_hint if saved else fresh
+    return call.run.resume_hint if saved else f"nothing was saved, {again}"
 
 
 def run(arguments: list[str] | None, description: str) -> None:
@@ -47,6 +48,8 @@ def run(arguments: list[str] | None, description: str) -> None:
             stop(str(interrupted), interrupted.status)
         except KeyboardInterrupt:
             stop(f"interrupted: {resume_hint(call)}", 130)
+        except BrokenPipeError:
+            stop(f"the output is closed: {resume_hint(call)}", 128 + SIGPIPE)
         except OSError as error:
             stop(f"error: {error}")
         except RuntimeError as error:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import files
 from errors import UserError
-from pipeline.checkpoints import load_checkpoint, save_weights, write_file, write_json, writing
+from pipeline.checkpoints import check_place, load_checkpoint, save_weights, write_file, write_json, writing
 from pipeline.declaration import Role
 from pipeline.options import with_role
 from pipeline.runtime.processes import on_rank_0
@@ -184,9 +184,7 @@ class RunFolder:
     def check_writable(self) -> None:
         """Lock the folder; raise UserError now, not after hours of computing, if nothing can be written there."""
         self.lock()
-        probe = self.path / ".writable"
-        write_file(probe, b"")
-        probe.unlink()
+        check_place(self.metrics)
 
     def write_last(self, state: dict[str, Any]) -> None:
         """Write last.pth: `state`, and what tells it from the file of another run or program."""
@@ -216,7 +214,7 @@ class RunFolder:
             raise UserError(f"{self.last} is not what a training saved: restore the file that the run wrote")
         if state.get("version") != LAST_VERSION:
             versions = f"version {state.get('version', 1)}, this program reads version {LAST_VERSION}"
-            raise UserError(f"{self.last} has {versions}: resume it with git commit {config.get('git_commit')}")
+            raise UserError(f"{self.last} has {versions}: resume it with {self.program}")
         there = {key: config.get(key) for key in state["run"]}
         other = [
             "other training data" if key == "data" else f"--{key} {value}, not {there[key]}"
@@ -236,6 +234,12 @@ class RunFolder:
         stage = state.get("stage", "")
         epochs = self.read_config().get("diffusion_epochs" if stage == "sdid" else "epochs", 0)
         return stage if state.get("epoch", 0) < epochs else ""
+
+    @property
+    def program(self) -> str:
+        """The program that wrote this run, in words; a copy without git knows of no commit."""
+        commit = self.read_config().get("git_commit")
+        return f"git commit {commit}" if commit else "the copy of this program that began it"
 
     @property
     def resume_hint(self) -> str:

@@ -29,6 +29,7 @@ class Session:
 
     Attributes:
         last: what last.pth holds of a training that is resumed, else empty.
+        program: the program that wrote it, in words; config.json will name this one.
     """
 
     def __init__(self, call: Call, machine: Machine, data: ImageData | None = None):
@@ -38,9 +39,11 @@ class Session:
             self.options = replace(self.options, data=replace(self.options.data, **data.facts))
         self.networks = Networks(self.options, self.run, machine)
         self.last: dict[str, Any] = {}
+        self.program = ""
         if self.options.run.resume:
             self.run.lock()
             self.last = from_rank_0(self.run.read_last)
+            self.program = self.run.program
 
     @cached_property
     def data(self) -> ImageData:

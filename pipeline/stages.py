@@ -16,6 +16,7 @@ from pipeline.sampling.labels import OWN
 from pipeline.sampling.masks import hidden_pixels
 from pipeline.sampling.sample_files import CLASS_IMAGES, GRID_IMAGES
 from pipeline.session import Session
+from pipeline.start import announce_model, announce_training
 from pipeline.training.train import begin, check, train_autoencoder, train_denoiser
 
 INPAINTED_IMAGES = 16
@@ -52,6 +53,7 @@ def train(session: Session) -> bool:
     if stage == "all":
         check_evaluation(session)
     begin(session)
+    announce_training(session)
     if stage in ("all", "vqsvae") and not train_autoencoder(session):
         return False
     return stage == "vqsvae" or not session.has_codes or train_denoiser(session)
@@ -63,7 +65,9 @@ def sample(session: Session) -> None:
     classes = len(model.labels) if isinstance(model, CodeDiffusion) else 0
     if count is not None and count < classes:
         raise UserError(f"--num_samples {count} are too few for {classes} classes: say {classes} at least")
-    draw(session, model, count or CLASS_IMAGES * classes or GRID_IMAGES)
+    count = count or CLASS_IMAGES * classes or GRID_IMAGES
+    announce_model(session, model, f"{count:,}: {model.drawn}")
+    draw(session, model, count)
 
 
 def inpaint(session: Session) -> None:
@@ -84,7 +88,9 @@ def inpaint(session: Session) -> None:
         labels = model.labels if len(model.labels) > 1 else model.labels * COMPLETIONS
         names = [model.name_of(label) for label in labels]
         model = replace(model, labels=tuple(label for label in labels for _ in images))
-    completed = model.inpaint(images.repeat(len(names) or COMPLETIONS, 1, 1, 1), hidden)
+    rows = len(names) or COMPLETIONS
+    announce_model(session, model, f"{len(images)}, each completed {rows} times", session.data)
+    completed = model.inpaint(images.repeat(rows, 1, 1, 1), hidden)
     shown = grid(torch.cat((images, torch.where(hidden, GREY, images).byte(), completed)), len(images))
     save_png(session.run.samples / "inpainted.png", named_rows(shown, ["", "", *names]) if names else shown)
 

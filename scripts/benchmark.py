@@ -42,13 +42,13 @@ from errors import UserError, reported
 from files import expand
 from models import SDID, VQSVAE, event_conv
 from models.spiking import use_backend
-from pipeline.checkpoints import load_weights
+from pipeline.checkpoints import check_place, load_weights, write_json
 from pipeline.options import PRECISIONS
 from pipeline.run_folder import RunFolder, versions
 from pipeline.runtime.device import Machine, choose_machine, describe_machine, find_device, keep_freed_memory
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images
-from pipeline.sampling.grids import save_figure
+from pipeline.sampling.grids import check_figure_place, save_figure
 
 Trained = TypeVar("Trained", VQSVAE, SDID)
 
@@ -256,7 +256,7 @@ def draw_figure(args: argparse.Namespace) -> dict:
         ylim=(0, None),
     )
     axis.legend()
-    save_figure(Path(args.figure), figure)
+    save_figure(args.figure, figure)
     return {"denoiser_pass": points, "precision": machine.precision}
 
 
@@ -295,7 +295,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=("all", *VARIANTS), default="all")
     parser.add_argument("--run", type=expand, default=TRAINED, help="folder of a run")
-    parser.add_argument("--figure", metavar="FILE", help="instead, plot the time of a pass against the share of spikes")
+    parser.add_argument(
+        "--figure", type=expand, metavar="FILE", help="instead, plot the time of a pass against the share of spikes"
+    )
     parser.add_argument("--scaling", action="store_true", help="instead, time 1,000, 10,000 and 60,000 images")
     parser.add_argument("--json", metavar="FILE", help="write the measurements to FILE; -: to standard output")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -306,7 +308,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7, help="repeats of each task, of sampling a third [7]")
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser.parse_args(arguments)
+    output = None if args.json in (None, "-") else expand(args.json)
     with reported():
+        check_place(output)
+        check_figure_place(args.figure)
         machine = {**describe_machine(find_device(args.device)), "cores": os.cpu_count(), "versions": versions()}
         if args.scaling:
             measured = {"machine": machine, "milliseconds_an_image": scaling(args)}
@@ -322,10 +327,10 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             with use_backend("reference" if args.mode == "reference" else "fast"):
                 measured = {"machine": machine, **measure(args, args.mode)}
-    if args.json == "-":
-        print(json.dumps(measured))
-    elif args.json:
-        Path(args.json).write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        if output:
+            write_json(output, measured)
+        elif args.json:
+            print(json.dumps(measured))
 
 
 if __name__ == "__main__":

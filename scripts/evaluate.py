@@ -27,7 +27,7 @@ from files import expand
 from image_files import alternate, find_images, folders_of, read_images, take
 from metrics.fid import FID_IMAGES
 from parts import DATASETS
-from pipeline.checkpoints import write_json
+from pipeline.checkpoints import check_place, write_json
 from pipeline.declaration import number, parse_metrics
 from pipeline.evaluation.metrics import evaluate_images
 from pipeline.evaluation.records import print_records
@@ -42,11 +42,14 @@ def main(arguments: list[str] | None = None) -> None:
     print_anywhere()
     args = parse(arguments)
     with reported():
+        check_place(args.output)
         keep_freed_memory()
         records = evaluate(args)
-        if args.output:
-            write_json(args.output, records)
-        print_records(records)
+        try:  # what cannot be written is printed, and what cannot be printed is written
+            print_records(records)
+        finally:
+            if args.output:
+                write_json(args.output, records)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -35,9 +35,10 @@ from errors import UserError, reported
 from files import expand
 from models import SDID, VQSVAE, ResidualSDID, VQAutoencoder
 from models.spiking import SpikingStack, membrane_weights, use_backend, weighted_sum
+from pipeline.checkpoints import check_place
 from pipeline.declaration import autoencoder_weights
 from pipeline.runtime.terminal import print_anywhere
-from pipeline.sampling.grids import save_figure
+from pipeline.sampling.grids import check_figure_place, save_figure
 from pipeline.session import open_session
 from scripts.nir_graphs import ResidualGraph, SDIDGraph, spiking_layers
 
@@ -216,6 +217,8 @@ def main(arguments: list[str] | None = None) -> None:
     with reported():
         if nir_exchange is None:
             raise UserError("two packages are missing: pip install nir nirtorch")
+        check_place(folder / "autoencoder.nir")
+        check_figure_place(args.raster)
         for network in networks(args.run, args.data_path):
             if isinstance(network, str):
                 print(network)

@@ -19,6 +19,7 @@ import pipeline.runtime.threads  # noqa: F401  before torch
 # isort: split
 from errors import UserError, reported
 from files import expand
+from pipeline.checkpoints import check_place
 from pipeline.report.report import write_report
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
@@ -48,7 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
         if len(args.runs) > 1 and not args.output:
             raise UserError("several runs: name the page with --output")
         output = args.output or RunFolder(args.runs[0]).report
-        write_report([open_run(run, args.data_path) for run in args.runs], output)
+        sessions = [open_run(run, args.data_path) for run in args.runs]
+        check_place(output)
+        write_report(sessions, output)
     print(output)
 
 

@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 from errors import UserError, reported
 from files import expand
-from pipeline.checkpoints import write_file
+from pipeline.checkpoints import check_place, write_file
 from pipeline.evaluation.records import comparable
 from pipeline.lineage import costs
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
-from pipeline.sampling.grids import save_figure
+from pipeline.sampling.grids import check_figure_place, save_figure
 
 COLUMNS = {
     "paper_fid": "FID, paper protocol",
@@ -320,18 +320,21 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     runs = [RunFolder(path.parent) for folder in args.folders for path in sorted(folder.rglob("metrics.json"))]
     with reported():
+        check_place(args.output)
+        for figure in (args.plot, args.classes_plot):
+            check_figure_place(figure)
         rows = read_rows(runs)
         if not rows:
             raise UserError(f"no metrics.json below {', '.join(map(str, args.folders))}: evaluate a run first")
         rows += published_rows({row.dataset for row in rows})
-        if args.plot:
-            plot(rows, args.plot)
-        if args.classes_plot:
-            plot_classes(rows, args.classes_plot)
         if args.output:
             write_file(args.output, table(rows).encode())
         else:
             print(table(rows))
+        if args.plot:
+            plot(rows, args.plot)
+        if args.classes_plot:
+            plot_classes(rows, args.classes_plot)
 
 
 if __name__ == "__main__":

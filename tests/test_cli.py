@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,13 +36,13 @@ def shell(*arguments, folder):
 
 @pytest.fixture
 def mistake(cli):
-    """Arguments to the one line on stderr that a mistake leaves; nothing is printed or shown besides it."""
+    """Arguments to the one line on stderr that a mistake leaves; nothing is printed besides what a call begins with."""
 
     def call(*arguments):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             outcome = cli(*arguments)
-        assert outcome.status == 2 and outcome.out == ""
+        assert outcome.status == 2 and all(line.startswith("  ") for line in outcome.out.splitlines())
         assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1 and outcome.err.endswith("\n")
         return outcome.err
 
@@ -176,6 +177,32 @@ def test_nothing_to_work_with(stage, mistake, small, tmp_path):
     expected = {"all": "cannot write"}.get(stage, "model.pth does not exist")
     options = small if stage == "all" else of_network(small)
     assert expected in mistake(*options, "--result_path", tmp_path / "file", "--stage", stage)
+
+
+@pytest.mark.parametrize("option", ["--result_path", "--data_path", "--start_from", "--checkpoint", "--fad_weights"])
+def test_a_path_that_is_not_utf_8(option, mistake, small, tmp_path):
+    """As a shell passes bytes that are none. Logs, reports and TensorBoard could not write it."""
+    path = f"{tmp_path}/b\udcfccher"
+    base = () if option == "--checkpoint" else small
+    if option in ("--start_from", "--checkpoint", "--fad_weights"):
+        os.mkdir(path)
+    if option == "--start_from":
+        (Path(path) / "config.json").write_text(json.dumps({"dataset_name": "ImageFolder"}))
+    line = mistake(*base, "--result_path", tmp_path / "result", option, path)
+    assert f"{option} " in line and "is not valid UTF-8" in line and "rename it" in line
+    assert not (tmp_path / "result").exists() and (option != "--result_path" or not os.path.exists(path))
+
+
+@pytest.mark.parametrize(("commit", "program"), [("abc", "git commit abc"), (None, "the copy of this program")])
+def test_a_run_says_which_program_can_resume_it(commit, program, mistake, run):
+    """A copy without git has no commit that could be named."""
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "git_commit": commit}))
+    state = torch.load(run / "last.pth", weights_only=True)
+    for changed, fault in (({"version": 1}, "has version 1"), ({"model": {}}, "does not fit its config.json")):
+        torch.save({**state, **changed}, run / "last.pth")
+        line = mistake("--resume", run, "--diffusion_epochs", 3)
+        assert fault in line and f"with {program}" in line and "None" not in line
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -527,7 +554,7 @@ def test_a_users_first_minutes(tmp_path, cli, monkeypatch):
     assert (process.returncode, process.stderr) == (0, "")
     run = "result/Digits/snn-vq-vae"
     assert "\x1b" not in process.stdout and "\r" not in process.stdout
-    epochs = [line for line in process.stdout.splitlines() if line.startswith("stage ")]
+    epochs = [line for line in process.stdout.splitlines() if " epoch " in line]
     assert [line.split(":")[0] for line in epochs] == [
         "stage 1 (vqsvae) epoch 1/1",
         "stage 2 (sdid) epoch 1/1",
@@ -540,7 +567,7 @@ def test_a_users_first_minutes(tmp_path, cli, monkeypatch):
     (tmp_path / run).rename(tmp_path / "elsewhere" / "run")
     monkeypatch.chdir(tmp_path)
     evaluated = cli("--checkpoint", "elsewhere/run/model.pth", "--num_samples", 5)
-    assert (evaluated.status, evaluated.err) == (0, "") and "stage" not in evaluated.out
+    assert (evaluated.status, evaluated.err) == (0, "") and "epoch" not in evaluated.out
     assert (tmp_path / "elsewhere" / "run" / "metrics.json").read_text() == records
 
 

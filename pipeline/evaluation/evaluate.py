@@ -1,8 +1,6 @@
 """The evaluation of a run: draw images if needed, compute the metrics, write metrics.json."""
 
-import sys
-
-from errors import UserError
+from errors import UserError, say_on_stderr
 from pipeline.evaluation.metrics import Evaluation
 from pipeline.evaluation.model_metrics import autoencoder_records, energy_records, floor_records, reconstructions
 from pipeline.evaluation.records import write_records
@@ -11,6 +9,7 @@ from pipeline.options import METRICS, SAMPLE_METRICS
 from pipeline.sampling.draw import draw
 from pipeline.sampling.sample_files import GRID_IMAGES
 from pipeline.session import Session
+from pipeline.start import announce_model
 
 
 def evaluate(session: Session) -> None:
@@ -26,6 +25,8 @@ def evaluate(session: Session) -> None:
     of_samples = trained or bool(set(wanted) & set(SAMPLE_METRICS))
     draws = of_samples or "energy" in wanted
     model = session.load_model(draws)
+    if not trained:
+        announce_model(session, model, data=session.data)
     evaluation = prepare_evaluation(session)
     model = with_temperature(session, model) if draws else model
     count = o.sampling.num_samples or evaluation.images_needed or GRID_IMAGES
@@ -41,7 +42,7 @@ def evaluate(session: Session) -> None:
         labels = model.labels_of(range(count))
         records = evaluation.compute(images, model.drawn, model.settings, labels=labels) + records
     if change := session.data_change(session.data):
-        print(f"warning: {change}", file=sys.stderr)
+        say_on_stderr(f"warning: {change}")
         records = [record | {"data_change": change} for record in records]
     if session.evaluated:
         records = [record | {"checkpoint": session.evaluated} for record in records]

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from datasets import ImageData, digest
 from errors import UserError
@@ -22,6 +21,7 @@ from metrics.frechet import feature_statistics
 from pipeline.evaluation.cache import cached
 from pipeline.runtime.device import Machine, Network
 from pipeline.runtime.seeds import seeded
+from progress import progress_bar
 
 BATCH_SIZE = 128
 NETWORK_SEED = 0  # not the run's: all runs on a data set are judged by one network
@@ -93,7 +93,7 @@ def kept_features(network: Network, extract: Extract[Network], images: Tensor, n
     """
     weights = digest(network.state_dict())
     parts: list[np.ndarray] = []
-    with tqdm(total=len(images), desc=f"features, {name}", unit=" images", leave=False, disable=None) as bar:
+    with progress_bar(len(images), f"features, {name}") as bar:
 
         def features(part: Tensor) -> np.ndarray:
             key = f"{extract.__name__}-{name}-{len(part)}-{digest(part)}-{weights}"
@@ -154,7 +154,7 @@ def _train(
     steps = epochs * math.ceil(count / BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.lr, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
-    with tqdm(total=epochs * count, desc=training.name, unit=" images", leave=False, disable=None) as bar:
+    with progress_bar(epochs * count, f"training the {training.name}") as bar:
         for _ in range(epochs):
             for indices in torch.randperm(count, generator=generator).split(BATCH_SIZE):
                 loss = training.loss(network, tuple(part[indices].to(machine.device) for part in examples))

@@ -49,10 +49,13 @@ def write_records(run: RunFolder, records: list[dict], machine: Machine, weights
     records = [{**record, **context(machine), "weights": weights} for record in records]
     computed = {_identity(record) for record in records}
     others = [record for record in run.read_records() if _identity(record) not in computed]
-    write_json(run.metrics, [*(record for record in others if record.get("weights") == weights), *records])
-    if dropped := dict.fromkeys(record["name"] for record in others if record.get("weights") != weights):
-        print(f"{run.metrics}: dropped metrics of other weights: {', '.join(dropped)}")
-    print_records(records)
+    kept = [record for record in others if record.get("weights") == weights]
+    try:  # what cannot be written is printed, and what cannot be printed is written
+        if dropped := dict.fromkeys(record["name"] for record in others if record.get("weights") != weights):
+            print(f"{run.metrics}: dropped metrics of other weights: {', '.join(dropped)}")
+        print_records(records)
+    finally:
+        write_json(run.metrics, [*kept, *records])
 
 
 IDENTITY = ("name", "split", "network", "sampling")

@@ -44,12 +44,13 @@ class Line(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """One line of a plot."""
+    """One line of a plot, with this marker at its points."""
 
     name: str
     line: Line
     x: Sequence[float]
     y: Sequence[float]
+    marker: str = "."
 
 
 class Plot(NamedTuple):
@@ -79,7 +80,7 @@ def line_plot(title: str, x_label: str, curves: Sequence[Curve], logarithmic: bo
         axes = figure.subplots(gridspec_kw=MARGINS)
         for curve in curves:
             dashes = [float(length) for length in curve.line.dash.split()]
-            (line,) = axes.plot(curve.x, curve.y, color=curve.line.colour, marker=".", markersize=4)
+            (line,) = axes.plot(curve.x, curve.y, color=curve.line.colour, marker=curve.marker, markersize=4)
             if dashes:
                 line.set_dashes(dashes)
         axes.set(title=title, xlabel=x_label, xscale="log", yscale="log" if logarithmic else "linear")

@@ -23,6 +23,9 @@ NONE = "–"  # an empty cell of a table
 MAIN_SETTINGS = ("preset", "dataset_name", "model", "denoiser", "epochs", "diffusion_epochs")
 """Listed for a single run even if they have their default values."""
 
+HELD_OUT = "held_out_loss"
+"""The logged value that is drawn beside "loss"."""
+
 TITLES = {
     "mse": "mean squared error",
     "quantizer_loss": "quantiser loss",
@@ -140,9 +143,12 @@ def metrics(runs: Sequence[RunView]) -> Summary:
 
 
 def curves(runs: Sequence[RunView]) -> Summary:
-    """A plot of each logged value, with a line for each run on the same data set with the same loss."""
+    """A plot of each logged value, with a line for each run on the same data set with the same loss.
+
+    The loss on held-out images is in the plot of the loss.
+    """
     logs, gaps = _found(runs, of_each("the curves of", runs, RunView.curves))
-    keys = sorted(dict.fromkeys(key for log in logs.values() for key in log), key=lambda key: key[0])
+    keys = sorted({key: None for log in logs.values() for key in log if key[1] != HELD_OUT}, key=lambda key: key[0])
     kinds = Counter((stage, name) for stage, name, _ in keys)
     plots = []
     for key in keys:
@@ -154,8 +160,13 @@ def curves(runs: Sequence[RunView]) -> Summary:
 
 def curve_plot(key: CurveKey, title: str, logs: Sequence[dict[CurveKey, Curve]]) -> Plot:
     """The plot of one value, from the curves of the runs that have it."""
-    lines = [log[key] for log in logs if key in log]
-    logarithmic = key[1] != "codebook_usage" and all(value > 0 for line in lines for value in line.y)
+    (stage, name, kind), lines = key, [log[key] for log in logs if key in log]
+    held_out = stage, HELD_OUT, kind
+    unseen = [log[held_out] for log in logs if name == "loss" and held_out in log]
+    if unseen:
+        title += "; ×: on held-out images"
+        lines += [curve._replace(name=f"{curve.name}, held-out images", marker="x") for curve in unseen]
+    logarithmic = name != "codebook_usage" and all(value > 0 for line in lines for value in line.y)
     return line_plot(title, "images seen", lines, logarithmic)
 
 

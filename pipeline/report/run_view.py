@@ -1,6 +1,5 @@
 """What the page shows of one run: read from its folder if it is there, else computed with its networks and data."""
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -12,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from datasets import ImageData, needs_download
-from errors import UserError
+from errors import UserError, say_on_stderr
 from pipeline.evaluation.records import comparable
 from pipeline.evaluation.temperature import at_recorded_temperature
 from pipeline.lineage import Cost, costs, images_before
@@ -68,7 +67,7 @@ def attempt(what: str, compute: Callable[[], Value]) -> Value | Missing:
         return Missing(str(error))
     except Exception as error:  # whatever a library raises; nothing that was trained or measured may depend on it
         reason = f"{type(error).__name__}: {error}"
-        print(f"warning: the report lacks {what} ({reason})", file=sys.stderr)
+        say_on_stderr(f"warning: the report lacks {what} ({reason})")
         return Missing(f"This could not be drawn ({reason}).")
 
 
@@ -147,7 +146,8 @@ class RunView:
             seen = [before + images for images in accumulate(line["images"] for line in epochs)]
             for key in dict.fromkeys(key for line in epochs for key in line if key not in {*LOG_KEYS, "time"}):
                 points = [(images, line[key]) for images, line in zip(seen, epochs, strict=True) if key in line]
-                curves[stage, key, self._kind(stage)] = Curve(self.name, self.line, *zip(*points, strict=True))
+                x, y = zip(*points, strict=True)
+                curves[stage, key, self._kind(stage)] = Curve(self.name, self.line, x, y)
         return curves
 
     def _kind(self, stage: int) -> str:

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 
 import torch
 
-PURPOSES = ("weights", "order", "noise", "statistics", "statistics order", "prototypes")
-"""Initial weights; order of an epoch; noise of a step; noise and order of batch-norm recalibration; k-means."""
+PURPOSES = ("weights", "order", "noise", "statistics", "statistics order", "prototypes", "held out")
+"""Initial weights; order of an epoch; noise of a step; noise and order of batch-norm recalibration; k-means; noise of
+the held-out loss. A new one comes last, so that the others keep their seeds."""
 
-SEEDS = 2**28  # of a purpose in a stage: 6 purposes and 2 stages fit into 32 bits
+SEEDS = 2**28  # of a purpose in a stage: 7 purposes and 2 stages fit into 32 bits
 STEPS = 2**22  # at most, of a process in a stage; that leaves room for 64 processes
 
 _one_at_a_time = threading.RLock()

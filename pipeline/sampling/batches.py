@@ -5,24 +5,23 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from models import Denoiser, VQAutoencoder
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine
 from pipeline.sampling.grids import to_float, to_uint8
+from progress import progress_bar
 
 
 def in_batches(tensor: Tensor, batch_size: int, title: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """`compute(part)` for each part of a tensor, put together on the CPU; with a progress bar if there are many.
+    """`compute(part)` for each part of a tensor, put together on the CPU.
 
     Several processes share the parts, and each is given the whole result.
     """
     mine = tensor[processes.share(len(tensor))]
-    hidden = None if len(mine) > 1000 and processes.is_rank_0() else True  # None: where stderr is no terminal
     done = []
-    with tqdm(total=len(mine), desc=title, unit=" images", leave=False, disable=hidden) as bar:
+    with progress_bar(len(mine), title, shown=processes.is_rank_0()) as bar:
         for part in mine.split(batch_size) if len(mine) else ():
             done.append(compute(part).cpu())
             bar.update(len(part))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from errors import UserError
-from pipeline.checkpoints import write_file
+from pipeline.checkpoints import check_place, write_file
 
 GREY = 128
 ZOOM = 3  # screen pixels per image pixel
@@ -80,14 +80,26 @@ def save_png(path: Path, image: Tensor) -> None:
     write_file(path, encode_png(image))
 
 
+def check_figure_place(path: Path | None) -> None:
+    """Raise UserError now, not after hours of computing, if `save_figure` could not write there; None is no place."""
+    if path is None:
+        return
+    from matplotlib.backend_bases import FigureCanvasBase  # here because importing it takes a second
+
+    if _format(path) not in (known := FigureCanvasBase.get_supported_filetypes()):
+        raise UserError(f"{path} cannot be written: a figure's name ends in one of {', '.join(known)}")
+    check_place(path)
+
+
 def save_figure(path: Path, figure: Any) -> None:
-    """Write a matplotlib figure, in the format that the name ends in. Raises UserError if there is no such format."""
+    """Write a matplotlib figure, in the format that the name ends in."""
     buffer = io.BytesIO()
-    try:
-        figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png", dpi=110)
-    except ValueError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
+    figure.savefig(buffer, format=_format(path), dpi=110)
     write_file(path, buffer.getvalue())
+
+
+def _format(path: Path) -> str:
+    return path.suffix.removeprefix(".").lower() or "png"
 
 
 def code_colours(codebook_size: int) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from errors import UserError
@@ -21,6 +20,7 @@ from pipeline.sampling.cost import Cost, Parts, count_parts, sums
 from pipeline.sampling.grids import to_float, to_uint8, trajectory_images
 from pipeline.sampling.labels import ANY, find_labels
 from pipeline.sampling.masks import nearest_visible
+from progress import progress_bar
 
 TRAJECTORY_MOMENTS = 12
 TEST_IMAGES = "test images"
@@ -219,11 +219,17 @@ class CodeDiffusion:
         model, denoiser, device, samples = self.autoencoder, self._denoiser, self.machine.device, range(len(images))
         pixels, (codes, noise) = to_float(images.to(device)), self._draw_codes(samples)
         codes, passes = codes.to(device), self._passes(codes, noise, samples)
-        shown = tqdm(passes, "counting energy", unit=" passes", leave=False, disable=None if is_rank_0() else True)
+
+        def run_passes() -> None:
+            with progress_bar(len(passes), "counting energy", "passes", shown=is_rank_0()) as bar:
+                for inputs in passes:
+                    denoiser(*inputs)
+                    bar.update()
+
         parts: Parts = {
             "encode": (model, lambda: model.encode(pixels)),
             "decode": (model, lambda: model.decode(codes)),
-            "denoiser_pass": (denoiser, lambda: [denoiser(*inputs) for inputs in shown]),
+            "denoiser_pass": (denoiser, run_passes),
         }
         layers, rates = count_parts(parts, len(images))
         layers["denoiser_pass"] = {name: 1 / len(passes) * each for name, each in layers["denoiser_pass"].items()}

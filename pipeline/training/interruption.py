@@ -1,10 +1,13 @@
-"""SIGTERM and Ctrl-C during training: recorded, so that it can save before it ends."""
+"""SIGTERM, Ctrl-C and a closed pipe during training: recorded, so that it can save before it ends."""
 
 import signal
 import threading
 from types import FrameType
 
+from errors import SIGPIPE
+
 SIGNALS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+REASONS = SIGNALS | {SIGPIPE: "the output is closed"}
 
 
 class Interrupted(Exception):
@@ -14,7 +17,7 @@ class Interrupted(Exception):
     """
 
     def __init__(self, number: int, resume_hint: str):
-        super().__init__(f"{SIGNALS[number]}: saved; {resume_hint}")
+        super().__init__(f"{REASONS[number]}: saved; {resume_hint}")
         self.status = 128 + number
 
 
@@ -43,6 +46,13 @@ class Interruption:
         self._let_act()
         if self.signal and error is None:
             raise Interrupted(self.signal, self.resume_hint)
+
+    def say(self, line: str) -> None:
+        """Print a line. If that is impossible, as nobody reads it any more after `| head -1`, it is a signal, too."""
+        try:
+            print(line, flush=True)
+        except OSError:
+            self.signal = SIGPIPE
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.signal = number

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, cast
 
@@ -22,6 +23,7 @@ from pipeline.runtime.seeds import derive_seed
 from pipeline.training.averaging import batch_norms, moving_average, recalibrated
 from pipeline.training.interruption import Interruption
 from pipeline.training.schedules import Schedule
+from progress import Pace, in_words, progress_bar
 
 STEPS_BETWEEN_CHECKS = {"cpu": 1, "cuda": 50}  # of the loss; a GPU would have to be waited for
 CALIBRATION_IMAGES = 10_000  # of batch-norm recalibration
@@ -77,6 +79,7 @@ class Trainer(Generic[Network]):
         checkpoint: where the weights of the network that is kept go whenever they are saved.
         draw: a whole batch, in such tensors, and a generator to tensors of examples and their noise, which are the same
             for any number of processes; by default, the batch alone.
+        held_out: the same tensors of examples that are not trained on; their loss is logged after each epoch.
 
     Attributes:
         kept: what training is for: `model` itself, or with `ema_decay` the average of its weights over the steps, with
@@ -96,6 +99,7 @@ class Trainer(Generic[Network]):
         place: Place,
         checkpoint: Path,
         draw: DrawFunction = lambda batch, _: batch,
+        held_out: Batch | None = None,
     ):
         self.number, self.name = stage
         self.model, self.draw, self.losses, self.preview = model, draw, losses, preview
@@ -104,11 +108,13 @@ class Trainer(Generic[Network]):
         self.checkpoint = checkpoint
         self.network = processes.share_training(model, machine.device)
         self.examples = TensorDataset(*(each.to(machine.device) for each in examples))
+        self.held_out = TensorDataset(*(each.to(machine.device) for each in held_out)) if held_out else None
         self.steps = math.ceil(len(self.examples) / schedule.batch_size)  # of an epoch
         self.optimizer = torch.optim.AdamW(model.parameters(), schedule.lr, betas=(0.9, 0.999), weight_decay=1e-3)
         self.average = moving_average(model, schedule.ema_decay) if schedule.ema_decay else None
         self.kept = cast(Network, self.average.module) if self.average else model
         self.progress = Progress()
+        self.pace, self._has_told_time = Pace(self.steps * schedule.epochs), False
 
     @property
     def title(self) -> str:
@@ -171,9 +177,9 @@ class Trainer(Generic[Network]):
         with Interruption(self.run.resume_hint) as interruption:
             while self.progress.epoch < self.schedule.epochs:
                 if self._train_epoch(deadline, interruption):
-                    self._end_epoch()
+                    self._end_epoch(interruption)
                 else:
-                    print(f"{self.title}: stopped, saving", flush=True)
+                    interruption.say(f"{self.title}: stopped, saving")
                 self.save()
                 signal, over, _ = self._agree(interruption, time.monotonic() > deadline)
                 if signal or (over and self.progress.epoch < self.schedule.epochs):
@@ -198,8 +204,7 @@ class Trainer(Generic[Network]):
         saved = time.monotonic()
         started = saved - progress.seconds
         self.model.train()
-        hidden = None if processes.is_rank_0() else True  # None: where stderr is no terminal
-        with tqdm(total=count, initial=first, desc=self.title, unit=" images", leave=False, disable=hidden) as bar:
+        with progress_bar(count, self.title, done=first, shown=processes.is_rank_0()) as bar:
             for indices in batches[progress.step :]:
                 self._seed(generator, "noise", progress.epoch * self.steps + progress.step)
                 self._set_lr()
@@ -209,10 +214,9 @@ class Trainer(Generic[Network]):
                     progress.sums[name] = progress.sums.get(name, 0) + value * len(indices)
                 progress.step += 1
                 bar.update(len(indices))
-                if progress.step % 10 == 0 and not bar.disable:
-                    bar.set_postfix(loss=f"{losses['loss'].item():.4f}")
                 if progress.step % STEPS_BETWEEN_CHECKS[self.machine.device.type] == 0:
                     self._check_finite(progress.sums)
+                    self._tell_time(bar, losses["loss"], interruption)
                 now = time.monotonic()
                 progress.seconds = now - started
                 if progress.step == self.steps:
@@ -225,7 +229,18 @@ class Trainer(Generic[Network]):
                     saved = now
         return True
 
-    def _end_epoch(self) -> None:
+    def _tell_time(self, bar: tqdm, loss: Tensor, interruption: Interruption) -> None:
+        """Say once how long the stage will take, and in the bar again and again."""
+        left = self.pace.seconds_left(self.progress.epoch * self.steps + self.progress.step, time.monotonic())
+        if left is None or bar.disable:
+            return
+        if not self._has_told_time:
+            bar.clear()
+            interruption.say(f"stage {self.number} ({self.name}): about {in_words(left)}")
+            self._has_told_time = True
+        bar.set_postfix_str(f"loss {loss.item():.4f}, stage: {in_words(left)} left", refresh=False)
+
+    def _end_epoch(self, interruption: Interruption) -> None:
         """Preview and log entry of a completed epoch, before it is saved as completed."""
         progress, count = self.progress, len(self.examples)
         self._check_finite(progress.sums, self.model.state_dict())
@@ -234,12 +249,35 @@ class Trainer(Generic[Network]):
         if self.average:
             self._calibrate_average()
         self.kept.eval()
-        values = {**means, **self.preview(self.kept, progress.epoch + 1)}
+        values = {**means, **self._held_out_loss(), **self.preview(self.kept, progress.epoch + 1)}
         cost = {"images": count, "images_per_second": round(rate, 2)}
         self.run.log(self.name, progress.epoch + 1, {**values, **cost})
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        print(f"{self.title}: {shown}, {rate:.0f} images/s", flush=True)
+        interruption.say(f"{self.title}: {shown}, {rate:.0f} images/s, {datetime.now():%Y-%m-%d %H:%M:%S}")
         self.progress = Progress(progress.epoch + 1)
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> Values:
+        """The loss of the network that is kept, in evaluation mode, on the held-out examples; nothing without any.
+
+        It has the same noise after every epoch. Of several processes, the first computes it as if it were alone.
+        """
+        examples = self.held_out
+        if examples is None:
+            return {}
+
+        def mean() -> float:
+            generator, total = torch.Generator(self.machine.device), 0.0
+            batches = torch.arange(len(examples)).split(self.schedule.batch_size)
+            with processes.alone(), progress_bar(len(examples), f"stage {self.number}, held-out images") as bar:
+                for number, indices in enumerate(batches):
+                    self._seed(generator, "held out", number)
+                    losses, _ = self._share_of_losses(self.kept, examples[indices], generator)
+                    total += losses["loss"].double().item() * len(indices)
+                    bar.update(len(indices))
+            return total / len(examples)
+
+        return {"held_out_loss": processes.from_rank_0(mean)}
 
     def _check_finite(self, *numbers: dict[str, Tensor]) -> None:
         """Raise UserError, which says what to do, if one of the losses or weights is non-finite (NaN or infinite)."""
@@ -293,9 +331,12 @@ class Trainer(Generic[Network]):
         generator = torch.Generator(self.machine.device)
         chosen = self._shuffled("statistics order")[:CALIBRATION_IMAGES]
         with recalibrated(network):
-            for batch, indices in enumerate(chosen.split(self.schedule.batch_size)):
-                self._seed(generator, "statistics", batch)
-                self._share_of_losses(network, self.examples[indices], generator)
+            title = f"stage {self.number}, batch-norm statistics"
+            with progress_bar(len(chosen), title, shown=processes.is_rank_0()) as bar:
+                for batch, indices in enumerate(chosen.split(self.schedule.batch_size)):
+                    self._seed(generator, "statistics", batch)
+                    self._share_of_losses(network, self.examples[indices], generator)
+                    bar.update(len(indices))
 
     def _step(self, batch: Batch, generator: torch.Generator) -> Losses:
         """One step on a batch; returns its losses in float64."""

@@ -1,12 +1,13 @@
 """The loss of each network, and its preview after each epoch."""
 
-import sys
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from datasets import ImageData, Split
 from diffusion.absorbing import TrainingNoise
+from errors import say_on_stderr
 from metrics.codebook import usage
 from models import FSVAE, Denoiser
 from models.conditions import NOT_GIVEN
@@ -19,15 +20,22 @@ from pipeline.sampling.image_models import CodeDiffusion, PriorSampling
 from pipeline.training.loop import Batch, Losses, Place, Trainer, Values
 
 PREVIEW_IMAGES = 16
+HELD_OUT_IMAGES = 2000  # at most, whose loss is computed after each epoch
 USAGE_IMAGES = 1000  # of the test split, whose codes tell the codebook's usage after each epoch
 FEWEST_CODES = 0.02  # of the codebook; a usage below this, or of one code, is warned about
 CONDITION_DROPOUT = 0.1  # fraction of the training images of which a condition is dropped, each by itself
 SCHEDULED_SAMPLING = (0.1, 0.3)  # probability in the first epoch, and after the last, of FSVAE
 
 
-def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: float, place: Place) -> Trainer:
-    """Stage 1: the autoencoder on `train`, uint8 `[N,C,H,W]`; previews show `test` over its reconstructions."""
-    run, machine = place.run, place.machine
+def some_held_out(data: ImageData) -> Split | None:
+    """The held-out images whose loss is computed after each epoch, evenly spaced ones; None if none are held out."""
+    total, count = len(data.held_out), min(HELD_OUT_IMAGES, len(data.held_out))
+    return Split(data.held_out, data.held_out_labels).take(torch.arange(count) * total // count) if count else None
+
+
+def vqsvae_trainer(model: VQAutoencoder, data: ImageData, place: Place) -> Trainer:
+    """Stage 1: the autoencoder on the training images; previews show test images over their reconstructions."""
+    run, machine, test, variance, unseen = place.run, place.machine, data.test, data.variance, some_held_out(data)
     shown = test[:PREVIEW_IMAGES]
 
     def losses(network: nn.Module, generator: torch.Generator, batch: Tensor) -> Losses:
@@ -41,20 +49,22 @@ def vqsvae_trainer(model: VQAutoencoder, train: Tensor, test: Tensor, variance: 
         share = usage(codes, model.codebook_size)
         if share < max(FEWEST_CODES, 1.5 / model.codebook_size) and processes.is_rank_0():
             cause = f"warning: epoch {epoch}: the codebook is collapsing: only {share:.1%} of its codes are used"
-            print(f"{cause}; if this lasts, begin a new run with a smaller --codebook_size or --lr", file=sys.stderr)
+            say_on_stderr(f"{cause}; if this lasts, begin a new run with a smaller --codebook_size or --lr")
         return {"codebook_usage": share}
 
-    return Trainer((1, "vqsvae"), model, (train,), losses, preview, place, run.model)
+    return Trainer(
+        (1, "vqsvae"), model, (data.train,), losses, preview, place, run.model, held_out=unseen and (unseen.images,)
+    )
 
 
-def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, place: Place) -> Trainer:
-    """The variational autoencoder on `train`, uint8 `[N,C,H,W]`; previews show `test` and samples of the prior."""
-    run, schedule = place.run, place.schedule
-    shown = test[:PREVIEW_IMAGES]
+def fsvae_trainer(model: FSVAE, data: ImageData, place: Place) -> Trainer:
+    """The variational autoencoder on the training images; previews show test images and samples of the prior."""
+    run, schedule, unseen = place.run, place.schedule, some_held_out(data)
+    shown = data.test[:PREVIEW_IMAGES]
 
     def losses(network: nn.Module, generator: torch.Generator, batch: Tensor) -> Losses:
         first, last = SCHEDULED_SAMPLING
-        p = first + (last - first) * trainer.progress.epoch / schedule.epochs
+        p = first + (last - first) * trainer.progress.epoch / schedule.epochs if network.training else last
         out = network(to_float(batch), generator, p)
         return {"loss": out.loss, "mse": out.mse, "mmd": out.mmd}
 
@@ -65,14 +75,18 @@ def fsvae_trainer(model: FSVAE, train: Tensor, test: Tensor, place: Place) -> Tr
         show(run, "vae", "samples", grid(prior.draw(range(PREVIEW_IMAGES)), PREVIEW_IMAGES // 2), epoch)
         return {}
 
-    trainer = Trainer((1, "vae"), model, (train,), losses, preview, place, run.model)
+    trainer = Trainer(
+        (1, "vae"), model, (data.train,), losses, preview, place, run.model, held_out=unseen and (unseen.images,)
+    )
     return trainer
 
 
 def sdid_trainer(
-    denoiser: Denoiser, model: CodeDiffusion, codes: Tensor, conditions: Tensor | None, loss: str, place: Place
+    denoiser: Denoiser, model: CodeDiffusion, examples: Batch, held_out: Batch | None, loss: str, place: Place
 ) -> Trainer:
-    """Stage 2: the denoiser on `codes [N,h,w]` and their `conditions [N,J]`; previews are what `model` draws with it.
+    """Stage 2: the denoiser on examples, codes `[N,h,w]` and, if it has any, their conditions `[N,J]`.
+
+    `held_out` are such of images that are not trained on. Previews are what `model` draws with the denoiser.
 
     Each condition is dropped for some images: inpainting has none, and guidance compares predictions with and without.
     """
@@ -94,8 +108,7 @@ def sdid_trainer(
         show(run, "sdid", "samples", grid(images, PREVIEW_IMAGES // 2), epoch)
         return {}
 
-    examples = (codes,) if conditions is None else (codes, conditions)
-    return Trainer((2, "sdid"), denoiser, examples, losses, preview, place, run.denoiser, draw)
+    return Trainer((2, "sdid"), denoiser, examples, losses, preview, place, run.denoiser, draw, held_out)
 
 
 def _dropped_out(conditions: Tensor, random: torch.Generator) -> Tensor:

@@ -4,17 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from torch import Tensor
+
 from datasets import digest
 from errors import UserError
-from models import FSVAE
+from models import FSVAE, VQAutoencoder
 from models.code_order import code_order
 from pipeline.checkpoints import load_weights, save_weights
 from pipeline.lineage import Recorder, inherited
 from pipeline.runtime.processes import from_rank_0
 from pipeline.sampling.batches import encode_images
 from pipeline.session import Session
-from pipeline.training.loop import Place, Trainer
-from pipeline.training.objectives import fsvae_trainer, sdid_trainer, vqsvae_trainer
+from pipeline.training.loop import Batch, Place, Trainer
+from pipeline.training.objectives import fsvae_trainer, sdid_trainer, some_held_out, vqsvae_trainer
 from pipeline.training.schedules import Schedule
 
 SORTING_IMAGES = 10_000  # whose codes show which codes are similar
@@ -98,12 +100,11 @@ def train_autoencoder(session: Session) -> bool:
     place = Place(session.run, _schedule(session, o.epochs, o.lr), machine, recorder.update)
     machine.to_device(model)
     if isinstance(model, FSVAE):
-        return _train(session, fsvae_trainer(model, data.train, data.test, place))
-    finished = _train(session, vqsvae_trainer(model, data.train, data.test, data.variance, place))
+        return _train(session, fsvae_trainer(model, data, place))
+    finished = _train(session, vqsvae_trainer(model, data, place))
     if finished and o.sort_codes:
         trained = session.load_vq_autoencoder()
-        images = data.train[:SORTING_IMAGES]
-        codes = encode_images(trained, images, machine, session.options.sampling.eval_batch_size)
+        codes = _encode(session, trained, data.train[:SORTING_IMAGES])
         trained.renumber(code_order(codes, trained.codebook_size))
         save_weights(session.run.model, trained.state_dict())
         recorder.update(weights_after=digest(trained.state_dict()))
@@ -121,7 +122,8 @@ def train_denoiser(session: Session) -> bool:
     o, machine, networks = session.options.training, session.machine, session.networks
     autoencoder = session.load_vq_autoencoder()
     data = session.data
-    codes = encode_images(autoencoder, data.train, machine, session.options.sampling.eval_batch_size)
+    encode = partial(_encode, session, autoencoder)
+    codes = encode(data.train)
     denoiser = machine.to_device(networks.new_denoiser(session.code_grid, data))
     if session.last.get("stage") == "sdid":  # a resumed training has weights, and conditions that are fitted
         with _refusing_others(session):
@@ -133,7 +135,19 @@ def train_denoiser(session: Session) -> bool:
     schedule = _schedule(session, o.diffusion_epochs, o.diffusion_lr or o.lr, o.fixed_norm)
     model = session.code_diffusion(autoencoder, denoiser)
     place = Place(session.run, schedule, machine, Recorder(session, "sdid").update)
-    return _train(session, sdid_trainer(denoiser, model, codes, conditions, o.loss, place))
+    held_out = None
+    if unseen := some_held_out(data):
+        others = encode(unseen.images)
+        held_out = _batch(others, denoiser.conditions.of(others, unseen.labels, codebook=autoencoder.vq_layer))
+    return _train(session, sdid_trainer(denoiser, model, _batch(codes, conditions), held_out, o.loss, place))
+
+
+def _encode(session: Session, autoencoder: VQAutoencoder, images: Tensor) -> Tensor:
+    return encode_images(autoencoder, images, session.machine, session.options.sampling.eval_batch_size)
+
+
+def _batch(codes: Tensor, conditions: Tensor | None) -> Batch:
+    return (codes,) if conditions is None else (codes, conditions)
 
 
 def _schedule(session: Session, epochs: int, lr: float, fixed_norm: float = 0.0) -> Schedule:
@@ -166,6 +180,5 @@ def _refusing_others(session: Session) -> Iterator[None]:
     except UserError:  # a disk that is full is not a file that does not fit
         raise
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        commit = session.run.read_config().get("git_commit")
-        advice = f"restore both, or resume with git commit {commit} if the network has changed since"
+        advice = f"restore both, or resume with {session.program} if the network has changed since"
         raise UserError(f"{session.run.last} does not fit its config.json: {advice}") from error

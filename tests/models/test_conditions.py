@@ -264,7 +264,7 @@ def test_each_condition_is_dropped_by_itself(tmp_path, monkeypatch):
 
     with RunFolder(tmp_path) as run:
         schedule = Schedule(epochs=1, batch_size=10, lr=0.1, seed=0)
-        trainer = sdid_trainer(denoiser, model, codes, told, "elbo", Place(run, schedule, machine))
+        trainer = sdid_trainer(denoiser, model, (codes, told), None, "elbo", Place(run, schedule, machine))
         for number, count in ((0, 1), (1, 2)):  # one process, and the second of two
             monkeypatch.setattr(processes, "rank", lambda number=number: number)
             monkeypatch.setattr(processes, "size", lambda count=count: count)

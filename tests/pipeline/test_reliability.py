@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import stat
@@ -321,6 +322,38 @@ def test_a_signal_during_the_agreement_waits_for_the_next(cli, small, tmp_path, 
     assert load_checkpoint(run_in(tmp_path) / "last.pth")["step"] == 8
 
 
+def piped(arguments, reader, redirection=""):
+    """The command line in a shell, its output piped to a program that ends: status and stderr."""
+    words = shlex.join([sys.executable, "-u", str(ROOT / "main.py"), *map(str, arguments), "--no-report"])
+    command = f"{words} {redirection} | {reader}; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("redirection", ["", "2>&1"])
+def test_nobody_reads_the_output_any_more(redirection, finished, small, cli, tmp_path):
+    """The training saves, and says on stderr, where that is read, how to resume; that gives the same run."""
+    status, err = piped((*small, "--result_path", tmp_path), "head -1 > /dev/null", redirection)
+    line = f"the output is closed: saved; resume with: python -u main.py --resume {run_in(tmp_path)}\n"
+    assert (status, err) == (141, "" if redirection else line)
+    assert (run_in(tmp_path) / "last.pth").exists() and not (run_in(tmp_path) / "metrics.json").exists()
+    assert cli("--resume", run_in(tmp_path)).status == 0
+    assert_same_run(finished.path, run_in(tmp_path))
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&-"])
+def test_a_stream_that_is_closed_from_the_start(closed, finished, small, tmp_path):
+    """No file that is opened later takes its place."""
+    assert piped((*small, "--result_path", tmp_path), "cat > /dev/null", closed) == (0, "")
+    assert_same_run(finished.path, run_in(tmp_path))
+
+
+def test_an_evaluation_whose_output_is_closed(run):
+    status, err = piped(("--checkpoint", run, "--metrics", "mse"), "true")
+    assert (status, err) == (141, "the output is closed: run the same command again\n")
+
+
 def test_a_second_signal_acts_at_once(cli, small, tmp_path, monkeypatch):
     def raise_signals(*_):
         os.kill(os.getpid(), signal.SIGINT)
@@ -337,7 +370,7 @@ def test_a_second_signal_acts_at_once(cli, small, tmp_path, monkeypatch):
 
 def test_ctrl_c_advises_what_works(cli, small, run, tmp_path, monkeypatch):
     """To resume only where this call trains and has saved; an evaluation is run again."""
-    again = "interrupted: nothing was saved, run the same command again\n"
+    again = "interrupted: run the same command again\n"
     shutil.rmtree(run / "samples")
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.sampling.image_models.CodeDiffusion.draw", interrupt)

@@ -80,13 +80,12 @@ def test_idle_threads_sleep_unless_the_user_says_otherwise():
 @pytest.mark.parametrize(
     "module",
     (
-        "main",
+        "pipeline.program",
         "scripts.benchmark",
         "scripts.evaluate",
         "scripts.export_nir",
         "scripts.report",
         "scripts.soak",
-        "spiking_diffusion",
     ),
 )
 def test_it_is_set_before_torch_is_there(module):

@@ -189,7 +189,7 @@ def test_the_network_is_recorded_by_its_weights(data, monkeypatch):
         network = Pooling()
         network.scale.data *= scale
         monkeypatch.setitem(evaluation.LOADERS, "free", lambda *_: FeatureNetwork(network, pooled, "so"))
-        return {each["feature_network"] for each in prepared(data, metrics=["distance"]).compute(noise(6), "so")}
+        return {each["network"] for each in prepared(data, metrics=["distance"]).compute(noise(6), "so")}
 
     assert digests(1) == digests(1) != digests(2) and len(digests(1)) == 1
 

@@ -11,7 +11,6 @@ import torch
 from helpers import SMALL
 
 from datasets import needs_download
-from pipeline.lineage import in_words
 from pipeline.report import run_view
 from pipeline.report.report import SECTIONS
 from pipeline.report.run_view import nearest
@@ -219,10 +218,6 @@ def test_nearest_training_images(monkeypatch):
 def test_ungrid_undoes_grid(channels):
     images = torch.randint(256, (6, channels, 4, 5), dtype=torch.uint8)
     assert torch.equal(ungrid(grid(images, 3), 4, 5).flatten(0, 1), images.expand(6, 3, 4, 5))
-
-
-def test_durations_in_words():
-    assert [in_words(seconds) for seconds in (5.4, 90, 3599, 3600 * 25)] == ["5 s", "2 min", "1 h 0 min", "25 h 0 min"]
 
 
 def test_energy_of_layers_adds_up(finished):

@@ -84,7 +84,7 @@ def together(small, grey, classes, finished, tmp_path_factory):
     stage = {name: (*shared, "--stage", name) for name in ("vqsvae", "sdid")}
     limited = (*stage["vqsvae"], "--max_minutes", 30)
     brief = ("--no-revive_codes", "--batch_size", 9, "--epochs", 1, "--diffusion_epochs", 1)
-    improved = (*classes, *IMPROVED, "--condition", "both", *brief)
+    improved = (*classes, *IMPROVED, "--condition", "both", "--held_out", 6, *brief)
     alone_jobs = {
         "stage 1": ((*stage["vqsvae"], "--result_path", folder / "alone"), None),
         "stopped": ((*limited, "--result_path", folder / "stopped alone"), STOPPED),
@@ -130,7 +130,10 @@ def test_averaged_weights_are_those_of_one_process(together):
     for name in ("model.pth", "diff_result/diff_model.pth"):
         pair = (run_in(together.folder / f"improved {kind}") / name for kind in ("alone", "shared"))
         assert weights_differ_by(*pair) < 1e-6
-    assert len(together.shared["revived"]) == 14
+    logs = [RunFolder(run_in(together.folder / f"improved {kind}")).read_log() for kind in ("alone", "shared")]
+    alone, shared = ([line["held_out_loss"] for line in log] for log in logs)
+    assert len(alone) == 2 and shared == pytest.approx(alone, rel=1e-9)
+    assert len(together.shared["revived"]) == 13
     usage = json.loads((run_in(together.folder / "revived") / "log.jsonl").read_text().splitlines()[0])
     assert usage["codebook_usage"] > 0.5
 
@@ -159,7 +162,7 @@ def test_samples_and_metrics_are_those_of_one_process(together):
 
 
 def test_one_process_prints_and_the_prior_is_trained_as_well(together):
-    epochs = [line for line in lines_of(together.out, "stage ") if not line.endswith("stopped, saving")]
+    epochs = [line for line in lines_of(together.out, "stage ") if "images/s" in line]
     warnings = lines_of(together.err, "warning: epoch 1: the codebook is collapsing")
     assert len(epochs) == 8 and len(warnings) == len(together.err.splitlines()) <= 1
     assert together.out.count("stopped, saving") == 1
