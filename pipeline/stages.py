@@ -50,10 +50,10 @@ def train(session: Session) -> bool:
     """Train the requested stages; False if one ran out of time."""
     stage = session.options.run.stage
     check(session)
+    announce_training(session)
     if stage == "all":
         check_evaluation(session)
     begin(session)
-    announce_training(session)
     if stage in ("all", "vqsvae") and not train_autoencoder(session):
         return False
     return stage == "vqsvae" or not session.has_codes or train_denoiser(session)

@@ -158,6 +158,7 @@ def blocks(draw):
         nn.init.uniform_(values, 0.5, 1.5)
     stack.train(one(True, False))
     norm.train(one(norm.training, norm.training, True, False))
+    norm.track_running_stats &= one(True, True, True, False)
     norm.requires_grad_(one(True, True, False))
     x = torch.randn(*(() if one(True, False) else (steps,)), images, 2, *one((1, 1), (3, 2), (9, 9))).double()
     readout = membrane_weights(steps, like=x) if one(True, False) else None
@@ -179,7 +180,7 @@ def test_any_block_computes_what_torch_computes(calls, with_threads):
             computed[name.split("_")[0]] = computed.get(name.split("_")[0], 0) + 1
 
     check()
-    assert min(computed["forward"], computed["backward"]) > 120 and computed["moments"] > 50 and computed["torch"] > 10
+    assert min(computed["forward"], computed["backward"]) > 90 and computed["moments"] > 40 and computed["torch"] > 10
 
 
 def norm_lif_of(x, *, training=True, steps=4, readout=None, seed=0):
@@ -296,6 +297,16 @@ def test_what_the_kernels_cannot_read_is_left_to_torch():
     assert not computed(norm=nn.SyncBatchNorm(5)), "without the other processes"
     norm.register_forward_hook(lambda norm, inputs, out: 2 * out)
     assert not computed()
+
+
+@torch.no_grad()
+def test_autocast_leaves_float64_as_it_is():
+    torch.manual_seed(0)
+    stack = SpikingStack(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), spike_steps=4).double()
+    x = torch.rand(4, 3, 8, 8).double()
+    expected = stack(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(stack(x), expected)
 
 
 def test_where_torch_makes_tensors_does_not_matter():
