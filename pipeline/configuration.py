@@ -1,5 +1,6 @@
 """How the options of a call are resolved: defaults, preset, saved run, command line, each overriding the previous."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,14 +191,23 @@ def _check_values(options: Options) -> None:
         raise UserError("--guidance with --stage inpaint is of the labels: name them with --labels, or leave it out")
     if options.sampling.temperature == "auto" and options.origins["final_temperature"] == TYPED:
         raise UserError("--temperature auto chooses one for all timesteps: leave out --final_temperature")
+    trains = stage in TRAINING_STAGES and not options.run.checkpoint
     for key, value in options.values().items():
-        if isinstance(value, Path) and key in typed and str(value) != str(value).encode(errors="replace").decode():
-            raise UserError(f"--{key} {value} is not valid UTF-8, in which logs are written: rename it")
+        if isinstance(value, Path) and key in typed and not _is_utf8(str(value) if trains else os.fsencode(value)):
+            raise UserError(f"--{key} {value} is not UTF-8, in which logs are written: rename it, or set PYTHONUTF8=1")
     evaluates = stage in ("all", "evaluate")  # else what a run has recorded may have moved away
     for key in ("fid_weights", "paper_fid_weights", "fad_weights"):
         path = getattr(options.evaluation, key)
         if path and not path.exists() and (evaluates or key in typed):
             raise UserError(f"--{key} {path} does not exist: correct the path, or leave the option out")
+
+
+def _is_utf8(path: str | bytes) -> bool:
+    """Whether the bytes of a path are UTF-8, or a string has none that Python did not understand."""
+    try:
+        return bool(path.encode() if isinstance(path, str) else path.decode("utf-8"))
+    except UnicodeError:
+        return False
 
 
 def _results_folder(options: Options, run: RunFolder) -> RunFolder:
