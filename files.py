@@ -50,7 +50,7 @@ def check_place(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     folder = next(parent for parent in path.absolute().parents if parent.exists())  # those that are missing can be made
-    probe = part_of(folder / path.name)
+    probe = part_of(folder / f"{path.name}.try")
     probe.touch()
     probe.unlink()
 

@@ -1,5 +1,6 @@
 """How the options of a call are resolved: defaults, preset, saved run, command line, each overriding the previous."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,9 +203,10 @@ def _check_values(options: Options) -> None:
         raise UserError("--guidance with --stage inpaint is of the labels, and here are none: leave it out")
     if options.sampling.temperature == "auto" and options.origins["final_temperature"] == TYPED:
         raise UserError("--temperature auto chooses one for all timesteps: leave out --final_temperature")
+    trains = stage in TRAINING_STAGES and not options.run.checkpoint
     for key, value in options.values().items():
-        if isinstance(value, Path) and key in typed and str(value) != str(value).encode(errors="replace").decode():
-            raise UserError(f"--{key} {value} is not valid UTF-8, in which logs are written: rename it")
+        if isinstance(value, Path) and key in typed and not _is_utf8(str(value) if trains else os.fsencode(value)):
+            raise UserError(f"--{key} {value} is not UTF-8, in which logs are written: rename it, or set PYTHONUTF8=1")
     evaluates = stage in ("all", "evaluate")  # else what a run has recorded may have moved away
     check_weights(options.evaluation, WEIGHTS if evaluates else [key for key in WEIGHTS if key in typed])
 
@@ -215,6 +217,14 @@ def check_weights(options: EvaluationOptions, named: Iterable[str] = WEIGHTS) ->
         path = getattr(options, key)
         if path and not path.exists():
             raise UserError(f"--{key} {path} does not exist: correct the path, or leave the option out")
+
+
+def _is_utf8(path: str | bytes) -> bool:
+    """Whether the bytes of a path are UTF-8, or a string has none that Python did not understand."""
+    try:
+        return bool(path.encode() if isinstance(path, str) else path.decode("utf-8"))
+    except UnicodeError:
+        return False
 
 
 def _results_folder(options: Options, run: RunFolder) -> RunFolder:
