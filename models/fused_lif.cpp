@@ -13,7 +13,7 @@
 namespace {
 
 constexpr long TILE = 512;  // elements a thread carries through all spike steps while they stay in its L1 cache
-constexpr long SHARES = 64;  // of the work; no more threads can take part
+constexpr long SHARES = 64;  // of the work at most; no more threads can take part
 
 // Per-channel values repeated over the rows of a tile, so that inner loops run over one flat index.
 template <class A> std::vector<A> repeat(const A* values, long channels, long rows) {
@@ -26,11 +26,10 @@ template <class A> std::vector<A> repeat(const A* values, long channels, long ro
 // do not depend on the number of threads, and so the sums that each of them makes do not either.
 template <class Body> void for_tiles(long positions, long channels, int threads, Body body) {
     const long rows = std::max(1L, TILE / channels), tiles = (positions + rows - 1) / rows;
+    const long shares = std::min(SHARES, (tiles + 7) / 8);  // to begin one costs half a tile
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (long share = 0; share < SHARES; ++share) {
-        const long begin = tiles * share / SHARES * rows, end = std::min(positions, tiles * (share + 1) / SHARES * rows);
-        if (begin < end) body.run(begin, end, rows, share);
-    }
+    for (long share = 0; share < shares; ++share)
+        body.run(tiles * share / shares * rows, std::min(positions, tiles * (share + 1) / shares * rows), rows, share);
 }
 
 // The same for a body with sums of its own in each share; their total over the shares is written to `totals [2, C]`.
