@@ -89,7 +89,7 @@ def inpaint(session: Session) -> None:
         names = [model.name_of(label) for label in labels]
         model = replace(model, labels=tuple(label for label in labels for _ in images))
     rows = len(names) or COMPLETIONS
-    announce_model(session, model, f"{len(images)}, each completed {rows} times", session.data)
+    announce_model(session, model, f"{len(images)}, each completed {rows} times: {model.drawn}", session.data)
     completed = model.inpaint(images.repeat(rows, 1, 1, 1), hidden)
     shown = grid(torch.cat((images, torch.where(hidden, GREY, images).byte(), completed)), len(images))
     save_png(session.run.samples / "inpainted.png", named_rows(shown, ["", "", *names]) if names else shown)

@@ -1,6 +1,7 @@
 """What a call is about to do, printed before it begins: a mistake is seen before hours are spent on it."""
 
 import math
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -115,7 +116,8 @@ def circumstances(session: Session) -> Rows:
 
 def show(rows: Rows) -> None:
     """Print rows of a name and a value, aligned."""
-    print(*(f"  {name:<8}  {value}" for name, value in rows), sep="\n", flush=True)
+    with suppress(BrokenPipeError):  # a training meets it again, when it has something to save
+        print(*(f"  {name:<8}  {value}" for name, value in rows), sep="\n", flush=True)
 
 
 def _rounded_up(number: float) -> int:

@@ -172,7 +172,7 @@ def test_training_and_evaluation(small, finished, tmp_path, grey):
         assert all((ours[key] == theirs[key]).all() for key in theirs), name
     images = SpikingDiffusion.load(run, device="cpu", precision="float32").sample(5)
     for named in (("fad",), ["fad"], "fad", np.array(["fad"])):
-        with pytest.raises(UserError, match="needs at least 5000 generated images, not 5"):
+        with pytest.raises(UserError, match="needs at least 65 generated images, not 5"):
             evaluate(images, data, named, device="cpu")
     for unknown in (("fadd",), ("mse", "fad"), "fad,mse"):
         with pytest.raises(UserError, match="no metric of images is named"):
@@ -241,7 +241,7 @@ def test_labels_in_every_form(tmp_path, classes):
         (lambda model: model.sample(2, sample_steps=0), "sample_steps: '0' is not from 1"),
         (lambda model: model.sample(2, guidance=-1), "guidance: '-1' is not from 0"),
         (lambda model: model.sample(2, guidance=1), "guidance needs a denoiser with a condition"),
-        (lambda model: model.sample(2, labels="3,4"), 'train with condition="label"'),
+        (lambda model: model.sample(2, labels="3,4"), 'train a run with preset="improved"'),
         (lambda model: model.inpaint(np.zeros((1, 1, 16, 16), int), np.zeros((16, 16), bool)), "hidden has no pixel"),
         (lambda model: model.encode(np.zeros((1, 1, 20, 16), np.uint8)), "images must be whole numbers"),
         (lambda model: model.decode("codes"), "codes must be whole numbers from 0 to 7 in the shape [N,4,4], not str"),

@@ -167,7 +167,8 @@ def test_every_weight_of_the_residual_denoiser_meets_spikes():
     tokens = torch.randint(0, 11, (6, 4, 4))
     with use_backend("reference"):
         layers = count_layers(model, lambda: model(tokens, torch.ones(6).long()), 6, 3)
-    assert all(each.macs == 0 < each.acs < 3 * each.dense_macs for each in layers.values())
+    assert all(each.macs == 0 < each.acs for each in layers.values())
+    assert all(each.acs < 3 * each.dense_macs for name, each in layers.items() if name != "embed"), "that is looked up"
     with pytest.raises(ValueError, match="multiple of 16"):
         ResidualSDID(denoiser_channels=24)
 

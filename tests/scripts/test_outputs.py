@@ -19,9 +19,9 @@ RECORD = {"name": "fid", "value": 1.5, "protocol": "so", "split": "test", "num_g
 SCRIPTS = {
     "evaluate --output": (evaluate, "evaluate", ("--dataset_name", "Digits", "--output")),
     "report --output": (report, "write_report", ("RUN", "--output")),
-    "results_table --output": (results_table, "read_run", ("RUN", "--output")),
-    "results_table --plot": (results_table, "read_run", ("RUN", "--plot")),
-    "results_table --classes_plot": (results_table, "read_run", ("RUN", "--classes_plot")),
+    "results_table --output": (results_table, "read_rows", ("RUN", "--output")),
+    "results_table --plot": (results_table, "read_rows", ("RUN", "--plot")),
+    "results_table --classes_plot": (results_table, "read_rows", ("RUN", "--classes_plot")),
     "benchmark --json": (benchmark, "in_own_process", ("--json",)),
     "benchmark --figure": (benchmark, "draw_figure", ("--figure",)),
     "export_nir --output": (export_nir, "networks", ("RUN", "--output")),

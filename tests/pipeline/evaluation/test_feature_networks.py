@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import files
 from datasets import ImageData, digest
@@ -382,16 +383,16 @@ def test_an_interrupted_extraction_goes_on_where_it_was(monkeypatch):
 def test_the_bar_counts_images_also_those_that_were_kept(monkeypatch):
     shown = []
 
-    class Bar(feature_networks.tqdm):
-        def __init__(self, **options):
-            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+    class Bar(tqdm):
+        def __init__(self, total, title):
+            super().__init__(total=total, file=io.StringIO())
 
         def update(self, n=1):
             result = super().update(n)
             shown.append(self.n)
             return result
 
-    monkeypatch.setattr(feature_networks, "tqdm", Bar)
+    monkeypatch.setattr(feature_networks, "progress_bar", Bar)
     monkeypatch.setattr(feature_networks, "CHUNK", 8)
     images, _ = bars(20)
     network = FadAutoencoder(1)
