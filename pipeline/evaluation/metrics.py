@@ -19,7 +19,6 @@ from metrics.classifier import (
     classifier_logits,
     mean_confidence,
 )
-from metrics.counts import check_enough
 from metrics.fad import FAD_IMAGES, fad
 from metrics.fad import FEATURES as FAD_FEATURES
 from metrics.fid import (
@@ -315,7 +314,10 @@ class Evaluation:
             raise UserError(
                 f"the protocol has {protocol} {side} images, not {count}: name the metric to compute it of fewer"
             )
-        check_enough("this", least if named else protocol, **{side: range(count)})
+        least = least if named else protocol
+        if count < least:
+            enough = f"{least} or more" + (f", {protocol} as its protocol has" if protocol > least else "")
+            raise UserError(f"this needs at least {least} {side} images, not {count}: give {enough}")
 
     def _load(self, name: str) -> FeatureNetwork[Any]:
         """The feature network of this name; loaded once. Raises the same UserError each time if it is not available."""

@@ -101,7 +101,8 @@ def test_a_run_ends_with_a_table_and_the_paths(finished):
         *(f"samples/{s}" for s in ("grid.png", "trajectory.png", "images.npz")),
     )
     assert set(paths) == {str(finished.path / name) for name in names}
-    assert "no fid, clean_fid, kid, is, prdc: this needs at least 10000 generated images, not 5" in lines
+    few = "this needs at least 10000 generated images, not 5: give 10000 or more"
+    assert f"no fid, clean_fid, kid, is, prdc: {few}" in lines
     assert finished.outcome.err == ""
 
 

@@ -220,7 +220,10 @@ def test_weights_without_the_last_layer_give_no_inception_score(data, monkeypatc
     ("changed", "words"),
     [
         ({"metrics": ["both"]}, "no both: it cannot be downloaded"),
-        ({"metrics": ["distance"], "num_samples": 5}, "no distance: this needs at least 6 generated images, not 5"),
+        (
+            {"metrics": ["distance"], "num_samples": 5},
+            "no distance: this needs at least 6 generated images, not 5: give 6 or more",
+        ),
     ],
 )
 def test_what_was_asked_for_by_name_is_never_left_out(changed, words, data):
