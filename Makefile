@@ -52,5 +52,6 @@ test-gpu: install
 # As on a processor with no more than AVX2, which rounds sums otherwise: all tests but those that compute next to nothing.
 test-portable: install
 	env -u DNNL_DEFAULT_FPMATH_MODE ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) \
-	  $(patsubst %,--ignore=tests/%.py,pipeline/report/test_report scripts/test_benchmark scripts/test_reproduce test_cli \
-	  test_datasets)
+	  $(patsubst %,--ignore=tests/%.py,pipeline/report/test_report pipeline/test_lineage pipeline/test_start \
+	  scripts/test_benchmark scripts/test_documents scripts/test_outputs scripts/test_reproduce \
+	  test_arrays test_cli test_datasets test_image_files test_parts test_progress)
