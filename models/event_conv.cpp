@@ -8,7 +8,6 @@
 // the L2 cache. The order of summation does not depend on the number of threads.
 // event_conv.py is its only caller.
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "bfloat16.h"
@@ -82,9 +81,6 @@ inline bool is_zero(bfloat16 v) { return (v.bits & 0x7fff) == 0; }
 inline bool is_one(float v) { return v == 1; }
 inline bool is_one(double v) { return v == 1; }
 inline bool is_one(bfloat16 v) { return v.bits == 0x3f80; }
-inline bool is_finite(float v) { return std::isfinite(v); }
-inline bool is_finite(double v) { return std::isfinite(v); }
-inline bool is_finite(bfloat16 v) { return (v.bits & 0x7f80) != 0x7f80; }
 
 // Turns the lengths of lists, from starts[1] on, into where they begin and end.
 void accumulate(int64_t* starts, long lists) {
@@ -154,12 +150,11 @@ void gather(const int64_t* starts, const int32_t* channels_of, const int64_t* ta
     if (!events) accumulate(offsets, grids * positions);
 }
 
-// Weights w[k sk + c sc + o so] to tiles [ceil(O / TILE), K C, TILE] padded with zeros. False if any is not finite.
+// Weights w[k sk + c sc + o so] to tiles [ceil(O / TILE), K C, TILE] padded with zeros.
 template <class W, class T>
-bool pack(const W* w, long sk, long sc, long so, long neighbours, long channels, long outputs, T* tiles, int threads) {
+void pack(const W* w, long sk, long sc, long so, long neighbours, long channels, long outputs, T* tiles, int threads) {
     const long count = (outputs + TILE - 1) / TILE, width = neighbours * channels;
-    long strange = 0;
-#pragma omp parallel for collapse(2) reduction(+ : strange) num_threads(threads)
+#pragma omp parallel for collapse(2) num_threads(threads)
     for (long tile = 0; tile < count; ++tile)
         for (long k = 0; k < neighbours; ++k)
             for (long c = 0; c < channels; c += 16) {  // a cache line of weights for each column
@@ -168,13 +163,9 @@ bool pack(const W* w, long sk, long sc, long so, long neighbours, long channels,
                 for (long j = 0; j < columns; ++j)
                     for (long i = 0; i < n; ++i) rows[i][j] = w[k * sk + (c + i) * sc + (tile * TILE + j) * so];
                 for (long i = 0; i < n; ++i)
-                    for (long j = 0; j < TILE; ++j) {
-                        T& to = tiles[(tile * width + k * channels + c + i) * TILE + j];
-                        store(to, rows[i][j]);
-                        strange += !is_finite(to);
-                    }
+                    for (long j = 0; j < TILE; ++j)
+                        store(tiles[(tile * width + k * channels + c + i) * TILE + j], rows[i][j]);
             }
-    return strange == 0;
 }
 
 // Output [rows, O]: for each row, the sum of the weights of its events.
@@ -198,10 +189,9 @@ void forward(const int64_t* offsets, const int32_t* events, const T* tiles, long
 }
 
 // Gradient [K C, O] of the weights, from that of the output [rows, O]. Works on a block of rows at a time, whose
-// gradients stay in the L2 cache as tiles, and whose lists are inverted: from events to rows. False if the gradient of
-// the output is not finite.
+// gradients stay in the L2 cache as tiles, and whose lists are inverted: from events to rows.
 template <class T, class A>
-bool backward(const int64_t* offsets, const int32_t* events, const T* grad_out, long rows, long width, long outputs,
+void backward(const int64_t* offsets, const int32_t* events, const T* grad_out, long rows, long width, long outputs,
               A* grad, int threads) {
     const long block = std::min<long>(rows, 400000 / (TILE * sizeof(T))), blocks = (rows + block - 1) / block;
     const long count = (outputs + TILE - 1) / TILE;
@@ -220,22 +210,16 @@ bool backward(const int64_t* offsets, const int32_t* events, const T* grad_out, 
             for (int64_t i = offsets[r + 1] - 1; i >= offsets[r]; --i) rows_of[--start[events[i]]] = int32_t(r - first);
     }
     std::vector<T> tiles(count * block * TILE);
-    long strange = 0;
     for (long b = 0; b < blocks; ++b) {
         const long first = b * block, last = std::min(rows, first + block);
         const int64_t* start = starts.data() + b * (width + 1);
 #pragma omp parallel num_threads(threads)
         {
-#pragma omp for collapse(2) reduction(+ : strange)
+#pragma omp for collapse(2)
             for (long tile = 0; tile < count; ++tile)
                 for (long r = first; r < last; ++r) {
                     const long n = std::min<long>(TILE, outputs - tile * TILE);
-                    const T* from = grad_out + r * outputs + tile * TILE;
-                    std::copy_n(from, n, &tiles[(tile * block + r - first) * TILE]);
-                    int others = 0;
-#pragma omp simd reduction(+ : others)
-                    for (long j = 0; j < n; ++j) others += !is_finite(from[j]);
-                    strange += others;
+                    std::copy_n(grad_out + r * outputs + tile * TILE, n, &tiles[(tile * block + r - first) * TILE]);
                 }
 #pragma omp for collapse(2) schedule(dynamic, 64)
             for (long tile = 0; tile < count; ++tile)
@@ -248,7 +232,6 @@ bool backward(const int64_t* offsets, const int32_t* events, const T* grad_out, 
                 }
         }
     }
-    return strange == 0;
 }
 
 }  // namespace
@@ -271,16 +254,16 @@ extern "C" void event_gather(const int64_t* starts, const int32_t* channels_of, 
                                          long width, long outputs, T* out, int threads) {                             \
         forward(offsets, events, tiles, rows, width, outputs, out, threads);                                          \
     }                                                                                                                 \
-    extern "C" int event_backward_##NAME(const int64_t* offsets, const int32_t* events, const T* grad_out,            \
-                                         long rows, long width, long outputs, Accumulator<T>::type* grad,             \
-                                         int threads) {                                                               \
-        return backward(offsets, events, grad_out, rows, width, outputs, grad, threads);                              \
+    extern "C" void event_backward_##NAME(const int64_t* offsets, const int32_t* events, const T* grad_out,           \
+                                          long rows, long width, long outputs, Accumulator<T>::type* grad,            \
+                                          int threads) {                                                              \
+        backward(offsets, events, grad_out, rows, width, outputs, grad, threads);                                     \
     }
 
 #define PACK_KERNEL(NAME, W, T)                                                                                       \
-    extern "C" int event_pack_##NAME(const W* w, long sk, long sc, long so, long neighbours, long channels,           \
-                                     long outputs, T* tiles, int threads) {                                           \
-        return pack(w, sk, sc, so, neighbours, channels, outputs, tiles, threads);                                    \
+    extern "C" void event_pack_##NAME(const W* w, long sk, long sc, long so, long neighbours, long channels,          \
+                                      long outputs, T* tiles, int threads) {                                          \
+        pack(w, sk, sc, so, neighbours, channels, outputs, tiles, threads);                                           \
     }
 
 EVENT_KERNELS(float32, float)

@@ -54,26 +54,36 @@ class Events:
     def weight_gradient(self, grad: Tensor) -> Tensor | None:
         """Gradient `[K*C,C']` of the rows of weights, at least float32, given that of the outputs, `[G*P,C']`.
 
-        None if the latter is not finite, since zero times infinity is not zero.
+        None if the latter is not finite.
         """
+        if not _finite(grad):
+            return None
         dtype = torch.promote_types(grad.dtype, torch.float32)
         result = grad.new_zeros(self.width, grad.shape[1], dtype=dtype)
         sizes = (self.outputs, *result.shape)
-        finite = call(f"event_backward_{name_of(grad.dtype)}", self.offsets, self.numbers, grad, *sizes, result)
-        return result if finite else None
+        call(f"event_backward_{name_of(grad.dtype)}", self.offsets, self.numbers, grad, *sizes, result)
+        return result
 
 
 def pack(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Weights `[C',C,k,l]` as the kernels read them: in `dtype`, in tiles of columns `[ceil(C'/TILE),k*l*C,TILE]`.
 
-    None if they are not finite in that type.
+    None if they are not finite.
     """
+    if not _finite(weight):
+        return None
     rows = weight.detach().flatten(2)  # [C',C,k*l]
     channels, inputs, taps = rows.shape
     tiles = rows.new_empty(-(-channels // TILE), taps * inputs, TILE, dtype=dtype)
     kernel = f"event_pack_{name_of(rows.dtype)}_{name_of(dtype)}"
     strides = (rows.stride(2), rows.stride(1), rows.stride(0))
-    return tiles if call(kernel, rows, *strides, taps, inputs, channels, tiles) else None
+    call(kernel, rows, *strides, taps, inputs, channels, tiles)
+    return tiles
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether no value is infinite or none: events leave out zero times it, which is not zero."""
+    return bool(values.detach().sum().isfinite())
 
 
 def find_events(spikes: Tensor, table: Tensor) -> Events | None:

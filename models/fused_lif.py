@@ -231,9 +231,11 @@ def _computes(
     x: Tensor, offset: Tensor, norm: Norm, spike_steps: int, constant: bool, readout: Tensor | None, dtype: torch.dtype
 ) -> bool:
     """Whether the kernels compute this batch norm of these currents; torch computes others, or says what is wrong."""
-    held = [*norm.parameters(), *norm.buffers()]  # weight, bias, running mean and variance, number of batches
-    known = is_exactly(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and norm.track_running_stats and len(held) == 5
-    if not known or x.dim() != 4 or not readable(x, offset, *held, readout):
+    if not is_exactly(norm, nn.BatchNorm2d, nn.SyncBatchNorm) or not norm.track_running_stats or x.dim() != 4:
+        return False
+    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    held = [tensor for tensor in tensors if tensor is not None]
+    if len(held) < len(tensors) or not readable(x, offset, *held, readout):
         return False
     (samples, channels), steps, values = x.shape[:2], 1 if constant else spike_steps, (offset, *held[:4])
     if spike_steps < 1 or samples % steps or channels == 0 or any(value.shape != (channels,) for value in values):
