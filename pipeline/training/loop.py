@@ -346,6 +346,7 @@ class Trainer(Generic[Network]):
         self.optimizer.step()
         if self.average:
             self.average.update_parameters(self.model)
+        torch.clear_autocast_cache()  # within an autocast of the caller's, it would keep the weights of before
         return processes.total({name: value.detach().double() * weight for name, value in losses.items()})
 
     def _share_of_losses(self, network: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Losses, float]:
