@@ -132,7 +132,7 @@ def test_sampling_and_evaluation_say_what_they_use(cli, run):
     evaluated = block(cli("--checkpoint", run, "--metrics", "mse").out)
     assert "120 training" in evaluated["data set"] and "images" not in evaluated and "stage 2" not in evaluated
     filled = block(cli("--checkpoint", run, "--stage", "inpaint", "--num_samples", 2).out)
-    assert filled["images"].startswith("2, each completed 4 times: ")
+    assert filled["images"] == "2, each completed 4 times: temperature 0.65, all timesteps"
 
 
 def test_the_evaluation_after_a_training_says_nothing_new(finished):
