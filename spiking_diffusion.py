@@ -203,8 +203,9 @@ def _words(values: Any) -> list[int | str] | None:
         return list(comma_separated(values))
     if isinstance(values, Tensor | np.ndarray | np.generic):
         values = values.tolist()
-    each: list[Any] = list(values) if isinstance(values, Sequence) else [values]
-    return [one.tolist() if isinstance(one, Tensor | np.ndarray) else one for one in each]
+    each = list(values) if isinstance(values, Sequence) else [values]
+    plain: list[Any] = [one.tolist() if isinstance(one, Tensor | np.ndarray) else one for one in each]
+    return plain
 
 
 def _refuse(options: dict[str, Any], unwanted: set[str], reason: str) -> None:
