@@ -166,6 +166,16 @@ def test_the_estimate_is_of_the_steps_that_are_left(cli, small, tmp_path, monkey
     assert "stage 1 (vqsvae): about 19 s\n" in resumed.out and calls == [(90, step) for step in range(61, 91)]
 
 
+def test_the_estimate_comes_where_an_epoch_is_shorter_than_the_time_between_checks(cli, small, tmp_path, monkeypatch):
+    """As of a small set on a GPU, which is asked for the loss every 50 steps."""
+    calls = []
+    monkeypatch.setattr(loop, "STEPS_BETWEEN_CHECKS", {"cpu": 7})
+    monkeypatch.setattr(loop.Pace, "seconds_left", lambda _, done, __: calls.append(done))
+    lengths = ("--batch_size", 40, "--epochs", 6, "--stage", "vqsvae")
+    assert cli(*small, *lengths, "--result_path", tmp_path).status == 0
+    assert calls == [7, 14]  # of 6 epochs x 3 steps
+
+
 def test_epochs_have_a_time_stamp(finished):
     epochs = [line for line in finished.outcome.out.splitlines() if " epoch " in line]
     assert len(epochs) == 4
