@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from datasets import ImageData, with_origin
 from errors import UserError
@@ -56,6 +57,8 @@ def as_images(values: Any, name: str, shape: Shape = ("N", "C", "H", "W")) -> Te
 def _as_numbers(
     values: Any, name: str, shape: Shape, bounds: tuple[int, int], dtype: type, kinds: str, wanted: str
 ) -> Tensor:
+    if isinstance(values, Dataset):  # NumPy would read it item by item
+        raise UserError(f"{wanted}, not {type(values).__name__}: put its images, or its labels, into an array")
     try:
         array = np.asarray(_plain(values))
     except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths, a tensor without data
@@ -104,8 +107,7 @@ def image_data(
     argument, if something does not fit.
     """
     labels = train_labels, test_labels, held_out_labels
-    names = class_names if class_names is None or isinstance(class_names, str) else tuple(class_names)
-    return _checked(ImageData(name, train, test, held_out, *labels, names), "")  # type: ignore[arg-type]
+    return _checked(ImageData(name, train, test, held_out, *labels, class_names), "")  # type: ignore[arg-type]
 
 
 def checked(data: ImageData) -> ImageData:
@@ -161,6 +163,7 @@ def _class_names(names: Any, name: str) -> tuple[str, ...] | None:
     """Names of classes as a tuple. Raises UserError if they are not a sequence of different texts."""
     if names is None:
         return None
+    names = names.tolist() if isinstance(names, np.ndarray) else names
     if not isinstance(names, list | tuple) or not all(isinstance(each, str) for each in names) or not names:
         raise UserError(f"{name} must be a list of texts, one for each class, not {names!r}")
     if len(set(names)) < len(names):

@@ -152,12 +152,14 @@ def load_dataset(
     set apart. `image_size` (side in pixels) and `channels` (1 or 3) are for ImageFolder alone: the other sets have a
     size and colours of their own. Raises UserError for anything the user can fix.
     """
-    if name not in DATASETS:
+    if not isinstance(name, str) or name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
     wanted = {"image_size": image_size, "channels": channels}
     for key, value in {"train_images": train_images, "held_out": held_out, **wanted}.items():
-        if not isinstance(value, Integral | None):
+        if isinstance(value, bool) or not isinstance(value, Integral if key == "held_out" else Integral | None):
             raise UserError(f"{key} must be a whole number, not {value!r}")
+    if not isinstance(data_path, str | Path):
+        raise UserError(f"data_path must be a path, not {data_path!r}")
     options = {key: value for key, value in wanted.items() if value is not None}
     if options and find_part(DATASETS, name) is not load_folder:
         raise UserError(f"{' and '.join(options)} can be chosen for ImageFolder only: leave out for {name}")

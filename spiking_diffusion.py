@@ -77,6 +77,7 @@ class SpikingDiffusion:
         from pipeline.evaluation.temperature import at_recorded_temperature  # here because it loads much that is not
 
         _refuse(options, {"stage", "checkpoint"}, "load reads a model to draw with")
+        _refuse(options, {"num_samples", "png", "report"}, "it draws and writes nothing by itself")
         options |= {"labels": _words(options["labels"])} if "labels" in options else {}
         weights = autoencoder_weights(str(path))
         session = open_session(checkpoint=weights, stage="sample", device=device, precision=precision, **options)
@@ -202,7 +203,9 @@ def _words(values: Any) -> list[int | str] | None:
         return list(comma_separated(values))
     if isinstance(values, Tensor | np.ndarray | np.generic):
         values = values.tolist()
-    return list(values) if isinstance(values, Sequence) else [values]
+    each = list(values) if isinstance(values, Sequence) else [values]
+    plain: list[Any] = [one.tolist() if isinstance(one, Tensor | np.ndarray) else one for one in each]
+    return plain
 
 
 def _refuse(options: dict[str, Any], unwanted: set[str], reason: str) -> None:
@@ -233,12 +236,13 @@ def _train(stage: str, data: ImageData, result_path: str | Path | None, options:
 
     _refuse_data(options)
     _refuse(options, {"stage", "checkpoint"}, "the function says what is done")
+    _refuse(options, {"report"}, "scripts/report.py writes reports")
     data = checked(data)
     if data.name not in DATASETS:
         raise UserError(f"there is no data set {data.name}: images of your own have the name ImageFolder")
     if not len(data.train):
         raise UserError("data.train is empty: there is nothing to learn from")
-    place: dict[str, Any] = {} if result_path is None else {"result_path": Path(result_path)}
+    place: dict[str, Any] = {} if result_path is None else {"result_path": result_path}
     about = {} if "resume" in options else {"dataset_name": data.name}
     call = assemble({"stage": stage, **place, **about, **options})
     o = call.options.run
@@ -274,9 +278,10 @@ def evaluate(
     from pipeline.evaluation.metrics import evaluate_images  # here because drawing needs nothing of it
 
     wanted = _words(metrics)
-    if unknown := set(map(str, wanted or ())) - set(SAMPLE_METRICS):
-        known = ", ".join(SAMPLE_METRICS)
-        raise UserError(f"no metric of images is named {', '.join(sorted(unknown))}: choose from {known}")
+    unknown = set(map(str, wanted or ())) - set(SAMPLE_METRICS)
+    if unknown or wanted == []:
+        wrong = f"no metric of images is named {', '.join(sorted(unknown))}" if unknown else "metrics: none is named"
+        raise UserError(f"{wrong}: choose from {', '.join(SAMPLE_METRICS)}")
     _refuse_data(options)
     if unknown := set(options) - set(names(EvaluationOptions)):
         raise UserError(f"the evaluation has no option {', '.join(sorted(unknown))}")

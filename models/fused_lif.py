@@ -23,6 +23,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from files import from_cache, to_cache
 from models.reduction import SINGLE_PROCESS, Reduction
@@ -125,9 +126,14 @@ def is_exactly(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def readable(*tensors: Tensor | None) -> bool:
-    """Whether kernels can read all of these by address: strided tensors in the memory of the CPU, of no subclass."""
+    """Whether kernels can read all of these by address: strided tensors in the memory of the CPU, of no subclass.
+
+    Within `torch.func.vmap`, tensors have no memory of their own; that of a negated view has the other sign.
+    """
     return all(
-        type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.layout is torch.strided
+        type(tensor) in (Tensor, nn.Parameter)
+        and not is_functorch_wrapped_tensor(tensor)
+        and (tensor.device.type, tensor.layout, tensor.is_neg()) == ("cpu", torch.strided, False)
         for tensor in tensors
         if tensor is not None
     )

@@ -21,6 +21,7 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
 from models import event_conv, fused_lif
+from models.event_conv import Convolution
 
 MEMBRANE_DECAY = 0.8
 SURROGATE = surrogate.ATan(2.0)
@@ -89,7 +90,6 @@ def is_papers_neuron(layer: nn.Module) -> bool:
 
 
 Layer = TypeVar("Layer", bound=nn.Module)
-Convolution = nn.Conv2d | nn.ConvTranspose2d
 Block = tuple[Convolution, nn.BatchNorm2d, LIF]
 
 

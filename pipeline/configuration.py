@@ -188,7 +188,9 @@ def _check_stages(options: Options, untyped: Options) -> None:
         stages = DECLARATIONS[key].stages or (stage,)
         if value != without[key] and stage not in stages:
             where = "with --checkpoint" if evaluates else f"in --stage {stage}"
-            raise UserError(f"--{key} has no effect {where}, only in --stage {' or '.join(stages)}: leave it out")
+            training = evaluates and "all" in stages
+            there = "in a training" if training else " or ".join(f"in --stage {each}" for each in stages)
+            raise UserError(f"--{key} has no effect {where}, only {there}: leave it out")
 
 
 def _check_values(options: Options) -> None:

@@ -18,7 +18,10 @@ from pipeline.runtime.device import exact_float32, keep_freed_memory
 from pipeline.training.interruption import Interrupted
 
 ARGUMENT = re.compile(r"(?<![\w-])(?:python -u main\.py )?--(?P<name>\w+)(?: (?P<value>[^\s,;:]+))?")
-FUNCTIONS = {"vqsvae": "train_autoencoder", "sdid": "train_denoiser", "all": "main.py"}
+FUNCTIONS = {
+    **{"all": "main.py", "vqsvae": "train_autoencoder", "sdid": "train_denoiser", "evaluate": "evaluate"},
+    **{"sample": "SpikingDiffusion", "inpaint": "SpikingDiffusion.inpaint"},
+}
 """What has the place of `--stage` in the library."""
 
 _lock, _calls, _settings = threading.Lock(), 0, ExitStack()

@@ -27,10 +27,15 @@ def as_read(name: str, value: Any, source: str = " in config.json") -> Any:
     Raises UserError, which names the source, if the value is invalid.
     """
     kind = KINDS[name]
-    if value is None or kind is bool:
-        if isinstance(value, bool) if kind is bool else type(None) in get_args(kind):
-            return value
-        raise UserError(f"--{name}{source} is {value}, not of type {kind.__name__}")
+    kinds = get_args(kind) or (kind,)
+    strange = isinstance(value, bool) != (kind is bool) or (Path in kinds and not isinstance(value, str | Path))
+    if value is None and type(None) in kinds:
+        return None
+    if value is None or strange:
+        words = " or ".join("None" if each is type(None) else each.__name__ for each in kinds)
+        raise UserError(f"--{name}{source} is {value}, not of type {words}")
+    if kind is bool:
+        return value
     text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     try:
         value = reader(name)(text)

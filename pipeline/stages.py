@@ -82,14 +82,16 @@ def inpaint(session: Session) -> None:
     assert isinstance(model, CodeDiffusion)
     images = session.data.test[: o.sampling.num_samples or INPAINTED_IMAGES]
     hidden = from_rank_0(lambda: hidden_pixels(o.sampling.mask, *images.shape[2:]))
+    drawn = model.drawn
     if own := _own_labels(session, model, len(images)):
+        drawn += ", each as its own class"
         model, names = model.asked(own), ["own class"] * COMPLETIONS
     else:
         labels = model.labels if len(model.labels) > 1 else model.labels * COMPLETIONS
         names = [model.name_of(label) for label in labels]
         model = replace(model, labels=tuple(label for label in labels for _ in images))
     rows = len(names) or COMPLETIONS
-    announce_model(session, model, f"{len(images)}, each completed {rows} times: {model.drawn}", session.data)
+    announce_model(session, model, f"{len(images)}, each completed {rows} times: {drawn}", session.data)
     completed = model.inpaint(images.repeat(rows, 1, 1, 1), hidden)
     shown = grid(torch.cat((images, torch.where(hidden, GREY, images).byte(), completed)), len(images))
     save_png(session.run.samples / "inpainted.png", named_rows(shown, ["", "", *names]) if names else shown)

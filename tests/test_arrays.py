@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import write_bars
+from torch.utils.data import Dataset, TensorDataset
 
 from arrays import as_images, as_integers, as_mask, checked, image_data
 from datasets import load_dataset
@@ -63,6 +64,16 @@ def test_masks(written):
     assert mask.dtype == torch.bool and np.array_equal(mask.numpy(), hidden)
 
 
+class Unreadable(Dataset):
+    """Takes hours to read item by item."""
+
+    def __len__(self):
+        return 60_000
+
+    def __getitem__(self, index):
+        raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -86,6 +97,8 @@ def test_masks(written):
         ("pictures.npy", "not str"),
         ({"images": IMAGES}, "not dict"),
         (7, "not int64 []"),
+        (Unreadable(), "not Unreadable: put its images"),
+        (TensorDataset(torch.from_numpy(IMAGES)), "not TensorDataset: put its images"),
     ],
 )
 def test_other_images_are_refused_in_a_sentence(values, message):
@@ -134,6 +147,11 @@ def test_a_data_set_of_arrays():
         ({"test_labels": [0, 0]}, "train_labels must be given, too"),
         ({"class_names": ["a"]}, "class_names is given, but no labels"),
         ({"train_labels": LABELS, "test_labels": [0, 0], "class_names": ["a", "a", "b"]}, "the same name twice"),
+        ({"train_labels": LABELS, "test_labels": [0, 0], "class_names": 3}, "class_names must be a list"),
+        (
+            {"train_labels": LABELS, "test_labels": [0, 0], "class_names": np.array(["a", "b"])},
+            "whole numbers from 0 to 1",
+        ),
         ({"train": IMAGES[:0]}, "train is empty"),
         ({"train": None}, "train must be whole numbers"),
         ({"test": []}, "test is empty"),
@@ -182,7 +200,17 @@ def test_a_default_device_does_not_change_what_is_loaded():
 
 
 @pytest.mark.parametrize("option", ["train_images", "held_out", "image_size", "channels"])
-@pytest.mark.parametrize("value", ["5", 2.5, [3]])
+@pytest.mark.parametrize("value", ["5", 2.5, [3], True])
 def test_numbers_of_a_data_set_are_whole(option, value):
     with pytest.raises(UserError, match=f"^{option} must be a whole number, not "):
         load_dataset("Digits", "", **{option: value})
+
+
+def test_places_and_names_of_a_data_set_are_checked():
+    for name, place, options, message in (
+        ("Digits", None, {}, "data_path must be a path, not None"),
+        (["Digits"], "data", {}, "unknown data set"),
+        ("Digits", "data", {"held_out": None}, "held_out must be a whole number, not None"),
+    ):
+        with pytest.raises(UserError, match=f"^{message}"):
+            load_dataset(name, place, **options)

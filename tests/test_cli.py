@@ -80,14 +80,18 @@ def test_choices_are_those_of_the_rooms_that_use_them():
     ("options", "stages"),
     [
         (("--stage", "sample", "--mask", "top"), "--mask has no effect in --stage sample, only in --stage inpaint"),
-        (("--stage", "inpaint", "--png"), "--png has no effect in --stage inpaint, only in --stage all or"),
+        (("--stage", "inpaint", "--png"), "no effect in --stage inpaint, only in --stage all or in --stage vqsvae or"),
+        (
+            ("--checkpoint", "pretrained/fmnist", "--labels", 3),
+            "with --checkpoint, only in --stage sample or in --stage",
+        ),
         (("--stage", "sample", "--start_from", "pretrained/fmnist"), "--start_from has no effect in --stage sample"),
         (("--stage", "sample", "--epochs", 5), "--epochs has no effect in --stage sample"),
         (("--stage", "evaluate", "--ema_decay", 0.5), "--ema_decay has no effect in --stage evaluate"),
         (("--stage", "sample", "--metrics", "fad"), "--metrics has no effect in --stage sample"),
         (("--stage", "vqsvae", "--metrics", "fad"), "--metrics has no effect in --stage vqsvae"),
         (("--stage", "sdid", "--epochs", 5), "--epochs has no effect in --stage sdid"),
-        (("--checkpoint", "pretrained/fmnist", "--max_minutes", 5), "--max_minutes has no effect with --checkpoint"),
+        (("--checkpoint", "pretrained/fmnist", "--max_minutes", 5), "no effect with --checkpoint, only in a training:"),
         (("--checkpoint", "pretrained/fmnist", "--diffusion_epochs", 5), "--diffusion_epochs has no effect"),
     ],
 )

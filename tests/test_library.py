@@ -115,6 +115,10 @@ def test_a_model_that_is_not_there(tmp_path, finished):
         SpikingDiffusion.load(finished.path).sample(1, seed=-1)
     with pytest.raises(UserError, match="no option temprature"):
         SpikingDiffusion.load(finished.path, temprature=1)
+    with pytest.raises(UserError, match="by itself: leave out num_samples, png"):
+        SpikingDiffusion.load(finished.path, png=True, num_samples=3)
+    with pytest.raises(UserError, match=r"^epochs has no effect in SpikingDiffusion, only in main.py or in train_auto"):
+        SpikingDiffusion.load(finished.path, epochs=3)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +128,12 @@ def test_a_model_that_is_not_there(tmp_path, finished):
         ({"loss": "elbow"}, "--loss is elbow, not one of"),
         ({"epochs": 0}, "--epochs: '0' is not from 1 to 1000000000, a whole number"),
         ({"epochs": None}, "--epochs is None, not of type int"),
+        ({"epochs": True}, "--epochs is True, not of type int"),
+        ({"temperature": None}, "--temperature is None, not of type float or str"),
+        ({"lr": None}, "--lr is None, not of type float"),
+        ({"result_path": b"result"}, "--result_path is b'result', not of type Path or None"),
+        ({"fid_weights": 5}, "--fid_weights is 5, not of type Path or None"),
+        ({"checkpoint": 5}, "--checkpoint is 5, not of type Path or None"),
         ({"sort_codes": 1}, "--sort_codes is 1, not of type bool"),
         ({"temperature": -1.0}, "--temperature: '-1.0' is not greater than 0"),
         ({"metrics": ["fad", "fod"]}, "--metrics: unknown metric 'fod'"),
@@ -216,7 +226,13 @@ def test_labels_in_every_form(tmp_path, classes):
     both = model._asked([0, 1]).labels
     assert both == (0, 1)
     same = ("0,1", "all", "Dark Blue, sea", "0,SEA", ["dark blue", 1], ("0", "1"), range(2), np.array([0, 1]))
-    for labels in (*same, np.array(["0", "sea"]), torch.tensor([0, 1]), [np.int64(0), np.uint8(1)]):
+    for labels in (
+        *same,
+        np.array(["0", "sea"]),
+        torch.tensor([0, 1]),
+        [np.int64(0), np.uint8(1)],
+        list(torch.arange(2)),
+    ):
         assert model._asked(labels).labels == both, labels
         assert SpikingDiffusion.load(path, device="cpu", labels=labels).model.labels == both, labels
     for labels in (1, np.int64(1), "1", "sea", torch.tensor(1), np.array(1)):
@@ -276,7 +292,7 @@ def own():
         ({"seed": -1}, "seed: '-1' is not from 0"),
         ({"device": "tpu"}, "device takes auto, cpu, cuda or cuda:N, not tpu"),
         ({"data": np.zeros((9, 1, 16, 16), np.uint8)}, "data must be what load_dataset or image_data returns"),
-        ({"metrics": ()}, "metrics: no metric named"),
+        ({"metrics": ()}, "metrics: none is named: choose from fid, "),
     ],
 )
 def test_evaluation_is_checked_before_it_begins(wrong, message, own, monkeypatch):
@@ -298,6 +314,8 @@ def test_evaluation_is_checked_before_it_begins(wrong, message, own, monkeypatch
         ),
         ({}, {"image_size": 16, "channels": 1}, "leave out channels, image_size"),
         ({}, {"stage": "all"}, "leave out stage"),
+        ({}, {"report": True}, "leave out report"),
+        ({}, {"metrics": "mse"}, ", only in main.py or in evaluate: leave it out"),
         ({}, {"epochs": 0}, "epochs: '0' is not from 1"),
         ({}, {"epcohs": 1}, "there is no option epcohs"),
         ({}, {"device": "cuda:99"}, "device cuda:99: this machine has"),
@@ -341,6 +359,7 @@ def test_training_is_checked_before_it_begins(train, change, options, message, o
         ),
         ("a folder named my--seed", "a folder named my--seed"),
         ("add --new_denoiser", "add new_denoiser"),
+        ("only in --stage sdid or in --stage inpaint", "only in train_denoiser or in SpikingDiffusion.inpaint"),
         ("--output is no option", "--output is no option"),
     ],
 )

@@ -168,6 +168,16 @@ def test_the_same_in_any_mode_which_stays(mode, data, expected, tmp_path):
     assert results == expected
 
 
+def test_a_training_in_bfloat16_is_the_same_within_an_autocast_of_the_callers(data, tmp_path):
+    """Which keeps the weights that it has rounded until it ends, unless it is told that a step has changed them."""
+    options = OPTIONS | {"precision": "bf16", "epochs": 2}
+    alone = train_autoencoder(data, tmp_path / "alone", **options)
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            within = train_autoencoder(data, tmp_path / f"within {enabled}", **options)
+        assert digest(load_weights(within / "model.pth")) == digest(load_weights(alone / "model.pth")), enabled
+
+
 def test_warnings_are_as_before(data, tmp_path):
     everything(data, tmp_path / "first")  # imports what is needed
     with warnings.catch_warnings():

@@ -19,7 +19,7 @@ def find_labels(
     classes that there are, for any other, for a word that could be several of them, or if none is wanted.
     """
     described = {label: f"{label} ({class_names[label]})" if class_names else str(label) for label in present}
-    choices = f"choose from {', '.join(described.values())}, or {ALL}"
+    choices = f"choose from {', '.join(described.values())}, {ALL} or {ANY}"
     found: list[int] = []
     for word in wanted:
         labels = _labels_of(word, present, class_names)

@@ -121,6 +121,11 @@ class Trainer(Generic[Network]):
         """Stage and epoch, as displayed."""
         return f"stage {self.number} ({self.name}) epoch {self.progress.epoch + 1}/{self.schedule.epochs}"
 
+    @property
+    def _steps_done(self) -> int:
+        """Steps in all epochs so far; one epoch may be shorter than the time between two checks of the loss."""
+        return self.progress.epoch * self.steps + self.progress.step
+
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the state that `save` wrote to last.pth."""
         self.model.load_state_dict(state["model"])
@@ -206,7 +211,7 @@ class Trainer(Generic[Network]):
         self.model.train()
         with progress_bar(count, self.title, done=first, shown=processes.is_rank_0()) as bar:
             for indices in batches[progress.step :]:
-                self._seed(generator, "noise", progress.epoch * self.steps + progress.step)
+                self._seed(generator, "noise", self._steps_done)
                 self._set_lr()
                 self._fix_norms()
                 losses = self._step(self.examples[indices], generator)
@@ -214,7 +219,7 @@ class Trainer(Generic[Network]):
                     progress.sums[name] = progress.sums.get(name, 0) + value * len(indices)
                 progress.step += 1
                 bar.update(len(indices))
-                if progress.step % STEPS_BETWEEN_CHECKS[self.machine.device.type] == 0:
+                if self._steps_done % STEPS_BETWEEN_CHECKS[self.machine.device.type] == 0:
                     self._check_finite(progress.sums)
                     self._tell_time(bar, losses["loss"], interruption)
                 now = time.monotonic()
@@ -231,7 +236,7 @@ class Trainer(Generic[Network]):
 
     def _tell_time(self, bar: tqdm, loss: Tensor, interruption: Interruption) -> None:
         """Say once how long the stage will take, and in the bar again and again."""
-        left = self.pace.seconds_left(self.progress.epoch * self.steps + self.progress.step, time.monotonic())
+        left = self.pace.seconds_left(self._steps_done, time.monotonic())
         if left is None or bar.disable:
             return
         if not self._has_told_time:
@@ -346,6 +351,7 @@ class Trainer(Generic[Network]):
         self.optimizer.step()
         if self.average:
             self.average.update_parameters(self.model)
+        torch.clear_autocast_cache()  # within an autocast of the caller's, it would keep the weights of before
         return processes.total({name: value.detach().double() * weight for name, value in losses.items()})
 
     def _share_of_losses(self, network: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Losses, float]:

@@ -1,6 +1,7 @@
 """Labels as a condition of the residual denoiser, alone and with prototypes: what is told, drawn, and asked for."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -230,7 +231,7 @@ def test_no_class():
 
 @pytest.mark.parametrize("wanted", ["8", "shoe", 3, -1])
 def test_a_class_that_is_not_there(wanted):
-    with pytest.raises(UserError, match=r"choose from 0 \(T-shirt/top\), 2 \(Bag\), or all") as error:
+    with pytest.raises(UserError, match=r"choose from 0 \(T-shirt/top\), 2 \(Bag\), all or any") as error:
         find_labels([wanted], [0, 2], NAMES)
     assert "\n" not in str(error.value) and find_labels(["all"], [0, 2], None) == (0, 2)
 
@@ -340,7 +341,10 @@ def test_inpainting_as_a_class(trained, cli, tmp_path, monkeypatch):
     call = ("--checkpoint", trained, "--stage", "inpaint", "--result_path", tmp_path)
     for labels, expected in ((("--labels", "all"), {0, 1}), (("--labels", "sea"), {1}), (("--labels", "any"), None)):
         told.clear()
-        assert cli(*call, *labels).status == 0 and (tmp_path / "samples" / "inpainted.png").exists()
+        outcome = cli(*call, *labels)
+        assert outcome.status == 0 and (tmp_path / "samples" / "inpainted.png").exists()
+        (said,) = re.findall(r"images .* each completed (.*)", outcome.out)
+        assert ("classes" in said) == bool(expected) and said.count("sea") == (expected is not None), "each once"
         if expected is None:
             assert all(len(inputs) == 3 for inputs in told)
         else:
@@ -355,6 +359,7 @@ def test_inpainting_each_image_as_its_own_class(options, trained, classes, cli, 
     monkeypatch.setattr(CodeDiffusion, "inpaint", lambda self, *inputs: asked.append(self) or inpaint(self, *inputs))
     call = ("--checkpoint", trained, "--stage", "inpaint", "--num_samples", 3, "--result_path", tmp_path)
     assert (outcome := cli(*call, *options)).status == 0, outcome.err
+    assert re.search(r"3, each completed 4 times: .*, each as its own class\n", outcome.out)
     own = load_dataset("ImageFolder", classes[3], image_size=16).test_labels[:3]
     assert set(own.tolist()) == {0, 1} and asked[0].labels_of(range(12)).tolist() == own.repeat(4).tolist()
     assert asked[0].guidance == (2 if "--guidance" in options else 0)
@@ -390,11 +395,11 @@ def test_own_classes_of_images_without_any(trained, grey, cli, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--stage", "sample", "--labels", "boot"), "no class 'boot': choose from 0 (dark blue), 1 (sea), or all"),
+        (("--stage", "sample", "--labels", "boot"), "no class 'boot': choose from 0 (dark blue), 1 (sea), all or any"),
         (("--stage", "sample", "--labels", "all", "--num_samples", 1), "say 2 at least"),
         (
             ("--stage", "evaluate", "--labels", "all"),
-            "--labels has no effect in --stage evaluate, only in --stage sample or inpaint",
+            "--labels has no effect in --stage evaluate, only in --stage sample or in --stage inpaint",
         ),
         (("--stage", "sample", "--guidance", -1), "not from 0 to 100"),
         (

@@ -17,7 +17,7 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
 
 from models import fused_lif
-from models.spiking import LIF, SpikingStack, fire, is_papers_neuron, membrane_weights, use_backend
+from models.spiking import LIF, Firing, SpikingStack, fire, is_papers_neuron, membrane_weights, use_backend
 
 pytestmark = pytest.mark.skipif(not fused_lif.available(), reason="no C++ compiler")
 
@@ -297,6 +297,19 @@ def test_what_the_kernels_cannot_read_is_left_to_torch():
     assert not computed(norm=nn.SyncBatchNorm(5)), "without the other processes"
     norm.register_forward_hook(lambda norm, inputs, out: 2 * out)
     assert not computed()
+
+
+@torch.no_grad()
+def test_views_of_torch_that_are_not_what_lies_in_memory_are_left_to_torch():
+    """A negated view, and what `torch.func.vmap` passes."""
+    torch.manual_seed(0)
+    layer = Firing(4, 2, 0.5).eval()
+    x = torch.randn(3, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    expected = layer(x)
+    assert 0 < expected.mean() < 1
+    assert torch.equal(layer(torch._neg_view(-x)), expected)
+    both = torch.func.vmap(layer)(torch.stack((x, 2 * x)))
+    assert torch.equal(both, torch.stack((expected, layer(2 * x))))
 
 
 @torch.no_grad()

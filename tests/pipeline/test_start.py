@@ -132,7 +132,7 @@ def test_sampling_and_evaluation_say_what_they_use(cli, run):
     evaluated = block(cli("--checkpoint", run, "--metrics", "mse").out)
     assert "120 training" in evaluated["data set"] and "images" not in evaluated and "stage 2" not in evaluated
     filled = block(cli("--checkpoint", run, "--stage", "inpaint", "--num_samples", 2).out)
-    assert filled["images"].startswith("2, each completed 4 times: ")
+    assert filled["images"] == "2, each completed 4 times: temperature 0.65, all timesteps"
 
 
 def test_the_evaluation_after_a_training_says_nothing_new(finished):
@@ -164,6 +164,16 @@ def test_the_estimate_is_of_the_steps_that_are_left(cli, small, tmp_path, monkey
     calls.clear()
     resumed = cli("--resume", run_in(tmp_path), "--stage", "vqsvae", "--epochs", 3)
     assert "stage 1 (vqsvae): about 19 s\n" in resumed.out and calls == [(90, step) for step in range(61, 91)]
+
+
+def test_the_estimate_comes_where_an_epoch_is_shorter_than_the_time_between_checks(cli, small, tmp_path, monkeypatch):
+    """As of a small set on a GPU, which is asked for the loss every 50 steps."""
+    calls = []
+    monkeypatch.setattr(loop, "STEPS_BETWEEN_CHECKS", {"cpu": 7})
+    monkeypatch.setattr(loop.Pace, "seconds_left", lambda _, done, __: calls.append(done))
+    lengths = ("--batch_size", 40, "--epochs", 6, "--stage", "vqsvae")
+    assert cli(*small, *lengths, "--result_path", tmp_path).status == 0
+    assert calls == [7, 14]  # of 6 epochs x 3 steps
 
 
 def test_epochs_have_a_time_stamp(finished):
