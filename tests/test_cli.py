@@ -354,6 +354,14 @@ def test_stage_2_on_other_images_than_stage_1(cli, mistake, run, small, grey, tm
     assert cli(*small, "--stage", "sdid", "--result_path", place.parent).status == 0, "the same images"
 
 
+def test_stage_2_after_a_stage_1_that_was_stopped(cli, small, tmp_path):
+    """It may be what is wanted, but not without a word."""
+    place = (*small, "--result_path", tmp_path, "--stage")
+    assert cli(*place, "vqsvae", "--max_minutes", 1e-4).status == 0
+    outcome = cli(*place, "sdid", "--max_minutes", 1e-4)
+    assert outcome.status == 0 and "was stopped before its last epoch: stage 2 learns the codes" in outcome.err
+
+
 @pytest.mark.parametrize("option", [("--condition", "label"), ("--labels", "all"), ("--guidance", 1)])
 def test_what_only_the_other_preset_has(option, mistake, run, small, tmp_path):
     """The remedy is named: the preset, or for what is trained already, a new run with it."""

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from datasets import digest
-from errors import UserError
+from errors import UserError, note
 from models import FSVAE, VQAutoencoder
 from models.code_order import code_order
 from pipeline.checkpoints import load_weights, save_weights
@@ -59,7 +59,9 @@ def begin(session: Session) -> None:
     """Record options and data in the run folder; copy the autoencoder of another run, if stage 2 uses it."""
     run, networks, data = session.run, session.networks, session.data
     session.recorded = {"image_shape": data.shape, "data": data.fingerprint, "class_names": data.class_names}
-    resumes = session.options.run.resume
+    resumes, stage = session.options.run.resume, session.options.run.stage
+    if stage == "sdid" and not resumes and from_rank_0(run.unfinished_stage):
+        note(f"stage 1 in {run.path} was stopped before its last epoch: stage 2 learns the codes that it has")
     lineage = from_rank_0(lambda: run.lineage if resumes else inherited(session))
     run.write_config(session.described() | session.recorded | {"lineage": lineage})
     if not resumes:
