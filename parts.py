@@ -28,6 +28,15 @@ AUTOENCODERS = {**CODE_MODELS, "snn-vae": "models.fsvae:FSVAE"}
 DENOISERS = {"sdid": "models.sdid:SDID", "residual": "models.residual_sdid:ResidualSDID"}
 """Networks of stage 2 (`--denoiser`): classes derived from `models.denoiser.Denoiser`; parameters as above."""
 
+NEURONS = {"lif": "models.neurons:LIF", "if": "models.neurons:IF", "plif": "models.neurons:PLIF"}
+"""Neurons of the spiking networks (`--neuron`): classes derived from `models.neurons.FromRest`; parameters as above."""
+
+TAU, V_THRESHOLD, V_RESET = 2.0, 1.0, 0.0
+"""The paper's neuron: time constant in spike steps, threshold, and the potential after a spike (`None`: soft reset)."""
+
+MEMBRANE_DECAY, FILTER_TAU = 0.8, 2.0
+"""The paper's filters of spikes: decay of the membrane readout, time constant of the postsynaptic potential."""
+
 READOUTS = {"both": None, "rate": 1.0, "potential": 0.0}
 """How encoder spikes become vectors (`--readout`): the fixed value of `alpha`, or None if it is learned."""
 

@@ -30,12 +30,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from spikingjelly.activation_based.neuron import BaseNode
+from spikingjelly.activation_based.neuron import BaseNode, SimpleBaseNode
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter, is_binary_tensor
 from torch import Tensor, nn
 
 PICOJOULES_PER_MAC = 4.6
 PICOJOULES_PER_AC = 0.9
+NODES = (BaseNode, SimpleBaseNode)  # SpikingJelly's base classes of neurons
 AXES = {nn.Conv2d: 3, nn.ConvTranspose2d: 3, nn.Linear: 1}  # layers, and the number of axes of an input without batch
 
 
@@ -122,7 +123,7 @@ def firing_rates(model: nn.Module, call: Callable[[], Any]) -> dict[str, float]:
     """
     from spikingjelly.activation_based.monitor import OutputMonitor  # here because it imports TensorBoard
 
-    with torch.no_grad(), OutputMonitor(model, BaseNode, lambda spikes: spikes.float().mean().item()) as monitor:
+    with torch.no_grad(), OutputMonitor(model, NODES, lambda spikes: spikes.float().mean().item()) as monitor:
         call()
     if monitor.monitored_layers and not monitor.records:
         raise ValueError("no neuron ran: is the reference backend chosen?")

@@ -5,16 +5,18 @@ Constructor parameters have the names of the command line's options (pipeline/op
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from models.denoiser import Denoiser
 from models.fsvae import FSVAE
+from models.neurons import Neuron
 from models.residual_sdid import ResidualSDID
 from models.sdid import SDID
 from models.vq_autoencoder import VQAutoencoder
 from models.vq_svae import VQSVAE
 from models.vq_vae import VQVAE
-from parts import AUTOENCODERS, DENOISERS, find_part
+from parts import AUTOENCODERS, DENOISERS, NEURONS, find_part
 
 Autoencoder = VQAutoencoder | FSVAE
 
@@ -39,6 +41,20 @@ def build_denoiser(name: str, **options: Any) -> Denoiser:
     return _build(DENOISERS, name, options)
 
 
+def neuron_options(name: str) -> tuple[str, ...]:
+    """Names of a neuron's options. Raises ValueError, which lists the valid names, for an unknown one."""
+    return _options(NEURONS, name)
+
+
+def choose_neuron(neuron: str = "lif", **options: Any) -> Neuron:
+    """What networks take as `neuron`. Raises ValueError, which lists the valid names, for an unknown one.
+
+    Options that it does not have are left out.
+    """
+    known = neuron_options(neuron)
+    return partial(find_part(NEURONS, neuron), **{key: value for key, value in options.items() if key in known})
+
+
 def _options(table: Mapping[str, str], name: str) -> tuple[str, ...]:
     return tuple(inspect.signature(find_part(table, name)).parameters)
 
@@ -61,6 +77,8 @@ __all__ = [
     "VQAutoencoder",
     "build_denoiser",
     "build_model",
+    "choose_neuron",
     "denoiser_options",
     "model_options",
+    "neuron_options",
 ]

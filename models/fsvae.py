@@ -13,14 +13,15 @@ the reconstruction error at step 1,000 is the same.
 import math
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.spiking import LIF, full_precision, lif_step, postsynaptic_potential
+from models.neurons import LIF, FromRest, Neuron
+from models.spiking import full_precision, postsynaptic_potential
 from models.vq_svae import Decoder, Encoder
 
 FIRST_OWN_STEP = 5
@@ -40,24 +41,26 @@ class FSVAEOutput(NamedTuple):
 
 
 class BernoulliNetwork(nn.Module):
-    """Three linear layers, each followed by LIF: at each spike step, k binary candidates for each of L latents."""
+    """Three linear layers, each followed by neurons: at each spike step, k binary candidates for each of L latents."""
 
-    def __init__(self, inputs: int, latent_dim: int, candidates: int):
+    def __init__(self, inputs: int, latent_dim: int, candidates: int, neuron: Neuron = LIF):
         super().__init__()
         widths = (inputs, 2 * latent_dim, 4 * latent_dim, latent_dim * candidates)
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
+        self.neurons = nn.ModuleList(neuron() for _ in self.layers)
         self.latent_dim = latent_dim
 
     def from_rest(self) -> Callable[[Tensor], Tensor]:
         """A function that computes one spike step per call: inputs `[N,inputs]` to candidates `[N,L,k]`.
 
-        Between calls it keeps the membrane potentials, the entire state of the neurons.
+        Between calls it keeps the state of the neurons.
         """
-        potentials: list[Tensor | float] = [0.0] * len(self.layers)
+        neurons = [cast(FromRest, neuron) for neuron in self.neurons]
+        states = [neuron.rest() for neuron in neurons]
 
         def step(x: Tensor) -> Tensor:
-            for i, layer in enumerate(self.layers):
-                x, potentials[i] = lif_step(layer(x), potentials[i])
+            for i, (layer, neuron) in enumerate(zip(self.layers, neurons, strict=True)):
+                x, states[i] = neuron.step(layer(x), states[i])
             return x.unflatten(1, (self.latent_dim, -1))
 
         return step
@@ -79,6 +82,7 @@ class FSVAE(nn.Module):
         spike_steps: S.
         hidden_channels: channels of the first hidden layer; the second has twice as many.
         embedding_dim: channels of the encoder's output.
+        neuron: makes the neurons of a layer.
     """
 
     downsampling = 4
@@ -92,6 +96,7 @@ class FSVAE(nn.Module):
         spike_steps: int = 16,
         hidden_channels: int = 32,
         embedding_dim: int = 16,
+        neuron: Neuron = LIF,
     ):
         super().__init__()
         if image_size % self.downsampling:
@@ -100,12 +105,12 @@ class FSVAE(nn.Module):
         features = embedding_dim * side**2
         self.channels, self.spike_steps = channels, spike_steps
         self.latent_dim, self.candidates = latent_dim, candidates
-        self.encoder = Encoder(channels, hidden_channels, embedding_dim, spike_steps)
-        self.to_latent = nn.Sequential(nn.Linear(features, latent_dim), LIF())
-        self.posterior = BernoulliNetwork(2 * latent_dim, latent_dim, candidates)
-        self.prior = BernoulliNetwork(latent_dim, latent_dim, candidates)
-        self.from_latent = nn.Sequential(nn.Linear(latent_dim, features), LIF(), nn.Unflatten(2, (-1, side, side)))
-        self.decoder = Decoder(channels, hidden_channels, embedding_dim, spike_steps)
+        self.encoder = Encoder(channels, hidden_channels, embedding_dim, spike_steps, neuron=neuron)
+        self.to_latent = nn.Sequential(nn.Linear(features, latent_dim), neuron())
+        self.posterior = BernoulliNetwork(2 * latent_dim, latent_dim, candidates, neuron)
+        self.prior = BernoulliNetwork(latent_dim, latent_dim, candidates, neuron)
+        self.from_latent = nn.Sequential(nn.Linear(latent_dim, features), neuron(), nn.Unflatten(2, (-1, side, side)))
+        self.decoder = Decoder(channels, hidden_channels, embedding_dim, spike_steps, neuron=neuron)
 
     @staticmethod
     def options_of(weights: dict[str, Tensor]) -> dict[str, int]:

@@ -1,7 +1,8 @@
-// Batch norm followed by a leaky integrate-and-fire neuron, over all spike steps in one pass.
+// Batch norm followed by an integrate-and-fire neuron, over all spike steps in one pass.
 //
-// The neuron (tau 2, threshold 1, hard reset to 0):  H = V + (y - V) / 2,  s = [H >= 1],  V = H (1 - s);
-// surrogate gradient ds/dH = 1 / (1 + (pi (H - 1))^2), the reset is not detached.
+// The neuron, from rest:  H = V + (y - leak V) gain,  s = [H >= threshold],  V = H (1 - s);
+// surrogate gradient ds/dH = 1 / (1 + (pi (H - threshold))^2), the reset is not detached. It leaks (leak 1, gain 1/tau)
+// or does not (leak 0, gain 1).
 // Tensors are channels-last: x [S, P, C] with P = batch * height * width, or [P, C] when the input is the
 // same at every step. With `readout` weights [S] only sum_s readout[s] * spikes[s] is written, [P, C].
 // fused_lif.py compiles this file and is its only caller.
@@ -32,24 +33,26 @@ template <class Body> void for_tiles(long positions, long channels, int threads,
         body.run(tiles * share / shares * rows, std::min(positions, tiles * (share + 1) / shares * rows), rows, share);
 }
 
-// The same for a body with sums of its own in each share; their total over the shares is written to `totals [2, C]`.
+// The same for a body with SUMS sums of its own in each share; their total over the shares goes to `totals [SUMS, C]`.
 template <class Body> void for_tiles(long positions, long channels, int threads, Body body, double* totals) {
-    std::vector<double> sums(SHARES * 2 * channels);
+    const long width = Body::SUMS * channels;
+    std::vector<double> sums(SHARES * width);
     body.sums = sums.data();
     for_tiles(positions, channels, threads, body);
-    std::fill(totals, totals + 2 * channels, 0.0);
+    std::fill(totals, totals + width, 0.0);
     for (long share = 0; share < SHARES; ++share)
-        for (long c = 0; c < 2 * channels; ++c) totals[c] += sums[share * 2 * channels + c];
+        for (long c = 0; c < width; ++c) totals[c] += sums[share * width + c];
 }
 
 // Sums of x and of its square, less the values of the first row: far from zero, little would be left of a variance.
 template <class X> struct Moments {
     using A = typename Accumulator<X>::type;
+    static constexpr long SUMS = 2;
     const X* x;
     long channels;
-    double* sums;  // [SHARES, 2, C]
+    double* sums;  // [SHARES, SUMS, C]
     void run(long begin, long end, long rows, long share) {
-        double* total = sums + share * 2 * channels;
+        double* total = sums + share * SUMS * channels;
         std::vector<A> origin(rows * channels), sum(rows * channels), square(rows * channels);
         for (long j = 0; j < rows * channels; ++j) origin[j] = load(x[j % channels]);
         for (long row = begin; row < end;) {
@@ -74,8 +77,22 @@ template <class X> struct Moments {
     }
 };
 
+template <class A> struct Neuron {
+    A gain, leak, threshold;
+    A charged(A y, A v) const { return v + (y - leak * v) * gain; }
+    bool fires(A h) const { return h >= threshold; }
+    A reset(A h) const { return h * (fires(h) ? A(0) : A(1)); }  // infinity becomes NaN, as in SpikingJelly
+    // Gradient of the charge h, given those of its spike and of the potential after its reset.
+    A gradient(A h, A ds, A dv) const {
+        const A u = A(3.14159265358979323846) * (h - threshold);
+        const A surrogate = A(1) / (A(1) + u * u);
+        return ds * surrogate + dv * ((fires(h) ? A(0) : A(1)) - h * surrogate);
+    }
+};
+
 template <class X, class Y> struct Forward {
     using A = typename Accumulator<X>::type;
+    const Neuron<A> neuron;
     const X* x;
     const A *scale, *shift, *readout;
     long steps, positions, channels;
@@ -94,10 +111,9 @@ template <class X, class Y> struct Forward {
                 Y* to = out + at + s * stride;
 #pragma omp simd
                 for (long j = 0; j < n; ++j) {
-                    const A y = load(in[j]) * a[j] + b[j];
-                    const A h = voltage[j] + (y - voltage[j]) * A(0.5);
-                    const bool spike = h >= A(1);
-                    voltage[j] = h * (spike ? A(0) : A(1));  // infinity becomes NaN, as in SpikingJelly
+                    const A h = neuron.charged(load(in[j]) * a[j] + b[j], voltage[j]);
+                    const bool spike = neuron.fires(h);
+                    voltage[j] = neuron.reset(h);
                     if (readout)
                         sum[j] += spike ? readout[s] : A(0);
                     else
@@ -113,33 +129,37 @@ template <class X, class Y> struct Forward {
 
 template <class X, class Y> struct Backward {
     using A = typename Accumulator<X>::type;
+    static constexpr long SUMS = 3;
+    const Neuron<A> neuron;
+    const bool learns;  // whether the gradient of `gain` is wanted
     const X* x;
     const A *scale, *shift, *mean, *invstd, *readout;
     long steps, positions, channels;
     bool constant;
     const Y* grad_out;
     X* grad;       // gradient of batch norm's output, shaped like x
-    double* sums;  // [SHARES, 2, C]: sum of that gradient, and of its product with the normalised input
+    double* sums;  // [SHARES, SUMS, C]: of that gradient, of its product with the normalised input, gradient of `gain`
     void run(long begin, long end, long rows, long share) {
         const auto a = repeat(scale, channels, rows), b = repeat(shift, channels, rows);
         const auto m = repeat(mean, channels, rows), i = repeat(invstd, channels, rows);
         const long width = rows * channels, stride = positions * channels;
-        std::vector<A> h(steps * width), voltage(width), dv(width), total(width), product(width);
-        double* out_sums = sums + share * 2 * channels;
+        std::vector<A> h(steps * width), voltage(width), dv(width), total(width), product(width), slope(width);
+        double* out_sums = sums + share * SUMS * channels;
+        const A keep = A(1) - neuron.leak * neuron.gain;
         for (long row = begin; row < end; row += rows) {
             const long n = std::min(rows, end - row) * channels, at = row * channels;
             std::fill(voltage.begin(), voltage.end(), A(0));
             std::fill(dv.begin(), dv.end(), A(0));
             std::fill(total.begin(), total.end(), A(0));
             std::fill(product.begin(), product.end(), A(0));
+            std::fill(slope.begin(), slope.end(), A(0));
             for (long s = 0; s < steps; ++s) {
                 const X* in = x + at + (constant ? 0 : s * stride);
                 A* hs = h.data() + s * width;
 #pragma omp simd
                 for (long j = 0; j < n; ++j) {
-                    const A y = load(in[j]) * a[j] + b[j];
-                    hs[j] = voltage[j] + (y - voltage[j]) * A(0.5);
-                    voltage[j] = hs[j] * (hs[j] >= A(1) ? A(0) : A(1));
+                    hs[j] = neuron.charged(load(in[j]) * a[j] + b[j], voltage[j]);
+                    voltage[j] = neuron.reset(hs[j]);
                 }
             }
             for (long s = steps - 1; s >= 0; --s) {
@@ -148,14 +168,18 @@ template <class X, class Y> struct Backward {
                 const Y* from = grad_out + at + (readout ? 0 : s * stride);
                 X* to = grad + at + (constant ? 0 : s * stride);
                 const A weight = readout ? readout[s] : A(1);
+                if (learns)
+#pragma omp simd
+                    for (long j = 0; j < n; ++j) {
+                        const A before = s ? neuron.reset(hs[j - width]) : A(0);
+                        const A dh = neuron.gradient(hs[j], weight * load(from[j]), dv[j]);
+                        slope[j] += dh * (load(in[j]) * a[j] + b[j] - neuron.leak * before);
+                    }
 #pragma omp simd
                 for (long j = 0; j < n; ++j) {
-                    const A u = A(3.14159265358979323846) * (hs[j] - A(1));
-                    const A surrogate = A(1) / (A(1) + u * u);
-                    const A keep = hs[j] >= A(1) ? A(0) : A(1);
-                    const A dh = weight * load(from[j]) * surrogate + dv[j] * (keep - hs[j] * surrogate);
-                    const A g = dh * A(0.5);
-                    dv[j] = g;
+                    const A dh = neuron.gradient(hs[j], weight * load(from[j]), dv[j]);
+                    const A g = dh * neuron.gain;
+                    dv[j] = dh * keep;
                     total[j] += g;
                     product[j] += g * ((load(in[j]) - m[j]) * i[j]);
                     if (!constant) store(to[j], g);
@@ -167,6 +191,7 @@ template <class X, class Y> struct Backward {
             for (long j = 0, c = 0; j < n; ++j, c = c + 1 == channels ? 0 : c + 1) {
                 out_sums[c] += total[j];
                 out_sums[channels + c] += product[j];
+                out_sums[2 * channels + c] += slope[j];
             }
         }
     }
@@ -208,17 +233,20 @@ template <class X> struct Affine {
 
 #define LIF_KERNELS(NAME, X, Y, A)                                                                           \
     extern "C" void forward_##NAME(const X* x, const A* scale, const A* shift, const A* readout, long steps, \
-                                   long positions, long channels, bool constant, Y* out, int threads) {      \
+                                   long positions, long channels, bool constant, Y* out, const A* neuron,    \
+                                   int threads) {                                                            \
+        const Neuron<A> kind{neuron[0], neuron[1], neuron[2]};                                               \
         for_tiles(positions, channels, threads,                                                              \
-                  Forward<X, Y>{x, scale, shift, readout, steps, positions, channels, constant, out});       \
+                  Forward<X, Y>{kind, x, scale, shift, readout, steps, positions, channels, constant, out}); \
     }                                                                                                        \
     extern "C" void backward_##NAME(const X* x, const A* scale, const A* shift, const A* mean,               \
                                     const A* invstd, const A* readout, long steps, long positions,           \
                                     long channels, bool constant, const Y* grad_out, X* grad,                \
-                                    double* totals, int threads) {                                           \
+                                    double* totals, const A* neuron, bool learns, int threads) {             \
+        const Neuron<A> kind{neuron[0], neuron[1], neuron[2]};                                               \
         for_tiles(positions, channels, threads,                                                              \
-                  Backward<X, Y>{x, scale, shift, mean, invstd, readout, steps, positions, channels,         \
-                                 constant, grad_out, grad, nullptr},                                         \
+                  Backward<X, Y>{kind, learns, x, scale, shift, mean, invstd, readout, steps, positions,     \
+                                 channels, constant, grad_out, grad, nullptr},                               \
                   totals);                                                                                   \
     }
 

@@ -1,8 +1,8 @@
-"""Batch norm and LIF over all spike steps in one compiled pass on the CPU.
+"""Batch norm and a neuron (LIF, PLIF or IF) over all spike steps in one compiled pass on the CPU.
 
-On the CPU, SpikingJelly's multi-step LIF is a loop of tensor operations over the spike steps, each of which reads and
-writes all activations. `fused_lif.cpp` keeps the membrane potential in registers instead; outputs and gradients
-are the same. The system's C++ compiler compiles it, and the kernels of event_conv.py with it, on first use; the library
+On the CPU, SpikingJelly's multi-step neuron is a loop of tensor operations over the spike steps, each of which reads
+and writes all activations. `fused_lif.cpp` keeps the membrane potential in registers instead; outputs and gradients are
+the same. The system's C++ compiler compiles it, and the kernels of event_conv.py with it, on first use; the library
 is cached if the cache is writable. Without a compiler, `available()` warns once and the networks run on SpikingJelly's
 neuron.
 """
@@ -19,7 +19,7 @@ import tempfile
 import threading
 import warnings
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from files import from_cache, to_cache
 from models.reduction import SINGLE_PROCESS, Reduction
+from parts import TAU, V_THRESHOLD
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("bfloat16.h", "fused_lif.cpp", "event_conv.cpp")]
@@ -93,7 +94,7 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
         warnings.warn(
-            f"fused LIF not compiled ({reason}); using SpikingJelly's LIFNode and dense convolutions, much slower",
+            f"fused LIF not compiled ({reason}); using SpikingJelly's neurons and dense convolutions, much slower",
             stacklevel=2,
         )
         return None
@@ -165,7 +166,7 @@ def moments(x: Tensor, reduction: Reduction = SINGLE_PROCESS) -> tuple[Tensor, T
     """
     channels = x.shape[1]
     positions = x.numel() // channels
-    own = _sums(channels)  # mean, and sum of squares about it
+    own = _sums(2, channels)  # mean, and sum of squares about it
     call(f"moments_{name_of(x.dtype)}", x, positions, channels, own)
     (total, _), count = _total(positions * own, positions, reduction)
     mean = total / count
@@ -173,9 +174,9 @@ def moments(x: Tensor, reduction: Reduction = SINGLE_PROCESS) -> tuple[Tensor, T
     return mean, (squares / count).clamp_min(0), count
 
 
-def _sums(channels: int) -> Tensor:
-    """Room for two sums of each channel."""
-    return torch.empty(2, channels, dtype=torch.float64, device="cpu")
+def _sums(count: int, channels: int) -> Tensor:
+    """Room for so many sums of each channel."""
+    return torch.empty(count, channels, dtype=torch.float64, device="cpu")
 
 
 def _total(sums: Tensor, rows: int, reduction: Reduction) -> tuple[Tensor, int]:
@@ -187,6 +188,22 @@ def _total(sums: Tensor, rows: int, reduction: Reduction) -> tuple[Tensor, int]:
 Norm = nn.BatchNorm2d | nn.SyncBatchNorm
 
 
+class Dynamics(NamedTuple):
+    """A neuron that starts from rest: `H = V + gain (X - leak V)`, spike `s = [H >= threshold]`, `V = H (1 - s)`.
+
+    LIF has the gain `1 / tau`, which a scalar tensor may give, and receive its gradient; IF has gain 1 and leak 0. The
+    surrogate gradient is `ds/dH = 1 / (1 + (pi (H - threshold))^2)`; the reset is not detached.
+    """
+
+    gain: float | Tensor = 1 / TAU
+    leak: float = 1.0
+    threshold: float = V_THRESHOLD
+
+
+PAPERS = Dynamics()
+"""The neuron of the paper."""
+
+
 class _NormLIF(torch.autograd.Function):
     """Normalise with given statistics, then fire; differentiates through batch statistics when `training`.
 
@@ -195,34 +212,52 @@ class _NormLIF(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, offset, weight, bias, mean, invstd, spike_steps, constant, readout, dtype, training, reduction):
+    def forward(
+        ctx,
+        x,
+        offset,
+        weight,
+        bias,
+        mean,
+        invstd,
+        gain,
+        neuron,
+        spike_steps,
+        constant,
+        readout,
+        dtype,
+        training,
+        reduction,
+    ):
         scale = weight.double() * invstd
         shift = bias.double() - mean * scale
         accumulator = torch.promote_types(x.dtype, torch.float32)
         scale, shift, mean, invstd = (v.to(accumulator) for v in (scale, shift, mean, invstd))
         readout = None if readout is None else readout.to(accumulator)
+        neuron = neuron.to(accumulator)
         samples = x.shape[0] if constant else x.shape[0] // spike_steps
         positions, channels = samples * x.shape[2] * x.shape[3], x.shape[1]
         shape = (samples if readout is not None else samples * spike_steps, *x.shape[1:])
         out = torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
         ctx.kernel = f"{name_of(x.dtype)}_{name_of(dtype)}"
         sizes = (spike_steps, positions, channels, constant)
-        call(f"forward_{ctx.kernel}", x, scale, shift, readout, *sizes, out)
-        ctx.save_for_backward(x, weight, scale, shift, mean, invstd, readout)
+        call(f"forward_{ctx.kernel}", x, scale, shift, readout, *sizes, out, neuron)
+        ctx.save_for_backward(x, weight, scale, shift, mean, invstd, gain, neuron, readout)
         ctx.sizes, ctx.training, ctx.reduction = sizes, training, reduction
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         check_first_derivative()
-        x, weight, scale, shift, mean, invstd, readout = ctx.saved_tensors
-        channels = x.shape[1]
+        x, weight, scale, shift, mean, invstd, gain, neuron, readout = ctx.saved_tensors
+        channels, learns = x.shape[1], ctx.needs_input_grad[6]
         grad_out = grad_out.contiguous(memory_format=torch.channels_last)
         grad = torch.empty_like(x)
-        sums = _sums(channels)
-        call(f"backward_{ctx.kernel}", x, scale, shift, mean, invstd, readout, *ctx.sizes, grad_out, grad, sums)
-        grad_bias, grad_weight = sums
-        (total, product), rows = _total(sums, x.numel() // channels, ctx.reduction)
+        sums = _sums(3, channels)
+        buffers = (grad_out, grad, sums)
+        call(f"backward_{ctx.kernel}", x, scale, shift, mean, invstd, readout, *ctx.sizes, *buffers, neuron, learns)
+        grad_bias, grad_weight, grad_gain = sums
+        (total, product), rows = _total(sums[:2], x.numel() // channels, ctx.reduction)
         # dx = scale * (g - mean(g) - xhat * mean(g * xhat)), written as a g + b x + c
         a = scale.double()
         b = -a * invstd.double() * product / rows if ctx.training else torch.zeros_like(a)
@@ -230,18 +265,26 @@ class _NormLIF(torch.autograd.Function):
         coefficients = (v.to(scale.dtype) for v in (a, b, c))
         call(f"affine_{name_of(x.dtype)}", x, *coefficients, x.numel() // channels, channels, grad)
         grad_offset = torch.zeros_like(weight) if ctx.training else (a * grad_bias).to(weight.dtype)
-        return grad, grad_offset, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *[None] * 8
+        of_norm = (grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None)
+        return grad, grad_offset, *of_norm, grad_gain.sum().to(gain.dtype) if learns else None, *[None] * 7
 
 
 def _computes(
-    x: Tensor, offset: Tensor, norm: Norm, spike_steps: int, constant: bool, readout: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    offset: Tensor,
+    norm: Norm,
+    gain: Tensor,
+    spike_steps: int,
+    constant: bool,
+    readout: Tensor | None,
+    dtype: torch.dtype,
 ) -> bool:
     """Whether the kernels compute this batch norm of these currents; torch computes others, or says what is wrong."""
     if not is_exactly(norm, nn.BatchNorm2d, nn.SyncBatchNorm) or not norm.track_running_stats or x.dim() != 4:
         return False
     tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked)
     held = [tensor for tensor in tensors if tensor is not None]
-    if len(held) < len(tensors) or not readable(x, offset, *held, readout):
+    if len(held) < len(tensors) or not readable(x, offset, *held, gain, readout):
         return False
     (samples, channels), steps, values = x.shape[:2], 1 if constant else spike_steps, (offset, *held[:4])
     if spike_steps < 1 or samples % steps or channels == 0 or any(value.shape != (channels,) for value in values):
@@ -253,7 +296,7 @@ def _computes(
     else:
         enough = not norm.training or x.numel() // channels * spike_steps // steps > 1
     double = x.dtype == torch.float64
-    same = all((value.dtype == torch.float64) == double for value in values)
+    same = all((value.dtype == torch.float64) == double for value in (*values, gain))
     return enough and same and has(f"forward_{name_of(x.dtype)}_{name_of(dtype)}")
 
 
@@ -267,8 +310,9 @@ def norm_lif(
     constant: bool,
     readout: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    neuron: Dynamics = PAPERS,
 ) -> Tensor | None:
-    """Batch norm, then LIF (tau 2, threshold 1, hard reset, ATan surrogate) from rest over all spike steps.
+    """Batch norm, then a neuron from rest over all spike steps.
 
     Args:
         x: `[S*N,C,H,W]`, the spike step varying slowest, or `[N,C,H,W]` when `constant` over the spike steps.
@@ -278,12 +322,16 @@ def norm_lif(
             GPUs only, statistics are over all processes: it must have an attribute `reduction`.
         readout: weights `[S]`; if given, only `sum_s readout[s] * spikes[s]` is computed.
         dtype: type of the result, by default that of `x`.
+        neuron: what it computes; see Dynamics.
 
     Returns:
         Spikes `[S*N,C,H,W]`, or the readout `[N,C,H,W]`; channels-last. None where the kernels do not compute this.
     """
     dtype = dtype or x.dtype
-    if not _computes(x, offset, norm, spike_steps, constant, readout, dtype):
+    gain = neuron.gain
+    if not isinstance(gain, Tensor):
+        gain = torch.tensor(gain, dtype=torch.promote_types(x.dtype, torch.float32), device="cpu")
+    if not _computes(x, offset, norm, gain, spike_steps, constant, readout, dtype):
         return None
     x = x.contiguous(memory_format=torch.channels_last)
     sync = norm.training and isinstance(norm, nn.SyncBatchNorm)
@@ -302,5 +350,6 @@ def norm_lif(
         mean, variance = running_mean.double() - offset.detach(), running_var.double()
     invstd = (variance + norm.eps).rsqrt()
     statistics = (offset, norm.weight, norm.bias, mean, invstd)
+    values = torch.tensor((float(gain.detach()), neuron.leak, neuron.threshold), dtype=torch.float64, device="cpu")
     modes = (norm.training, reduction)
-    return _NormLIF.apply(x, *statistics, spike_steps, constant, readout, dtype, *modes)
+    return _NormLIF.apply(x, *statistics, gain, values, spike_steps, constant, readout, dtype, *modes)

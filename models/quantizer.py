@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.neurons import LIF, Neuron
 from models.reduction import SINGLE_PROCESS, Reduction
 from models.spiking import (
     SpikingStack,
@@ -130,6 +131,7 @@ class SpikingQuantizer(Codebook):
         readout: str = "both",
         spike_generator: str = "adaptive",
         revive_codes: bool = False,
+        neuron: Neuron = LIF,
     ):
         super().__init__(codebook_size, embedding_dim, revive_codes)
         _check_choice("readout", readout, READOUTS)
@@ -138,7 +140,8 @@ class SpikingQuantizer(Codebook):
         fixed = READOUTS[readout]
         self.alpha = nn.Parameter(torch.tensor(0.5 if fixed is None else fixed), requires_grad=fixed is None)
         if spike_generator == "adaptive":  # under the release's name so that its checkpoints load
-            self.poisson = SpikingStack(nn.Conv2d(embedding_dim, embedding_dim, 1), spike_steps=spike_steps)
+            conv = nn.Conv2d(embedding_dim, embedding_dim, 1)
+            self.poisson = SpikingStack(conv, spike_steps=spike_steps, neuron=neuron)
 
     def readout(self, spikes: Tensor) -> Tensor:
         """`(1 - alpha) sum_i 0.8^(S-1-i) s_i + alpha mean_i s_i`: `[S,N,D,h,w]` to `[N,D,h,w]`."""
@@ -148,7 +151,8 @@ class SpikingQuantizer(Codebook):
     def generate_spikes(self, embedded: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Embeddings `[N,D,h,w]` to the decoder's input.
 
-        "adaptive": spikes `[S,N,D,h,w]` of a convolution, batch norm and LIF that receive the embeddings at every step.
+        "adaptive": spikes `[S,N,D,h,w]` of a convolution, batch norm and neurons that receive the embeddings at every
+        step.
         "poisson": spikes as in `poisson_spikes`, drawn by `generator`. "repeat": not spikes but the embeddings
         themselves, `[N,D,h,w]`, which the decoder receives at every step.
         """

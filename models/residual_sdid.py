@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 from models.denoiser import Denoiser
 from models.labels import Labels
+from models.neurons import LIF, Neuron
 from models.prototypes import Prototypes
 from models.spiking import Firing, apply_head, is_reference, literal, one_hot
 
 HEADS = 16  # groups of channels, each with its own mixing matrix
-THRESHOLD_BIAS = 1.0  # initial bias of batch norm; a neuron at rest fires at a current of 2
+THRESHOLD_BIAS = 1.0  # initial bias of batch norm, in thresholds; the paper's neuron at rest fires at a current of 2
 BRANCH_SCALE = 0.3  # scale of the initial weights at the end of each residual branch
 
 
@@ -21,13 +22,13 @@ class MixingBlock(nn.Module):
     of HEADS groups of channels mixes positions, and two 1x1 convolutions mix channels (MLP-Mixer, arXiv 2105.01601).
     """
 
-    def __init__(self, width: int, positions: int, spike_steps: int):
+    def __init__(self, width: int, positions: int, spike_steps: int, neuron: Neuron = LIF):
         super().__init__()
-        self.fire_positions = Firing(width, spike_steps, THRESHOLD_BIAS)
+        self.fire_positions = Firing(width, spike_steps, THRESHOLD_BIAS, neuron)
         self.mix = nn.Conv2d(HEADS * positions, HEADS * positions, 1, groups=HEADS, bias=False)
-        self.fire_channels = Firing(width, spike_steps, THRESHOLD_BIAS)
+        self.fire_channels = Firing(width, spike_steps, THRESHOLD_BIAS, neuron)
         self.expand = nn.Conv2d(width, 2 * width, 1, bias=False)
-        self.fire_hidden = Firing(2 * width, spike_steps, THRESHOLD_BIAS)
+        self.fire_hidden = Firing(2 * width, spike_steps, THRESHOLD_BIAS, neuron)
         self.project = nn.Conv2d(2 * width, width, 1, bias=False)
         nn.init.normal_(self.mix.weight, std=BRANCH_SCALE * positions**-0.5)
         with torch.no_grad():
@@ -74,6 +75,7 @@ class ResidualSDID(Denoiser):
         classes: number of classes whose labels it can be conditioned on; their counts must be fitted, too. 0 for none.
         grid: height and width of the grid of codes. Patches are 2x2 tokens, or single tokens if a side is odd.
         margin: how many tokens around a patch are embedded with it: 1; 0 in older weights.
+        neuron: makes the neurons of a layer.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class ResidualSDID(Denoiser):
         classes: int = 0,
         grid: tuple[int, int] = (14, 14),
         margin: int = 1,
+        neuron: Neuron = LIF,
     ):
         super().__init__(codebook_size, spike_steps)
         width = denoiser_channels
@@ -100,9 +103,9 @@ class ResidualSDID(Denoiser):
         if classes:
             self.labels = Labels(classes, width, (height, columns), prototypes)
         self.position = nn.Parameter(torch.randn(width, height, columns) / 2)
-        blocks = (MixingBlock(width, height * columns, spike_steps) for _ in range(denoiser_blocks))
+        blocks = (MixingBlock(width, height * columns, spike_steps, neuron) for _ in range(denoiser_blocks))
         self.blocks = nn.Sequential(*blocks)
-        self.fire = Firing(width, spike_steps, THRESHOLD_BIAS)
+        self.fire = Firing(width, spike_steps, THRESHOLD_BIAS, neuron)
         self.head = nn.Conv2d(width, patch**2 * codebook_size, 1)
         nn.init.normal_(self.embed.weight, std=1 / side)
 

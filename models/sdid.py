@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.denoiser import Denoiser
+from models.neurons import LIF, Neuron
 from models.spiking import (
     SpikingStack,
     apply_head,
@@ -29,14 +30,17 @@ class SDID(Denoiser):
         codebook_size: number of codes K.
         spike_steps: S.
         denoiser_channels: channels of the first block; the others have 2, 4, 8 and 4 times as many.
+        neuron: makes the neurons of a layer.
     """
 
-    def __init__(self, codebook_size: int = 128, spike_steps: int = 16, denoiser_channels: int = 64):
+    def __init__(
+        self, codebook_size: int = 128, spike_steps: int = 16, denoiser_channels: int = 64, neuron: Neuron = LIF
+    ):
         super().__init__(codebook_size, spike_steps)
         width = denoiser_channels
 
         def block(inputs: int, outputs: int) -> SpikingStack:
-            return SpikingStack(nn.Conv2d(inputs, outputs, 3, padding=1), spike_steps=spike_steps)
+            return SpikingStack(nn.Conv2d(inputs, outputs, 3, padding=1), spike_steps=spike_steps, neuron=neuron)
 
         self.conv1 = block(2, width)
         self.conv2 = block(width, 2 * width)

@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from models.neurons import LIF, Neuron
 from models.quantizer import SpikingQuantizer
 from models.spiking import SpikingStack, bias_of, membrane_weights
 from models.vq_autoencoder import VQAutoencoder
@@ -13,13 +14,22 @@ from models.vq_autoencoder import VQAutoencoder
 class Encoder(nn.Module):
     """Pixels `[N,C,H,W]`, the same at each spike step, to spikes `[S,N,D,h,w]`; `inner_stride` is H/2h, 1 or 2."""
 
-    def __init__(self, channels: int, hidden: int, embedding_dim: int, spike_steps: int, inner_stride: int = 2):
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        embedding_dim: int,
+        spike_steps: int,
+        inner_stride: int = 2,
+        neuron: Neuron = LIF,
+    ):
         super().__init__()
         self.snn_convs = SpikingStack(
             nn.Conv2d(channels, hidden, 3, stride=2, padding=1),
             nn.Conv2d(hidden, 2 * hidden, 3, stride=inner_stride, padding=1),
             nn.Conv2d(2 * hidden, embedding_dim, 1),
             spike_steps=spike_steps,
+            neuron=neuron,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,7 +43,15 @@ class Decoder(nn.Module):
     Pixels are the tanh of the last layer's membrane potential.
     """
 
-    def __init__(self, channels: int, hidden: int, embedding_dim: int, spike_steps: int, inner_stride: int = 2):
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        embedding_dim: int,
+        spike_steps: int,
+        inner_stride: int = 2,
+        neuron: Neuron = LIF,
+    ):
         super().__init__()
 
         def up(inputs: int, outputs: int, stride: int) -> nn.ConvTranspose2d:
@@ -44,6 +62,7 @@ class Decoder(nn.Module):
             up(2 * hidden, hidden, 2),
             head=nn.ConvTranspose2d(hidden, channels, 3, padding=1),
             spike_steps=spike_steps,
+            neuron=neuron,
         )
         self.spike_steps = spike_steps
 
@@ -72,6 +91,7 @@ class VQSVAE(VQAutoencoder):
         revive_codes: dead-code restart; see Codebook.
         readout: ablation: "both", or only the firing "rate" or membrane "potential" of the encoder's spikes.
         spike_generator: ablation: "adaptive", "repeat" or "poisson"; see SpikingQuantizer.
+        neuron: makes the neurons of a layer.
     """
 
     encoder: Encoder
@@ -90,14 +110,16 @@ class VQSVAE(VQAutoencoder):
         revive_codes: bool = False,
         readout: str = "both",
         spike_generator: str = "adaptive",
+        neuron: Neuron = LIF,
     ):
-        decoder = Decoder(channels, hidden_channels, embedding_dim, spike_steps, downsampling // 2)
+        sizes = (channels, hidden_channels, embedding_dim, spike_steps, downsampling // 2)
+        decoder = Decoder(*sizes, neuron)
         super().__init__(
             channels,
             codebook_size,
-            encoder=Encoder(channels, hidden_channels, embedding_dim, spike_steps, downsampling // 2),
+            encoder=Encoder(*sizes, neuron),
             vq_layer=SpikingQuantizer(
-                codebook_size, embedding_dim, spike_steps, readout, spike_generator, revive_codes
+                codebook_size, embedding_dim, spike_steps, readout, spike_generator, revive_codes, neuron
             ),
             decoder=decoder,
             clipped_error=clipped_error,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from errors import UserError
+from parts import NEURONS
 from pipeline.declaration import Role
 from pipeline.options import (
     CONDITIONS,
@@ -15,6 +16,7 @@ from pipeline.options import (
     AutoencoderOptions,
     DenoiserOptions,
     EvaluationOptions,
+    NeuronOptions,
     Options,
     names,
     with_role,
@@ -26,6 +28,9 @@ from pipeline.sampling.labels import ANY
 
 RECORDED = ("image_shape", "data", "class_names")
 """What config.json has of a run's data besides the options."""
+
+NEURON = names(NeuronOptions)
+"""Names of the options of neurons."""
 
 WEIGHTS = ("fid_weights", "paper_fid_weights", "fad_weights")
 """Options that name the weights of feature networks."""
@@ -80,6 +85,7 @@ def _assemble(typed: dict[str, Any]) -> Call:
         f"{run.path}": kept,
     }
     options = _merge(layers | {TYPED: typed})
+    _check_started(options, started)
     _check_fixed(options, run, saved)
     _check_owners(options)
     _check_stages(options, _merge(layers))
@@ -142,6 +148,19 @@ def _is_interrupted(run: RunFolder, made: Path) -> bool:
     return stage == "sdid" or (stage != "" and made == run.model)
 
 
+def _check_started(options: Options, started: Mapping[str, Any]) -> None:
+    """Refuse neurons other than those with which the autoencoder of `--start_from` was trained, if it is kept."""
+    changed = [f"--{key} ({started[key]} in that run)" for key in NEURON if started and _differs(options, key, started)]
+    if options.run.stage == "sdid" and changed:
+        start = options.run.start_from
+        raise UserError(f"--start_from {start} has an autoencoder of other neurons: omit {', '.join(changed)}")
+
+
+def _differs(options: Options, key: str, saved: Mapping[str, Any]) -> bool:
+    """Whether an option has another value than in a saved run."""
+    return as_written(options.values()[key]) != as_written(as_read(key, saved[key]))
+
+
 def _check_fixed(options: Options, run: RunFolder, saved: Mapping[str, Any]) -> None:
     """Refuse changes to options that the saved run has fixed."""
     fixed = with_role(Role.TRAINING if options.run.resume else Role.IDENTITY)
@@ -149,26 +168,23 @@ def _check_fixed(options: Options, run: RunFolder, saved: Mapping[str, Any]) -> 
         fixed += [key for key in names(DenoiserOptions) + names(AutoencoderOptions) if key not in fixed]
     if options.run.resume and run.denoiser.exists():
         fixed.append("epochs")  # stage 1 is over
-    values = options.values()
-    changed = [
-        f"--{key} ({saved[key]} in the run)"
-        for key in fixed
-        if key in saved and as_written(values[key]) != as_written(as_read(key, saved[key]))
-    ]
+    if saved:  # a run from before there was a choice of neurons has those of the paper
+        saved = {key: DEFAULTS[key] for key in NEURON} | dict(saved)
+    changed = [f"--{key} ({saved[key]} in the run)" for key in fixed if key in saved and _differs(options, key, saved)]
     if changed:
         raise UserError(f"{run.path} was made with different options: omit {', '.join(changed)}")
 
 
 def _check_owners(options: Options) -> None:
     """Refuse options that the chosen networks do not have, instead of ignoring them."""
-    model, denoiser = options.autoencoder.model, options.denoiser.denoiser
+    model, denoiser, neuron = options.autoencoder.model, options.denoiser.denoiser, options.neuron.neuron
     preset = f"--preset {options.run.preset}"
     for key, value in options.values().items():
         owners = DECLARATIONS[key].of
         if options.concern(key) or value == DEFAULTS[key]:
             continue
         of_denoisers = denoiser in options.networks and set(owners) <= set(DECLARATIONS["denoiser"].choices)
-        lacking = denoiser if of_denoisers else model
+        lacking = denoiser if of_denoisers else neuron if set(owners) <= set(NEURONS) else model
         if options.origins[key] == TYPED:
             way = "leave it out"
             if of_denoisers:
@@ -200,6 +216,10 @@ def _check_values(options: Options) -> None:
         raise UserError("--images_per_prototype is for --condition prototype or both: leave it out, or say which")
     if options.sampling.guidance and condition == "none" and "guidance" in typed:
         raise UserError("--guidance needs a denoiser with a condition: leave it out, or train with --condition label")
+    neuron = options.neuron
+    if neuron.v_reset is not None and neuron.v_reset >= neuron.v_threshold:
+        limits = f"--v_reset {neuron.v_reset:g} is not less than --v_threshold {neuron.v_threshold:g}"
+        raise UserError(f"{limits}: a neuron that has fired would fire again without input")
     stage, no_label = options.run.stage, options.sampling.labels == (ANY,) or "label" not in CONDITIONS[condition]
     if options.sampling.guidance and "guidance" in typed and stage == "inpaint" and no_label:
         raise UserError("--guidance with --stage inpaint is of the labels, and here are none: leave it out")

@@ -46,7 +46,7 @@ class Declaration(NamedTuple):
     shown: str | None = None  # the default in the help, where it is neither the value nor `absent`
     parse: Callable[[str], Any] | None = None
     common: bool = False  # one of the few that most people need, which the help lists first
-    of: Collection[str] = ()  # the models or denoisers that have the option; empty: it belongs to all
+    of: Collection[str] = ()  # the models, denoisers or neurons that have the option; empty: it belongs to all
     stages: Collection[str] = ()  # the values of --stage with which it has an effect; empty: all
 
 

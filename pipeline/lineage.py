@@ -24,6 +24,7 @@ from pipeline.options import (
     AutoencoderOptions,
     DataOptions,
     DenoiserOptions,
+    NeuronOptions,
     Options,
     TrainingOptions,
     names,
@@ -144,7 +145,8 @@ def _place(machine: Machine) -> Entry:
 
 def _chosen(options: Options, stage: str) -> dict[str, Any]:
     """The options that a training of this stage depends on, as far as they are not the program's defaults."""
-    sections = [DataOptions, AutoencoderOptions, TrainingOptions, *([DenoiserOptions] if stage == DENOISER else [])]
+    sections = [DataOptions, AutoencoderOptions, NeuronOptions, TrainingOptions]
+    sections += [DenoiserOptions] if stage == DENOISER else []
     known_to = {"preset", "seed", *(name for section in sections for name in names(section))} - OF_OTHER_STAGE[stage]
     lasting = {*with_role(Role.TRAINING), "epochs", "diffusion_epochs"} & known_to
     return {name: value for name, value in options.values().items() if name in lasting and value != DEFAULTS[name]}

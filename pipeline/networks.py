@@ -14,9 +14,11 @@ from models import (
     Denoiser,
     build_denoiser,
     build_model,
+    choose_neuron,
     denoiser_options,
     model_options,
 )
+from models.neurons import Neuron
 from models.vq_autoencoder import VQAutoencoder
 from parts import AUTOENCODERS, DENOISERS, find_part
 from pipeline.checkpoints import load_weights
@@ -47,7 +49,7 @@ class Networks:
     def new_autoencoder(self, channels: int, image_size: int) -> Autoencoder:
         """A new autoencoder for stage 1, still on the CPU, with the initial weights of the run's seed."""
         o = self.options.autoencoder
-        options = _chosen(model_options(o.model), vars(o), channels=channels, image_size=image_size)
+        options = _chosen(model_options(o.model), vars(o), channels=channels, image_size=image_size, neuron=self.neuron)
         with seeded(derive_seed(self.options.run.seed, "weights", 1)):
             return build_model(o.model, **options)
 
@@ -62,6 +64,7 @@ class Networks:
             prototypes=self._prototypes(len(data.train)),
             classes=self._classes(data),
             grid=grid,
+            neuron=self.neuron,
         )
         try:
             with seeded(derive_seed(self.options.run.seed, "weights", 2)):
@@ -126,7 +129,7 @@ class Networks:
         path, kind = self.trained.denoiser, find_part(DENOISERS, name)
         if not self.has_trained_denoiser():
             raise UserError(f"{path} does not exist: a denoiser belongs beside the autoencoder; --stage sdid trains it")
-        build = partial(kind, spike_steps=self._denoiser_spike_steps)
+        build = partial(kind, spike_steps=self._denoiser_spike_steps, **self._neuron_of(denoiser_options(name)))
         denoiser = self._load(path, f"a denoiser of the kind {name}", build, kind.options_of)
         codes, wanted = autoencoder.codebook_size, denoiser.codebook_size
         if codes != wanted:
@@ -143,13 +146,23 @@ class Networks:
         return digest(*(load_weights(path) for path in paths if path.is_file()))
 
     @property
+    def neuron(self) -> Neuron:
+        """Makes the neurons of a layer."""
+        return choose_neuron(**vars(self.options.neuron))
+
+    @property
     def _denoiser_spike_steps(self) -> int:
         return self.options.denoiser.denoiser_spike_steps or self.options.autoencoder.spike_steps
 
     def _not_in_weights(self, model: str) -> dict[str, Any]:
         """Options of an autoencoder that cannot be inferred from its weights."""
         names = {"spike_steps", "downsampling", "readout", "spike_generator"}
-        return _chosen(names.intersection(model_options(model)), vars(self.options.autoencoder))
+        known = model_options(model)
+        return _chosen(names.intersection(known), vars(self.options.autoencoder)) | self._neuron_of(known)
+
+    def _neuron_of(self, known: Iterable[str]) -> dict[str, Neuron]:
+        """The neuron, if it is among the options that a network knows."""
+        return _chosen({"neuron"}.intersection(known), {"neuron": self.neuron})
 
     def _prototypes(self, images: int) -> int:
         """Number of prototypes of the denoiser."""

@@ -16,9 +16,13 @@ from parts import (
     DENOISERS,
     LOSSES,
     MASKS,
+    NEURONS,
     READOUTS,
     REVEAL_ORDERS,
     SPIKE_GENERATORS,
+    TAU,
+    V_RESET,
+    V_THRESHOLD,
 )
 from pipeline.declaration import (
     POSITIVE,
@@ -36,6 +40,7 @@ from pipeline.training.schedules import LR_SCHEDULES
 
 SPIKING_CODES = ("snn-vq-vae",)
 CODES = tuple(CODE_MODELS)
+LEAKY = tuple(name for name in NEURONS if name != "if")
 TRAINING_STAGES = ("all", "vqsvae", "sdid")
 STAGES = (*TRAINING_STAGES, "sample", "inpaint", "evaluate")
 OF_STAGE_1, OF_STAGE_2 = ("all", "vqsvae"), ("all", "sdid")
@@ -268,6 +273,42 @@ class DenoiserOptions:
 
 
 @dataclass(frozen=True)
+class NeuronOptions:
+    """The neurons of all spiking networks of a run."""
+
+    neuron: str = option(
+        "lif",
+        "neuron of the autoencoder and the denoiser: leaky integrate-and-fire (the paper's), without a leak (if), or "
+        "with a learned time constant for each layer (plif)",
+        Role.IDENTITY,
+        choices=NEURONS,
+        of=("snn-vq-vae", "snn-vae", *DENOISERS),
+    )
+    tau: float = option(
+        TAU,
+        "time constant of the neurons in spike steps, more than 1; of plif, the one to begin with",
+        Role.IDENTITY,
+        low=1.0001,
+        high=10**6,
+        metavar="X",
+        of=LEAKY,
+    )
+    v_threshold: float = option(
+        V_THRESHOLD, "membrane potential at which a neuron fires", Role.IDENTITY, low=POSITIVE, high=10**6, metavar="X"
+    )
+    v_reset: float | None = option(
+        V_RESET,
+        "membrane potential after a spike, less than --v_threshold; soft: the threshold is subtracted",
+        Role.IDENTITY,
+        low=-(10**6),
+        high=10**6,
+        metavar="X",
+        absent="soft",
+        shown=f"{V_RESET:g}",
+    )
+
+
+@dataclass(frozen=True)
 class TrainingOptions:
     """How both stages are trained."""
 
@@ -437,6 +478,7 @@ class Options:
     data: DataOptions
     autoencoder: AutoencoderOptions
     denoiser: DenoiserOptions
+    neuron: NeuronOptions
     training: TrainingOptions
     sampling: SamplingOptions
     evaluation: EvaluationOptions
@@ -453,9 +495,9 @@ class Options:
 
     @property
     def networks(self) -> set[str]:
-        """The chosen autoencoder and, if it has codes, the chosen denoiser."""
-        model, denoiser = self.autoencoder.model, self.denoiser.denoiser
-        return {model, denoiser} if model in CODES else {model}
+        """The chosen autoencoder, the chosen denoiser if it has codes, and the chosen neuron."""
+        model, denoiser, neuron = self.autoencoder.model, self.denoiser.denoiser, self.neuron.neuron
+        return {model, denoiser, neuron} if model in CODES else {model, neuron}
 
     def concern(self, name: str) -> bool:
         """Whether the chosen networks have the option of this name."""
@@ -472,6 +514,7 @@ SECTIONS: dict[str, type] = {
     "run": RunOptions,
     "autoencoder": AutoencoderOptions,
     "denoiser": DenoiserOptions,
+    "neuron": NeuronOptions,
     "training": TrainingOptions,
     "sampling": SamplingOptions,
     "evaluation": EvaluationOptions,

@@ -13,7 +13,7 @@ from pipeline.declaration import number
 from pipeline.options import DECLARATIONS, DEFAULTS, KINDS, SECTIONS, names
 
 MOST_USED = "most used"
-TITLES = {"autoencoder": "autoencoder (stage 1)", "denoiser": "denoiser (stage 2)"}
+TITLES = {"autoencoder": "autoencoder (stage 1)", "denoiser": "denoiser (stage 2)", "neuron": "neurons (both stages)"}
 
 
 def as_written(value: Any) -> Any:

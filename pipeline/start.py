@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from datasets import ImageData
+from models import fused_lif, neuron_options
+from models.neurons import FromRest, dynamics_of
+from pipeline.options import DECLARATIONS
 from pipeline.runtime import processes
 from pipeline.runtime.device import describe_machine
 from pipeline.runtime.processes import on_rank_0
@@ -39,7 +42,8 @@ def announce_training(session: Session) -> None:
     o, data = session.options, session.data
     rows: Rows = [("data set", describe_data(session, data)), ("preset", o.run.preset)]
     advice = []
-    for stage, network in zip(STAGES, new_networks(session), strict=False):
+    networks = new_networks(session)
+    for stage, network in zip(STAGES, networks, strict=False):
         rows.append((f"stage {stage.number}", describe_network(*network)))
         over = stage.number == 1 and session.last.get("stage") == "sdid"
         if over or o.run.stage not in ("all", "vqsvae" if stage.number == 1 else "sdid"):
@@ -51,7 +55,7 @@ def announce_training(session: Session) -> None:
         rows.append(("", f"{epochs:,} epochs x {steps:,} steps, batch size {batch_size}: {seen}"))
         if epochs * steps < stage.few:
             advice.append(f"--{stage.option} {_rounded_up(stage.enough / steps)}")
-    rows += circumstances(session)
+    rows += [*describe_neurons(session, networks), *circumstances(session)]
     if o.run.resume:
         at = session.last
         rows.append(("resumed", f"{at['stage']}, {at['epoch']} epochs and {at['step']} steps done" if at else "anew"))
@@ -70,6 +74,7 @@ def announce_model(session: Session, model: ImageModel, drawn: str = "", data: I
         networks.append((session.options.denoiser.denoiser, model.denoiser))
     rows: Rows = [("weights", str(session.networks.autoencoder_path))]
     rows += [(f"stage {number}", describe_network(*network)) for number, network in enumerate(networks, 1)]
+    rows += describe_neurons(session, networks)
     rows.append(("data set", describe_data(session, data) if data else session.options.data.dataset_name))
     show([*rows, *([("images", drawn)] if drawn else []), *circumstances(session)])
 
@@ -99,6 +104,24 @@ def describe_network(name: str, network: nn.Module) -> str:
     size = sum(parameter.numel() for parameter in network.parameters())
     spike_steps = getattr(network, "spike_steps", 1)
     return f"{name}, {size:,} parameters" + (f", {spike_steps} spike steps" if spike_steps > 1 else "")
+
+
+def describe_neurons(session: Session, networks: list[tuple[str, nn.Module]]) -> Rows:
+    """The neurons of networks that have some, and what computes them."""
+    if not any(isinstance(layer, FromRest) for _, network in networks for layer in network.modules()):
+        return []
+    values, name = vars(session.options.neuron), session.options.neuron.neuron
+    words = [f"{key} {as_shown(key, values[key])}" for key in neuron_options(name) if key in values]
+    how = "SpikingJelly"
+    if session.machine.device.type == "cpu":
+        fused = dynamics_of(session.networks.neuron()) is not None and fused_lif.available()
+        how = "compiled kernels" if fused else "SpikingJelly, not fused"
+    return [("neuron", f"{', '.join([name, *words])} ({how})")]
+
+
+def as_shown(option: str, value: float | None) -> str:
+    """A number, or the word for its absence, as it would be typed."""
+    return str(DECLARATIONS[option].absent) if value is None else f"{value:g}"
 
 
 def circumstances(session: Session) -> Rows:

@@ -40,10 +40,11 @@ from torch import Tensor, nn
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError, reported
 from files import expand
-from models import SDID, VQSVAE, event_conv
+from models import SDID, VQSVAE, choose_neuron, event_conv
+from models.neurons import Neuron
 from models.spiking import use_backend
 from pipeline.checkpoints import check_place, load_weights, write_json
-from pipeline.options import PRECISIONS
+from pipeline.options import PRECISIONS, NeuronOptions, names
 from pipeline.run_folder import RunFolder, versions
 from pipeline.runtime.device import Machine, choose_machine, describe_machine, find_device, keep_freed_memory
 from pipeline.runtime.terminal import print_anywhere
@@ -76,15 +77,16 @@ def networks(args: argparse.Namespace) -> tuple[VQSVAE, SDID]:
     config = run.require_config()
     steps = config["spike_steps"]
     denoiser_steps = config.get("denoiser_spike_steps") or steps
-    return load(VQSVAE, run.model, steps), load(SDID, run.denoiser, denoiser_steps)
+    neuron = choose_neuron(**{name: config[name] for name in names(NeuronOptions) if name in config})
+    return load(VQSVAE, run.model, steps, neuron), load(SDID, run.denoiser, denoiser_steps, neuron)
 
 
-def load(kind: type[Trained], path: Path, spike_steps: int) -> Trained:
+def load(kind: type[Trained], path: Path, spike_steps: int, neuron: Neuron) -> Trained:
     """One of the paper's networks with trained weights. Raises UserError for the weights of another network."""
     weights = load_weights(path)
     try:
         options: dict[str, Any] = kind.options_of(weights)
-        network = kind(**options, spike_steps=spike_steps)
+        network = kind(**options, spike_steps=spike_steps, neuron=neuron)
         network.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{path} is not for the paper's networks: name another --run") from error

@@ -4,7 +4,8 @@ python scripts/export_nir.py RUN_FOLDER                to RUN_FOLDER/nir
 python scripts/export_nir.py RUN_FOLDER --output DIR --raster FILE
 
 Needs the packages nir and nirtorch. A graph receives its input, [C,H,W], at every spike step, which is 0.1 ms in the
-file; weights are float64, and batch norm is folded into the convolutions. NIR has no node for transposed convolutions
+file; weights are float64, and batch norm is folded into the convolutions. A learned time constant (plif) is that of a
+nir.LIF; a soft reset and neurons of your own have no node and are refused. NIR has no node for transposed convolutions
 or the mixing of positions: they are replaced, exactly, by convolutions with many zeros (scripts/nir_graphs.py; zeros
 are counted among the parameters). Each file is read back and run on test images in float64, and must reproduce every
 spike of the trained network; the plot shows the spikes of some neurons.
@@ -145,9 +146,9 @@ def observe(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list
     spikes: list[Tensor] = []
 
     def record(module: nn.Module, _: tuple, output: Any) -> None:
-        if isinstance(module, neuron.LIFNode):
+        if isinstance(module, neuron.BaseNode):
             spikes.append(output)
-        elif isinstance(getattr(module, "module", None), neuron.LIFNode):  # wrapped by the importer
+        elif isinstance(getattr(module, "module", None), neuron.BaseNode):  # wrapped by the importer
             spikes.append(output[0])
 
     hooks = [module.register_forward_hook(record) for module in network.modules()]

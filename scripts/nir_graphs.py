@@ -1,15 +1,18 @@
 """The networks in a form that NIR can represent: convolutions and SpikingJelly's neurons, for one spike step."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
+from errors import UserError
 from models import SDID, ResidualSDID
+from models.fused_lif import is_exactly
+from models.neurons import IF, LIF, PLIF, SURROGATE
 from models.residual_sdid import HEADS, MixingBlock
-from models.spiking import LIF, SURROGATE, Convolution, Firing, SpikingStack
+from models.spiking import Convolution, Firing, SpikingStack
 
 Pair = tuple[int, int]
 
@@ -160,9 +163,19 @@ def fired(conv: nn.Conv2d, firing: Firing) -> list[nn.Module]:
     return [layer(conv, firing.norm), spiking_neuron(firing.lif)]
 
 
-def spiking_neuron(lif: LIF) -> neuron.LIFNode:
-    """The neuron as the class that SpikingJelly's exporter supports."""
-    return neuron.LIFNode(tau=lif.tau, surrogate_function=SURROGATE)
+def spiking_neuron(layer: nn.Module) -> neuron.BaseNode:
+    """The neuron as a class that SpikingJelly's exporter supports; a learned time constant has its last value.
+
+    Raises UserError for one that NIR does not represent.
+    """
+    if not is_exactly(layer, LIF, IF, PLIF):
+        raise UserError(f"NIR has no node for the neuron {type(layer).__name__}: this run cannot be exported")
+    if layer.v_reset is None:
+        raise UserError("NIR has no node for neurons with --v_reset soft: this run cannot be exported")
+    values: dict[str, Any] = dict(v_threshold=layer.v_threshold, v_reset=layer.v_reset, surrogate_function=SURROGATE)
+    if isinstance(layer, IF):
+        return neuron.IFNode(**values)
+    return neuron.LIFNode(1 / layer.w.sigmoid().item() if isinstance(layer, PLIF) else layer.tau, **values)
 
 
 def coarse_weight(conv: nn.ConvTranspose2d, grain: int) -> Tensor:
@@ -197,7 +210,7 @@ def spiking_layers(stack: SpikingStack) -> nn.Sequential:
     """The stack for one spike step as convolutions and SpikingJelly's neurons; batch norm is folded in."""
     layers: list[nn.Module] = []
     grain = 1
-    for conv, norm, lif in stack.blocks:
-        layers += [layer(conv, norm, grain), spiking_neuron(lif)]
+    for conv, norm, neurons in stack.blocks:
+        layers += [layer(conv, norm, grain), spiking_neuron(neurons)]
         grain *= conv.stride[0] if isinstance(conv, nn.ConvTranspose2d) else 1
     return nn.Sequential(*layers, *(() if stack.head is None else (layer(stack.head, None, grain),)))

@@ -36,8 +36,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "readout-potential": ("--model", "snn-vq-vae", "--readout", "potential"),
     "generator-repeat": ("--model", "snn-vq-vae", "--spike_generator", "repeat"),
     "generator-poisson": ("--model", "snn-vq-vae", "--spike_generator", "poisson"),
+    "neuron-if": ("--model", "snn-vq-vae", "--neuron", "if"),
+    "neuron-plif": ("--model", "snn-vq-vae", "--neuron", "plif"),
 }
-"""The paper's model, its baselines, and the ablations of its readout and spike generator."""
+"""The paper's model, its baselines, and the ablations of its readout, spike generator and neurons."""
 
 BUDGETS: dict[str, tuple[str, ...]] = {
     "smoke": (

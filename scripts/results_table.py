@@ -90,7 +90,7 @@ PUBLISHED = {
 
 Record = dict[str, Any]
 
-STANDARD = ("both", "adaptive", None)  # not an ablation; None: the run is older than the option
+STANDARD = ("both", "adaptive", "lif", None)  # not an ablation; None: the run is older than the option
 
 
 class Value(NamedTuple):
@@ -154,7 +154,7 @@ def _model(run: RunFolder) -> tuple[str, str, str]:
     if not {"dataset_name", "model"} <= options.keys():
         missing = f"{run.trained.config} does not say which model the metrics in {run.path} are for"
         raise UserError(f"{missing}: restore the file that the run wrote, or leave the folder out")
-    ablation = [options[key] for key in ("readout", "spike_generator") if options.get(key) not in STANDARD]
+    ablation = [options[key] for key in ("readout", "spike_generator", "neuron") if options.get(key) not in STANDARD]
     improved = ["improved"] if options.get("preset") == "improved" else []
     condition = [f"condition {options['condition']}"] if options.get("condition", "none") != "none" else []
     spent = [f"{cost.stage}: {cost.images:,} images, {cost.time}" for cost in costs(run.trained.lineage)]

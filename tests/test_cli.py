@@ -16,7 +16,7 @@ from helpers import LIVELY, PRECISION, ROOT, SMALL, of_network
 from PIL import Image
 
 from models import SDID, build_model
-from parts import AUTOENCODERS, DENOISERS
+from parts import AUTOENCODERS, DENOISERS, NEURONS
 from pipeline import program
 from pipeline.configuration import resolve
 from pipeline.evaluation.metrics import GENERATED_METRICS
@@ -73,7 +73,8 @@ def test_help_tells_every_option_with_its_default(cli, monkeypatch):
 def test_choices_are_those_of_the_rooms_that_use_them():
     assert set(SAMPLE_METRICS) == set(GENERATED_METRICS)
     assert set(CODES) | {"snn-vae"} == set(AUTOENCODERS)
-    assert {owner for declared in DECLARATIONS.values() for owner in declared.of} <= {*AUTOENCODERS, *DENOISERS}
+    owners = {owner for declared in DECLARATIONS.values() for owner in declared.of}
+    assert owners <= {*AUTOENCODERS, *DENOISERS, *NEURONS}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from helpers import IMPROVED, LIVELY, SMALL, read_images, read_log, read_metrics, run_in, with_steady_current
 
 from models import SDID, VQSVAE, ResidualSDID
-from models.spiking import LIF
+from models.neurons import LIF
 from pipeline.runtime.device import choose_machine
 from pipeline.training.averaging import moving_average
 

@@ -12,7 +12,8 @@ from datasets import ImageData
 from diffusion.absorbing import AbsorbingDiffusion
 from metrics.energy import Operations, count_layers, firing_rates
 from models import SDID, VQSVAE, ResidualSDID
-from models.spiking import LIF, use_backend
+from models.neurons import LIF
+from models.spiking import use_backend
 from pipeline.evaluation.model_metrics import energy_records
 from pipeline.runtime.device import Machine
 from pipeline.sampling.image_models import CodeDiffusion

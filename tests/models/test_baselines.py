@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from models import FSVAE, VQSVAE, VQVAE
+from models.neurons import LIF
 from models.quantizer import Codebook, SpikingQuantizer, poisson_spikes
-from models.spiking import LIF, postsynaptic_potential, use_backend
+from models.spiking import postsynaptic_potential, use_backend
 from parts import SPIKE_GENERATORS
 
 DOUBLE = {"dtype": torch.float64}

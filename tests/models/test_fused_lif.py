@@ -1,4 +1,4 @@
-"""Batch norm and LIF in one kernel: what it computes, what it leaves to torch, and how it is compiled and kept."""
+"""Batch norm and neurons in one kernel: what it computes, what it leaves to torch, and how it is compiled and kept."""
 
 import copy
 import os
@@ -8,6 +8,7 @@ import stat
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
 
 from models import fused_lif
-from models.spiking import LIF, Firing, SpikingStack, fire, is_papers_neuron, membrane_weights, use_backend
+from models.neurons import IF, LIF, PLIF, dynamics_of
+from models.spiking import Firing, SpikingStack, fire, membrane_weights, use_backend
 
 pytestmark = pytest.mark.skipif(not fused_lif.available(), reason="no C++ compiler")
 
@@ -42,9 +44,9 @@ class Halved(LIF):
         return super().forward(x / 2)
 
 
-def changed(**values):
+def changed(lif=None, **values):
     """The paper's neuron with other values of some attributes."""
-    lif = LIF()
+    lif = lif or LIF()
     for name, value in values.items():
         setattr(lif, name, value)
     return lif
@@ -57,11 +59,11 @@ def hooked():
 
 
 OTHERS = {
-    "tau": lambda: changed(tau=3.0),
-    "threshold": lambda: changed(v_threshold=0.7),
     "learned threshold": lambda: changed(v_threshold=nn.Parameter(torch.tensor(1.0))),
     "soft reset": lambda: changed(v_reset=None),
     "reset": lambda: changed(v_reset=0.3),
+    "IF's soft reset": lambda: IF(v_reset=None),
+    "PLIF's reset": lambda: PLIF(v_reset=0.3),
     "no decay of the input": lambda: changed(decay_input=False),
     "detached reset": lambda: changed(detach_reset=True),
     "all potentials": lambda: changed(store_v_seq=True),
@@ -70,9 +72,9 @@ OTHERS = {
     "no spikes": lambda: changed(surrogate_function=surrogate.ATan(2.0, spiking=False)),
     "subclass": Halved,
     "hook": hooked,
-    "IF": lambda: neuron.IFNode(step_mode="m"),
+    "SpikingJelly's IF": lambda: neuron.IFNode(step_mode="m"),
     "SpikingJelly's LIF": lambda: neuron.LIFNode(step_mode="m", surrogate_function=surrogate.ATan(2.0)),
-    "PLIF": lambda: neuron.ParametricLIFNode(step_mode="m"),
+    "SpikingJelly's PLIF": lambda: neuron.ParametricLIFNode(step_mode="m"),
 }
 
 
@@ -107,17 +109,17 @@ def compare(stack, x, readout):
 
 @pytest.mark.parametrize("readout", [True, False], ids=["readout", "all_steps"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_neuron_is_not_computed_as_the_papers(name, readout, calls):
+def test_no_kernel_computes_another_neuron(name, readout, calls):
     torch.manual_seed(0)
     stack = SpikingStack(nn.Conv2d(3, 8, 3, padding=1), spike_steps=5).double()
     nn.init.constant_(stack[1].bias, 1.0)
     x, weights = torch.rand(4, 3, 5, 5).double(), membrane_weights(5, like=stack[1].bias) if readout else None
     assert compare(stack, x, weights).any()
-    assert calls and is_papers_neuron(stack[2])
+    assert calls and dynamics_of(stack[2]) == fused_lif.PAPERS
     calls.clear()
     stack[2] = OTHERS[name]().double()
     assert compare(stack, x, weights).any()
-    assert not calls and not is_papers_neuron(stack[2])
+    assert not calls and dynamics_of(stack[2]) is None
 
 
 @pytest.mark.parametrize(
@@ -130,8 +132,8 @@ def test_another_neuron_is_not_computed_as_the_papers(name, readout, calls):
 )
 def test_lif_obeys_its_attributes_as_that_of_spikingjelly_does(values):
     current, results = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) + 1, []
-    theirs = neuron.LIFNode(**{"surrogate_function": surrogate.ATan(2.0), "step_mode": "m"} | values)
-    for lif in (changed(**values), theirs):
+    theirs = neuron.LIFNode(surrogate_function=surrogate.ATan(2.0), step_mode="m")
+    for lif in (changed(**values), changed(theirs, **values)):
         x = current.clone().requires_grad_()
         spikes = lif(x)
         (spikes * torch.linspace(-1, 1, spikes.numel()).view_as(spikes)).sum().backward()
@@ -142,7 +144,7 @@ def test_lif_obeys_its_attributes_as_that_of_spikingjelly_does(values):
 
 @st.composite
 def blocks(draw):
-    """A block of any kind, its input and readout, and whether the kernels compute it."""
+    """A block of any kind, with any neuron that the kernels compute, its input and readout."""
 
     def one(*values):
         return draw(st.sampled_from(values))
@@ -150,7 +152,11 @@ def blocks(draw):
     torch.manual_seed(one(*range(99)))
     steps, images = one(1, 2, 5), one(3, 3, 3, 1, 0)
     channels = one(1, 5, 70)
-    stack = SpikingStack(nn.Conv2d(2, channels, 1, bias=one(True, False)), spike_steps=steps).double()
+    values = dict(v_threshold=one(1.0, 1.0, 0.4, 1.7))
+    kind = one(LIF, LIF, IF, PLIF, PLIF)
+    neuron = partial(kind, **values, **({} if kind is IF else dict(tau=one(2.0, 1.3, 5.0))))
+    stack = SpikingStack(nn.Conv2d(2, channels, 1, bias=one(True, False)), spike_steps=steps, neuron=neuron).double()
+    stack[2].requires_grad_(one(True, True, False))
     options = dict(momentum=one(0.1, 0.0, None), eps=one(1e-5, 0.1))
     odd = one(dict(affine=False), dict(track_running_stats=False)) if one(*(6 * [False]), True) else {}
     stack[1] = norm = nn.BatchNorm2d(channels, **options, **odd).double()
@@ -169,7 +175,7 @@ def blocks(draw):
 
 def test_any_block_computes_what_torch_computes(calls, with_threads):
     with_threads(1)
-    computed = {"forward": 0, "backward": 0, "moments": 0, "torch": 0}
+    computed = {"forward": 0, "backward": 0, "moments": 0, "torch": 0, LIF: 0, IF: 0, PLIF: 0}
 
     @settings(max_examples=200, derandomize=True, deadline=None, database=None)
     @given(blocks())
@@ -178,19 +184,52 @@ def test_any_block_computes_what_torch_computes(calls, with_threads):
         compare(*block)
         for name in calls or ["torch"]:
             computed[name.split("_")[0]] = computed.get(name.split("_")[0], 0) + 1
+        computed[type(block[0][2])] += bool(calls)
 
     check()
     assert min(computed["forward"], computed["backward"]) > 90 and computed["moments"] > 40 and computed["torch"] > 10
+    assert min(computed[kind] for kind in (LIF, IF, PLIF)) > 20
+
+
+KINDS = {"lif": LIF, "lif, tau 3": partial(LIF, 3.0, 0.5**0.5), "if": IF, "plif": partial(PLIF, 3.0)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("readout", [True, False], ids=["readout", "all_steps"])
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "each_step"])
+def test_spikes_and_gradients_are_those_of_spikingjelly(kind, dtype, readout, constant, calls):
+    """In every type, on currents that no rounding moves across the threshold: multiples of 1/8, moved by 0.01."""
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    generator, results = torch.Generator().manual_seed(0), []
+    currents = torch.randint(-8, 24, (20, 3, 5, 5) if constant else (4 * 20, 3, 5, 5), generator=generator) / 8
+    target = torch.linspace(-1, 1, (1 if readout else 4) * 20 * 3 * 25).to(parameters)
+    weights = membrane_weights(4, like=target) if readout else None
+    for backend in ("reference", "fast"):
+        norm, layer = nn.BatchNorm2d(3, eps=0).to(parameters).eval(), KINDS[kind]().to(parameters)
+        nn.init.constant_(norm.bias, 0.01)
+        x = currents.to(dtype).requires_grad_()
+        with use_backend(backend):
+            out = fire(norm, layer, x, 4, bias=torch.zeros(3, dtype=parameters), readout=weights, constant=constant)
+        (out.flatten() * target).sum().backward()
+        gradients = (x.grad, norm.weight.grad, norm.bias.grad, *(p.grad for p in layer.parameters()))
+        results.append([out.detach(), *gradients])
+    assert calls and len(results[0]) == (5 if kind == "plif" else 4)
+    close = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for theirs, ours in zip(*results, strict=True):
+        assert theirs.any() and theirs.dtype == ours.dtype
+        torch.testing.assert_close(ours, theirs, rtol=close, atol=close * float(theirs.abs().max()))
 
 
 def norm_lif_of(x, *, training=True, steps=4, readout=None, seed=0):
     """Result, running statistics and gradients of the kernels."""
     torch.manual_seed(seed)
     norm, offset = nn.BatchNorm2d(x.shape[1]).train(training), torch.randn(x.shape[1]).requires_grad_()
-    x = x.detach().requires_grad_()
-    out = fused_lif.norm_lif(x, offset, norm, steps, constant=False, readout=readout)
+    x, gain = x.detach().requires_grad_(), torch.tensor(0.4, requires_grad=True)
+    kind = fused_lif.Dynamics(gain, threshold=0.7)
+    out = fused_lif.norm_lif(x, offset, norm, steps, constant=False, readout=readout, neuron=kind)
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype))
-    return out.detach(), *norm.buffers(), x.grad, norm.weight.grad, norm.bias.grad
+    return out.detach(), *norm.buffers(), x.grad, norm.weight.grad, norm.bias.grad, gain.grad
 
 
 @pytest.mark.parametrize("channels", [3, 70, 600])

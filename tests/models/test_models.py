@@ -22,8 +22,9 @@ from models import (
     fused_lif,
     model_options,
 )
+from models.neurons import IF, LIF, PLIF
 from models.quantizer import Codebook
-from models.spiking import BACKENDS, LIF, SpikingStack, is_reference, lif_step, membrane_weights, use_backend
+from models.spiking import BACKENDS, SpikingStack, is_reference, membrane_weights, use_backend
 from parts import AUTOENCODERS, DENOISERS, find_part
 
 KERNELS = pytest.mark.skipif(not fused_lif.available(), reason="no C++ compiler")
@@ -230,18 +231,22 @@ def test_lif_by_hand():
     assert LIF()(current[:, None]).flatten().tolist() == [0, 1, 0, 1]
 
 
-def test_lif_step_by_step_is_the_whole_lif():
+@pytest.mark.parametrize(
+    "neuron", [LIF(), LIF(3.0, 0.7, None), IF(), PLIF(3.0, v_reset=-0.2)], ids=["LIF", "soft", "IF", "PLIF"]
+)
+def test_a_neuron_step_by_step_is_the_whole_neuron(neuron):
     torch.manual_seed(0)
-    current = torch.randn(12, 50, dtype=torch.float64) + 1
+    current = torch.randn(12, 50, dtype=torch.float64) + 1.5
     results = []
     for whole in (True, False):
-        inputs, potential, spikes = current.clone().requires_grad_(), 0.0, []
+        inputs, state, spikes = current.clone().requires_grad_(), neuron.rest(), []
+        neuron.zero_grad()
         for x in [] if whole else inputs:
-            spike, potential = lif_step(x, potential)
+            spike, state = neuron.step(x, state)
             spikes.append(spike)
-        out = LIF()(inputs) if whole else torch.stack(spikes)
+        out = neuron(inputs) if whole else torch.stack(spikes)
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-        results.append((out.detach(), inputs.grad))
+        results.append((out.detach(), inputs.grad, *(parameter.grad for parameter in neuron.parameters())))
     torch.testing.assert_close(*results)
     assert 0.1 < results[0][0].mean() < 0.9
 

@@ -33,7 +33,7 @@ def parameters(path):
 
 def test_a_training_says_what_it_will_do(finished, small):
     rows = block(finished.outcome.out)
-    assert list(rows) == ["data set", "preset", "stage 1", "stage 2", "device", "seed", "folder", "warning"]
+    assert list(rows) == ["data set", "preset", "stage 1", "stage 2", "neuron", "device", "seed", "folder", "warning"]
     assert finished.outcome.out.index("  folder") < finished.outcome.out.index("stage 1 (vqsvae)")
     counts = "120 training, 0 held-out and 4 test images, 16x16 pixels, grey"
     assert rows["data set"] == f"ImageFolder in {small[small.index('--data_path') + 1]}: {counts}"
@@ -126,7 +126,8 @@ def test_stage_2_alone_says_that_stage_1_is_there(cli, small, run):
 
 def test_sampling_and_evaluation_say_what_they_use(cli, run):
     sampled = block(cli("--checkpoint", run, "--stage", "sample", "--num_samples", 3).out)
-    assert list(sampled) == ["weights", "stage 1", "stage 2", "data set", "images", "device", "seed", "folder"]
+    names = ["weights", "stage 1", "stage 2", "neuron", "data set", "images", "device", "seed", "folder"]
+    assert list(sampled) == names and sampled["neuron"] == "lif, tau 2, v_threshold 1, v_reset 0 (compiled kernels)"
     assert sampled["weights"] == str(run / "model.pth") and sampled["folder"] == str(run)
     assert sampled["images"] == "3: temperature 0.65, all timesteps" and sampled["data set"] == "ImageFolder"
     evaluated = block(cli("--checkpoint", run, "--metrics", "mse").out)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from models import SDID, VQSVAE, VQVAE, ResidualSDID
+from models.neurons import IF, LIF, PLIF, FromRest
 from scripts import export_nir
 
 nir = pytest.importorskip("nir")
@@ -95,6 +96,47 @@ def test_denoiser_with_its_head(tmp_path):
     graph.get_submodule("add_1").bias[0] += 1e-3  # no spike depends on it
     compared = export_nir.compare(exported, graph)
     assert compared.differing == 0 and compared.error == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    "neuron", [partial(LIF, 3.0, 0.7), partial(LIF, v_reset=-0.2), IF, PLIF, partial(PLIF, 3.0, 0.8)], ids=str
+)
+@torch.no_grad()
+def test_every_neuron_with_a_node(neuron, tmp_path):
+    """Each layer of PLIF has a time constant of its own."""
+    model, sdid = autoencoder(neuron=neuron), trained(SDID(8, 4, 4, neuron=neuron))
+    residual = trained(ResidualSDID(8, 2, 32, denoiser_blocks=2, grid=(4, 4), neuron=neuron))
+    layers = [each for network in (model, sdid, residual) for each in network.modules() if isinstance(each, FromRest)]
+    for number, layer in enumerate(layers):
+        if isinstance(layer, PLIF):
+            layer.w.add_(0.05 * number)
+    exports = [*export_nir.of_autoencoder(model, torch.rand(3, 1, 16, 16).double())]
+    exports += [export_nir.of_denoiser(denoiser, torch.randint(8, (3, 4, 4))) for denoiser in (sdid, residual)]
+    found = []
+    for each in exports:
+        compared = export_nir.compare(each, read_back(each, tmp_path / "network.nir"))
+        assert compared.spikes > 50 and compared.differing == 0 and compared.error < 1e-12, each.name
+        nodes = nir.read(tmp_path / "network.nir").nodes.values()
+        found += [node for node in nodes if isinstance(node, nir.IF | nir.LIF)]
+    assert len(found) == len(layers) == 3 + 1 + 2 + 5 + 7
+    assert {type(node) for node in found} == {nir.IF if neuron is IF else nir.LIF}
+    for name in ("v_threshold", "v_reset"):
+        assert {float(getattr(node, name).flat[0]) for node in found} == {getattr(layers[0], name)}
+    if neuron is not IF:
+        wanted = [float(1 / each.w.sigmoid()) if isinstance(each, PLIF) else each.tau for each in layers]
+        taus = [float(node.tau.flat[0]) / 1e-4 for node in found]
+        assert sorted(taus) == pytest.approx(sorted(wanted)) and len(set(taus)) in (1, 18)
+
+
+class Mine(FromRest, export_nir.neuron.SimpleLIFNode):
+    def __init__(self):
+        super().__init__(2.0, True)
+
+
+@pytest.mark.parametrize(("neuron", "said"), [(partial(LIF, v_reset=None), "--v_reset soft"), (Mine, "neuron Mine")])
+def test_a_neuron_without_a_node_is_refused(neuron, said):
+    with pytest.raises(export_nir.UserError, match=f"no node for .*{said}"):
+        list(export_nir.of_autoencoder(autoencoder(neuron=neuron), torch.rand(3, 1, 16, 16).double()))
 
 
 @pytest.mark.parametrize("preset", ["faithful", "improved"])

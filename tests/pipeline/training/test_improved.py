@@ -25,7 +25,8 @@ from torch import nn
 
 from datasets import digest, load_dataset
 from errors import UserError
-from models.spiking import LIF, fire
+from models.neurons import LIF
+from models.spiking import fire
 from parts import MASKS
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
 from pipeline.declaration import Role

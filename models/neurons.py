@@ -1,0 +1,113 @@
+"""The neurons: SpikingJelly's, each of which starts from rest at every call. `parts.py` has the table of their names.
+
+One of your own is a class with `FromRest` before a neuron of SpikingJelly. The parameters of its constructor have the
+names of the options (`tau`, `v_threshold`, `v_reset`) that it has.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from spikingjelly.activation_based import neuron, surrogate
+from spikingjelly.activation_based.base import MemoryModule
+from torch import Tensor
+
+from models.fused_lif import Dynamics, is_exactly
+from parts import TAU, V_RESET, V_THRESHOLD
+
+SURROGATE = surrogate.ATan(2.0)
+"""The surrogate gradient of a spike: `1 / (1 + (pi (H - threshold))^2)`."""
+
+State = dict[str, Any]
+"""What a neuron keeps from one spike step to the next, by name: at least the membrane potential `v`."""
+
+
+class FromRest(MemoryModule):
+    """What makes a neuron of SpikingJelly one of these: whatever it keeps is of one call, and at least float32.
+
+    Threads may therefore share a network. SpikingJelly's fused kernels expect a state in float32, whereas the state
+    that a neuron of SpikingJelly keeps by itself would have the type of its input, even bfloat16.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input currents `[S,...]` to spikes `[S,...]`."""
+        return self._run("m", x, self.rest())[0]
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One spike step, for networks whose next input depends on their output.
+
+        Input currents `[...]` and the state before, which is `rest()` at the first step, to spikes `[...]` and the
+        state after.
+        """
+        return self._run("s", x, state)
+
+    def rest(self) -> State:
+        """The state in which a call begins."""
+        return copy.deepcopy(self._memories_rv)
+
+    def _run(self, step_mode: str, x: Tensor, state: State) -> tuple[Tensor, State]:
+        of_call = copy.copy(self)  # with the same parameters
+        of_call._memories = dict(state)
+        of_call.step_mode = step_mode
+        spikes = super(FromRest, of_call).forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+        if getattr(self, "store_v_seq", False):
+            object.__setattr__(self, "v_seq", of_call.v_seq)
+        return spikes.to(x.dtype), of_call._memories
+
+
+class LIF(FromRest, neuron.LIFNode):
+    """Leaky integrate-and-fire, the paper's neuron: `H = V + (X - V) / tau`, spike `[H >= v_threshold]`.
+
+    After a spike, V is `v_reset`; with None, it is `H - v_threshold`. Otherwise it is H. (For another `v_reset` than 0,
+    V decays to that value.) The other attributes of SpikingJelly's neuron are obeyed, too.
+    """
+
+    def __init__(self, tau: float = TAU, v_threshold: float = V_THRESHOLD, v_reset: float | None = V_RESET):
+        super().__init__(tau, True, v_threshold, v_reset, SURROGATE, step_mode="m")
+
+
+class IF(FromRest, neuron.IFNode):
+    """Integrate-and-fire, a neuron that does not leak: `H = V + X`; otherwise as `LIF`."""
+
+    def __init__(self, v_threshold: float = V_THRESHOLD, v_reset: float | None = V_RESET):
+        super().__init__(v_threshold, v_reset, SURROGATE, step_mode="m")
+
+
+class PLIF(FromRest, neuron.ParametricLIFNode):
+    """`LIF` whose time constant is learned, one for each layer (arXiv 2007.05785): `1 / tau = sigmoid(w)`.
+
+    `tau` is its initial value.
+    """
+
+    def __init__(self, tau: float = TAU, v_threshold: float = V_THRESHOLD, v_reset: float | None = V_RESET):
+        super().__init__(tau, True, v_threshold, v_reset, SURROGATE, step_mode="m")
+
+
+Neuron = Callable[[], FromRest]
+"""Makes the neurons of a layer. Every network takes one; it is `LIF` unless it is told otherwise."""
+
+OWN = (LIF, IF, PLIF)
+"""The neurons of this module: each computes every element of its input by itself."""
+
+
+def dynamics_of(layer: FromRest) -> Dynamics | None:
+    """What the compiled kernels need to know of a neuron; None for one that they do not compute.
+
+    They compute `LIF`, `IF` and `PLIF` with any time constant and threshold, with a hard reset to 0 and the paper's
+    surrogate gradient. Others run as they are.
+    """
+    if not is_exactly(layer, *OWN):
+        return None
+    own: Any = layer  # one of these three
+    values = (own.v_threshold, own.v_reset, getattr(own, "tau", TAU))
+    if not all(isinstance(value, int | float) for value in values):  # learned, or a reset that is not hard
+        return None
+    gradient, modes = own.surrogate_function, (getattr(own, "decay_input", True), own.detach_reset, own.store_v_seq)
+    if not is_exactly(gradient, surrogate.ATan) or (gradient.alpha, gradient.spiking) != (2, True):
+        return None
+    if own.v_reset != 0 or modes != (True, False, False):
+        return None
+    if isinstance(own, IF):
+        return Dynamics(gain=1.0, leak=0.0, threshold=own.v_threshold)
+    return Dynamics(own.w.sigmoid() if isinstance(own, PLIF) else 1 / own.tau, threshold=own.v_threshold)
