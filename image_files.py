@@ -22,6 +22,8 @@ from progress import progress_bar
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
 ARRAY_ENDINGS = {".npy", ".npz"}
+LIKE_LABELS = ("label", "y", "targets", "target", "classes", "class")
+"""Names that arrays of labels have elsewhere."""
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")  # not every one of Pillow's: EPS runs Ghostscript
 GREY_MODES = ("1", "L", "LA")
 RUN_FILES = {".lock", "config.json", "last.pth", "log.jsonl", "metrics.json", "model.pth", "report.html"}
@@ -336,8 +338,12 @@ def stored_labels(path: Path, count: int) -> tuple[list[str], tuple[str, ...]] |
     "class_names", if it has one, and else stand for themselves. None without labels, and for other files and folders.
     Raises UserError for labels that do not fit.
     """
-    labels = _stored(path, "labels") if path.suffix.lower() == ".npz" and os.path.isfile(path) else None
+    if path.suffix.lower() != ".npz" or not os.path.isfile(path):
+        return None
+    labels = _stored(path, "labels")
     if labels is None:
+        if named := next((name for name in LIKE_LABELS if _stored(path, name) is not None), None):
+            note(f"{path} has an array {named}, which is not used: if it holds labels, name it labels")
         return None
     numbers, class_names = labels.dtype.kind in "iub", _stored(path, "class_names")
     if labels.shape not in ((count,), (count, 1)):

@@ -189,7 +189,7 @@ def _check_owners(options: Options) -> None:
             way = "leave it out"
             if of_denoisers:
                 is_made = options.run.checkpoint or options.run.resume
-                way += ", or train a run with --preset improved" if is_made else ", or add --preset improved"
+                way = f"{'train a run with' if is_made else 'add'} --preset improved, or {way}"
             raise UserError(f"{lacking} has no --{key}: {way}")
         if options.origins[key] == preset:
             raise UserError(f"{preset} is for {' and '.join(owners)}: {lacking} has no --{key}")

@@ -20,6 +20,7 @@ from datasets import digest
 from pipeline.checkpoints import load_weights
 from pipeline.declaration import Role
 from pipeline.options import (
+    CODES,
     DEFAULTS,
     AutoencoderOptions,
     DataOptions,
@@ -60,21 +61,31 @@ class Cost(NamedTuple):
 
 
 def costs(lineage: Lineage) -> list[Cost]:
-    """The cost of each stage, without trainings of unknown origin."""
-    trainings = [entry for entry in lineage if "images" in entry]
-    stages = dict.fromkeys(entry["stage"] for entry in trainings)
-    return [_cost(stage, [entry for entry in trainings if entry["stage"] == stage]) for stage in stages]
+    """The cost of each stage; where weights of unknown origin were among them, the name of the stage says so."""
+    stages = dict.fromkeys(entry["stage"] for entry in lineage if "images" in entry)
+    return [_cost(stage, [entry for entry in lineage if entry["stage"] == stage]) for stage in stages]
 
 
-def _cost(stage: str, trainings: Lineage) -> Cost:
+def _cost(stage: str, entries: Lineage) -> Cost:
+    trainings = [entry for entry in entries if "images" in entry]
     images, minutes = (sum(each[key] for each in trainings) for key in ("images", "minutes"))
-    return Cost(f"stage {1 + (stage == DENOISER)} ({stage})", len(trainings), images, minutes)
+    more = ", and trainings that are not known" if any(map(_is_unknown, entries)) else ""
+    return Cost(f"stage {1 + (stage == DENOISER)} ({stage}){more}", len(trainings), images, minutes)
 
 
-def images_before(lineage: Lineage, stage: str) -> int:
-    """How many images the weights had seen before the last training of this stage, if it went on with them."""
+def _is_unknown(entry: Entry) -> bool:
+    """Whether it stands for weights of unknown origin."""
+    return "weights_before" not in entry and "images" not in entry
+
+
+def images_before(lineage: Lineage, stage: str, logged: int) -> int:
+    """How many images the weights had seen before the `logged` ones of the last training of this stage.
+
+    None if it began with random weights. An entry with a `note` sums up trainings of which the last alone is logged.
+    """
     *before, last = [entry for entry in lineage if entry["stage"] == stage and "images" in entry] or [{}]
-    return sum(entry["images"] for entry in before) if last.get("weights_before") else 0
+    summed_up = last["images"] - logged if "note" in last else 0
+    return summed_up + (sum(entry["images"] for entry in before) if last.get("weights_before") else 0)
 
 
 def inherited(session: Session) -> Lineage:
@@ -95,7 +106,8 @@ def known(run: RunFolder, of_denoiser: bool) -> Lineage:
     if not path.is_file():
         return []
     entries, now = of_network(run.lineage, of_denoiser), digest(load_weights(path))
-    unknown = {"stage": DENOISER if of_denoiser else "vqsvae", "weights_after": now}
+    autoencoder = "vqsvae" if run.read_config().get("model", DEFAULTS["model"]) in CODES else "vae"
+    unknown = {"stage": DENOISER if of_denoiser else autoencoder, "weights_after": now}
     return entries if entries and entries[-1]["weights_after"] == now else [*entries, unknown]
 
 
@@ -105,7 +117,10 @@ def of_network(lineage: Lineage, of_denoiser: bool) -> Lineage:
 
 
 class Recorder:
-    """Keeps the entry of a training that goes on in the config.json of its run; resumed, it keeps its entry."""
+    """Keeps the entry of a training that goes on in the config.json of its run; resumed, it keeps its entry.
+
+    Of its options, those of the last call count: a training may be resumed for more epochs.
+    """
 
     def __init__(self, session: Session, stage: str):
         self.run = session.run
@@ -114,6 +129,7 @@ class Recorder:
         if last.get("stage") == stage and session.last.get("stage") == stage:
             places = [{key: each.get(key) for key in here} for each in (last, *last.get("resumed", []))]
             entry = last if here in places else last | {"resumed": [*last.get("resumed", []), here]}
+            entry |= {"options": _chosen(session.options, stage)}
         else:
             killed_at_once = last.get("stage") == stage and last["weights_after"] is None
             before = before if killed_at_once or not last else [*before, last]

@@ -47,6 +47,15 @@ def as_read(name: str, value: Any, source: str = " in config.json") -> Any:
     return value
 
 
+def option_in_words(name: str, value: Any) -> str:
+    """The value of an option as typed on the command line."""
+    if value is None:
+        return DECLARATIONS[name].absent or DECLARATIONS[name].shown or "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def reader(name: str) -> Callable[[str], Any]:
     """The function that parses an option's value; it raises ArgumentTypeError or ValueError."""
     declared, kind = DECLARATIONS[name], KINDS[name]

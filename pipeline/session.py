@@ -15,7 +15,7 @@ from pipeline.runtime.device import Machine, choose_machine
 from pipeline.runtime.processes import from_rank_0
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel, PriorSampling
 from pipeline.sampling.labels import OWN
-from pipeline.sampling.sample_files import load_samples
+from pipeline.sampling.sample_files import inpainted_of, load_samples
 
 
 class Session:
@@ -139,7 +139,8 @@ class Session:
         """Raise UserError if the folder for results holds those of another run."""
         found = load_samples(self.run.samples)
         facts = [*self.run.read_records(), *([found[1]] if found else [])]
-        others = {fact.get("checkpoint") for fact in facts} - {None, self.evaluated}
+        checkpoints = {inpainted_of(self.run.samples), *(fact.get("checkpoint") for fact in facts)}
+        others = checkpoints - {None, self.evaluated}
         if self.evaluated and others:
             raise UserError(f"{self.run.path} holds results of {others.pop()}: choose another --result_path")
 

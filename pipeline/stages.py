@@ -14,7 +14,7 @@ from pipeline.sampling.grids import GREY, grid, named_rows, save_png
 from pipeline.sampling.image_models import CodeDiffusion
 from pipeline.sampling.labels import OWN
 from pipeline.sampling.masks import hidden_pixels
-from pipeline.sampling.sample_files import CLASS_IMAGES, GRID_IMAGES
+from pipeline.sampling.sample_files import CLASS_IMAGES, GRID_IMAGES, INPAINTED
 from pipeline.session import Session
 from pipeline.start import announce_model, announce_training
 from pipeline.training.train import begin, check, train_autoencoder, train_denoiser
@@ -94,7 +94,8 @@ def inpaint(session: Session) -> None:
     announce_model(session, model, f"{len(images)}, each completed {rows} times: {drawn}", session.data)
     completed = model.inpaint(images.repeat(rows, 1, 1, 1), hidden)
     shown = grid(torch.cat((images, torch.where(hidden, GREY, images).byte(), completed)), len(images))
-    save_png(session.run.samples / "inpainted.png", named_rows(shown, ["", "", *names]) if names else shown)
+    about = {"checkpoint": session.evaluated} if session.evaluated else {}
+    save_png(session.run.samples / INPAINTED, named_rows(shown, ["", "", *names]) if names else shown, about)
 
 
 def _own_labels(session: Session, model: CodeDiffusion, count: int) -> list[int | str]:

@@ -19,7 +19,7 @@ from files import expand
 from parts import DATASETS
 from pipeline.declaration import Role
 from pipeline.options import DECLARATIONS, DEFAULTS, with_role
-from pipeline.parser import as_read, build_parser
+from pipeline.parser import as_read, build_parser, option_in_words
 from pipeline.presets import PRESETS
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
@@ -85,11 +85,13 @@ def command(args: argparse.Namespace, dataset: str, variant: str, passed_on: lis
 
 
 def differences(run: RunFolder, arguments: list[str]) -> list[str]:
-    """The options of a run that are not those of this command line, as far as they are recorded and last."""
+    """The options of a run that are not those of this command line: those that last, and what it was to compute."""
     saved, typed = run.read_config(), vars(build_parser(__doc__ or "").parse_args(arguments))
     wanted = DEFAULTS | PRESETS[typed.get("preset", DEFAULTS["preset"])] | typed
-    names = [name for name in with_role(Role.SETTING) if name in saved and not name.endswith(("_path", "_weights"))]
-    return [f"--{name} {saved[name]}" for name in names if as_read(name, saved[name]) != wanted[name]]
+    lasting = [*with_role(Role.SETTING), "stage", "metrics", "num_samples"]
+    names = [name for name in lasting if name in saved and not name.endswith(("_path", "_weights"))]
+    other = [name for name in names if as_read(name, saved[name]) != wanted[name]]
+    return [f"--{name} {option_in_words(name, as_read(name, saved[name]))}" for name in other]
 
 
 def of_model(model: str, arguments: list[str]) -> list[str]:

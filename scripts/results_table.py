@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from errors import UserError, reported
 from files import expand
 from pipeline.checkpoints import check_place, write_file
-from pipeline.evaluation.records import comparable
+from pipeline.evaluation.records import comparable, sampling_of
 from pipeline.lineage import costs
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
@@ -169,21 +169,24 @@ def _rows(model: Evaluated, records: Sequence[Record]) -> Iterator[Row]:
     for sampling in drawn or [{}]:
         own = [record for record, each in zip(records, settings, strict=True) if not each or each == sampling]
         columns = dict.fromkeys(record["name"] for record in own)
-        values = {column: _merged([record for record in own if record["name"] == column]) for column in columns}
+        values = {
+            column: _merged([record for record in own if record["name"] == column], model.dataset) for column in columns
+        }
         words = next((record["drawn"] for record in own if record.get("sampling")), "")
         yield Row(model.dataset, model.model, model.training, values, sampling, words, model.weights)
 
 
 def _but_seed(record: Record) -> dict[str, Any]:
     """The settings that its samples were drawn with, but for the seed; empty for what is of no samples."""
-    return {key: value for key, value in record.get("sampling", {}).items() if key != "seed"}
+    return {key: value for key, value in sampling_of(record).items() if key != "seed"}
 
 
-def _merged(records: Sequence[Record]) -> list[Value]:
+def _merged(records: Sequence[Record], dataset: str) -> list[Value]:
     """For each protocol, the mean over the seeds."""
     values = []
-    for protocol in dict.fromkeys(map(comparable, records)):
-        own = [record for record in records if comparable(record) == protocol]
+    protocols = [comparable(record, dataset) for record in records]
+    for protocol in dict.fromkeys(protocols):
+        own = [record for record, each in zip(records, protocols, strict=True) if each == protocol]
         numbers = list({record.get("sampling", {}).get("seed"): record["value"] for record in own}.values())
         values.append(Value(statistics.fmean(numbers), protocol, half_width(numbers)))
     return values

@@ -310,8 +310,11 @@ def test_results_elsewhere(cli, mistake, run, tmp_path):
     assert "folder of another run" in mistake("--checkpoint", run, "--result_path", tmp_path / "other")
 
 
-@pytest.mark.parametrize("first", [("--metrics", "mse"), ("--stage", "sample")], ids=["metrics", "samples"])
-@pytest.mark.parametrize("second", [("--metrics", "mse"), ("--stage", "sample")], ids=["metrics", "samples"])
+RESULTS = {"metrics": ("--metrics", "mse"), "samples": ("--stage", "sample"), "inpainted": ("--stage", "inpaint")}
+
+
+@pytest.mark.parametrize("first", RESULTS.values(), ids=RESULTS)
+@pytest.mark.parametrize("second", RESULTS.values(), ids=RESULTS)
 def test_results_of_another_run_are_not_replaced(first, second, cli, mistake, run, small, tmp_path):
     other, new = shutil.copytree(run, tmp_path / "other"), tmp_path / "ImageFolder" / "snn-vq-vae"
     assert cli("--checkpoint", run, *first, "--result_path", new).status == 0
@@ -368,7 +371,7 @@ def test_what_only_the_other_preset_has(option, mistake, run, small, tmp_path):
     """The remedy is named: the preset, or for what is trained already, a new run with it."""
     if option[0] != "--labels":
         line = mistake(*small, *option, "--result_path", tmp_path)
-        assert f"sdid has no {option[0]}: leave it out, or add --preset improved" in line
+        assert f"sdid has no {option[0]}: add --preset improved, or leave it out" in line
     if option[0] != "--condition":
         line = mistake("--checkpoint", run, "--stage", "sample", *option)
         assert f"sdid has no {option[0]}" in line and "train a run with --preset improved" in line

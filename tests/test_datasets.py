@@ -617,6 +617,12 @@ def test_labels_that_do_not_fit(arrays, words, tmp_path):
     assert words in message and str(tmp_path / "a.npz") in message
 
 
+def test_an_array_that_may_hold_labels_is_not_ignored_in_silence(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", images=noise(20, 8, 8), targets=[0, 1] * 10)
+    assert load_dataset("ImageFolder", tmp_path / "a.npz", image_size=8).train_labels is None
+    assert "an array targets, which is not used" in capsys.readouterr().err
+
+
 def test_labels_of_two_array_files(tmp_path):
     """Classes are matched by name, whatever their numbers; the test images have no others."""
     np.savez(tmp_path / "train.npz", images=noise(4, 8, 8), labels=[0, 1, 2, 0], class_names=["x", "y", "z"])

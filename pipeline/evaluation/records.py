@@ -12,7 +12,6 @@ weights                 digest of the networks that are evaluated
 processor, versions, …  what else its value depends on
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,8 @@ from pipeline.checkpoints import write_json
 from pipeline.run_folder import RunFolder, versions
 from pipeline.runtime.device import Machine, describe_machine
 from pipeline.runtime.processes import on_rank_0
+
+Record = Mapping[str, Any]
 
 
 def make_record(
@@ -43,12 +44,11 @@ def write_records(run: RunFolder, records: list[dict], machine: Machine, weights
     """Merge records of the networks with the digest `weights` into metrics.json, and print them as a table.
 
     A record of the same metric is replaced if its split, its feature network and the settings of its samples are the
-    same. The others are kept if they are of the same weights; those of other or unknown weights are dropped, and a line
-    says which.
+    same, or if it does not say them, being older than these fields. The others are kept if they are of the same
+    weights; those of other or unknown weights are dropped, and a line says which.
     """
     records = [{**record, **context(machine), "weights": weights} for record in records]
-    computed = {_identity(record) for record in records}
-    others = [record for record in run.read_records() if _identity(record) not in computed]
+    others = [old for old in run.read_records() if not any(_replaces(record, old) for record in records)]
     kept = [record for record in others if record.get("weights") == weights]
     try:  # what cannot be written is printed, and what cannot be printed is written
         if dropped := dict.fromkeys(record["name"] for record in others if record.get("weights") != weights):
@@ -58,11 +58,19 @@ def write_records(run: RunFolder, records: list[dict], machine: Machine, weights
         write_json(run.metrics, [*kept, *records])
 
 
-IDENTITY = ("name", "split", "network", "sampling")
+def _replaces(record: Record, old: Record) -> bool:
+    """Whether an older record is of the same metric, or may be."""
+    same = all(record[key] == old[key] for key in ("name", "split"))
+    same_network = old.get("network") in (None, record.get("network"))
+    return same and same_network and sampling_of(old) in ({}, sampling_of(record))
 
 
-def _identity(record: Mapping[str, Any]) -> str:
-    return json.dumps([record.get(key) for key in IDENTITY], sort_keys=True)
+def sampling_of(record: Record) -> dict[str, Any]:
+    """The settings that its samples were drawn with; empty for what is of no samples, or does not say.
+
+    Whether the temperature was typed or chosen on held-out images makes no difference to samples.
+    """
+    return {key: value for key, value in record.get("sampling", {}).items() if key != "temperature_chosen"}
 
 
 def print_records(records: list[dict]) -> None:
@@ -80,15 +88,19 @@ def print_records(records: list[dict]) -> None:
         said = protocol
 
 
-def comparable(record: dict) -> str:
-    """The same, and what tells its real images and its feature network from others: equal if values are comparable."""
+def comparable(record: Record, dataset: str) -> str:
+    """The same, and what tells its real images and its feature network from others: equal if values are comparable.
+
+    `dataset` is that of the run, for a record that is older than these fields.
+    """
     digests = {"real images": record.get("real_sha256"), "network": record.get("network")}
     named = [f"{what} {digest[:6]}" for what, digest in digests.items() if digest]
-    of = f" of {record['dataset']}" if "dataset" in record else ""
+    name = record.get("dataset", dataset)
+    of = f" of {name}" if name else ""
     return ", ".join([f"{describe(record)}{of}", *named])
 
 
-def describe(record: dict) -> str:
+def describe(record: Record) -> str:
     """Protocol of a metric and the images it was computed on, in one line."""
     counts = {"generated": record["num_generated"], f"{record['split']} images": record["num_real"]}
     return f"{record['protocol']} ({', '.join(f'{number} {what}' for what, number in counts.items() if number)})"

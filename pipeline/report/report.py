@@ -13,6 +13,7 @@ from markupsafe import Markup
 from pipeline.checkpoints import write_file
 from pipeline.declaration import Role
 from pipeline.options import DECLARATIONS, DEFAULTS, with_role
+from pipeline.parser import option_in_words
 from pipeline.report.plots import Curve, Plot, line_plot
 from pipeline.report.run_view import Missing, RunView, Shown, attempt
 from pipeline.runtime import processes
@@ -119,15 +120,6 @@ def setting(run: RunView, name: str) -> str:
     """The value of a run's option, as text."""
     has_option = run.is_known and run.options.concern(name)
     return option_in_words(name, run.options.values()[name]) if has_option else NONE
-
-
-def option_in_words(name: str, value: Any) -> str:
-    """The value of an option as typed on the command line."""
-    if value is None:
-        return DECLARATIONS[name].absent or DECLARATIONS[name].shown or NONE
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def metrics(runs: Sequence[RunView]) -> Summary:

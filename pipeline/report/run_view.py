@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from datasets import ImageData, needs_download
 from errors import UserError, say_on_stderr
-from pipeline.evaluation.records import comparable
+from pipeline.evaluation.records import comparable, sampling_of
 from pipeline.evaluation.temperature import at_recorded_temperature
 from pipeline.lineage import Cost, costs, images_before
 from pipeline.report.pictures import Picture, animation, picture
@@ -142,8 +142,9 @@ class RunView:
         curves = {}
         for stage in (1, 2):
             epochs = [line for line in self.log if stage_of(line) == stage]
-            before = images_before(self.trained.lineage, epochs[0]["stage"]) if epochs else 0
-            seen = [before + images for images in accumulate(line["images"] for line in epochs)]
+            seen = list(accumulate(line["images"] for line in epochs))
+            before = images_before(self.trained.lineage, epochs[0]["stage"], seen[-1]) if epochs else 0
+            seen = [before + images for images in seen]
             for key in dict.fromkeys(key for line in epochs for key in line if key not in {*LOG_KEYS, "time"}):
                 points = [(images, line[key]) for images, line in zip(seen, epochs, strict=True) if key in line]
                 x, y = zip(*points, strict=True)
@@ -161,7 +162,8 @@ class RunView:
         """The values, as text, by name and protocol; if there are several, each with the settings of its samples."""
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for record in self.records:
-            found.setdefault((record["name"], comparable(record)), []).append(record)
+            dataset = self.options.data.dataset_name if self.is_known else ""
+            found.setdefault((record["name"], comparable(record, dataset)), []).append(record)
         return {key: _side_by_side(records) for key, records in found.items()}
 
     def circumstances(self) -> list[str]:
@@ -224,8 +226,7 @@ class RunView:
 
     def firing_rates(self) -> Shown:
         """Spikes of each layer."""
-        rates = (record["layers"] for record in self.records if record["name"] == "firing_rate")
-        layers: dict[str, float] = next(rates, {})
+        layers: dict[str, float] = self.latest.get("firing_rate", {}).get("layers", {})
         if not layers:
             raise UserError("metrics.json has no firing rates: --metrics energy computes them.")
         groups: dict[str, dict[str, float]] = {}
@@ -233,12 +234,12 @@ class RunView:
             part, _, layer = name.partition(": ")
             groups.setdefault(part, {})[layer] = rate
         title = "spikes per neuron and spike step"
-        caption = "Share of the neurons of each layer that fire at a spike step."
+        caption = f"Share of the neurons of each layer that fire at a spike step.{self._settings_of('firing_rate')}"
         return Shown([bar_plot(title, groups, self.line.colour)], caption)
 
     def energy(self) -> Shown:
         """Energy of each layer, or of each part if the records are older than the count by layer."""
-        parts = [record for name in PARTS for record in self.records if record["name"] == f"energy_{name}"]
+        parts = [self.latest[f"energy_{name}"] for name in PARTS if f"energy_{name}" in self.latest]
         if not parts:
             raise UserError("metrics.json has no energy: --metrics energy computes it.")
         groups = {part["name"].removeprefix("energy_"): part["layers"] for part in parts if "layers" in part}
@@ -248,7 +249,17 @@ class RunView:
             if "denoiser_pass" in groups["parts"]:  # a sample takes many passes and would dwarf the rest
                 groups["parts"].pop("sample", None)
             caption = "Energy of each part. metrics.json has no values by layer: --metrics energy computes them."
-        return Shown([bar_plot(ENERGY, groups, self.line.colour)], caption)
+        return Shown([bar_plot(ENERGY, groups, self.line.colour)], caption + self._settings_of("energy_sample"))
+
+    @cached_property
+    def latest(self) -> dict[str, dict[str, Any]]:
+        """The records by name; of several settings of sampling, those that were computed last."""
+        return {record["name"]: record for record in self.records}
+
+    def _settings_of(self, name: str) -> str:
+        """How the samples of the latest record of this name were drawn, if there are others."""
+        several = sum(record["name"] == name for record in self.records) > 1
+        return f" Samples: {self.latest[name].get('drawn', 'unknown')}." if several else ""
 
 
 def stage_of(line: dict[str, Any]) -> int:
@@ -260,8 +271,9 @@ def _side_by_side(records: Sequence[dict[str, Any]]) -> str:
     """The values of one metric, as text."""
     if len(records) == 1:
         return in_digits(records[0]["value"])
-    settings = [record.get("sampling", {}) for record in records]
-    changed = [key for key in settings[0] if any(each.get(key) != settings[0][key] for each in settings)]
+    settings = [sampling_of(record) for record in records]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    changed = [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
     words = [", ".join(f"{key.replace('_', ' ')} {each.get(key)}" for key in changed) for each in settings]
     return "; ".join(f"{in_digits(each['value'])} ({how})" for each, how in zip(records, words, strict=True))
 

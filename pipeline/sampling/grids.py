@@ -3,13 +3,14 @@
 import colorsys
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -67,17 +68,19 @@ def named_rows(image: Tensor, names: Sequence[str]) -> Tensor:
     return torch.from_numpy(np.array(page)).permute(2, 0, 1)
 
 
-def encode_png(image: Tensor) -> bytes:
-    """The PNG file of an image, uint8 `[C,H,W]` with C = 1 or 3."""
+def encode_png(image: Tensor, about: Mapping[str, str] | None = None) -> bytes:
+    """The PNG file of an image, uint8 `[C,H,W]` with C = 1 or 3; `about` are texts that are kept in it by name."""
     pixels = image.permute(1, 2, 0).numpy()  # [C,H,W] -> [H,W,C]
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    buffer, texts = io.BytesIO(), PngInfo()
+    for name, text in (about or {}).items():
+        texts.add_itxt(name, text)
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(buffer, "PNG", pnginfo=texts)
     return buffer.getvalue()
 
 
-def save_png(path: Path, image: Tensor) -> None:
-    """Write an image, uint8 `[C,H,W]`."""
-    write_file(path, encode_png(image))
+def save_png(path: Path, image: Tensor, about: Mapping[str, str] | None = None) -> None:
+    """Write an image, see `encode_png`."""
+    write_file(path, encode_png(image, about))
 
 
 def check_figure_place(path: Path | None) -> None:

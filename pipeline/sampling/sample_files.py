@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pipeline.checkpoints import write_file
 from pipeline.runtime.processes import on_rank_0
 from pipeline.sampling.grids import class_grid, encode_png, grid, save_png
 
+INPAINTED = "inpainted.png"
 GRID_IMAGES = 64
 CLASS_IMAGES = 10  # of each class that is asked for
 
@@ -54,6 +56,15 @@ def read_samples(folder: Path, settings: dict[str, Any], count: int) -> Tensor |
     if found is None or found[1] != settings or len(found[0]) < count:
         return None
     return found[0][:count]
+
+
+def inpainted_of(folder: Path) -> str | None:
+    """The checkpoint that completed the images in `inpainted.png`; None where that names none, or is not there."""
+    try:
+        with Image.open(folder / INPAINTED) as page:
+            return page.info.get("checkpoint")
+    except OSError:
+        return None
 
 
 @on_rank_0

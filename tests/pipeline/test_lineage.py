@@ -4,12 +4,13 @@ import json
 import subprocess
 
 import pytest
+import torch
 from helpers import run_in, without
 
 from datasets import digest
 from pipeline.checkpoints import load_weights, save_weights
-from pipeline.lineage import costs, images_before
-from pipeline.run_folder import program_version
+from pipeline.lineage import costs, images_before, known
+from pipeline.run_folder import RunFolder, program_version
 from scripts import pack, results_table
 
 STAGE_1 = ("--epochs", "--revive_codes", "--clipped_error")
@@ -53,14 +54,20 @@ def test_weights_that_are_trained_further_keep_their_lineage(cli, run, start, tm
     assert kept == before and last["images"] == 120 and last["options"]["diffusion_epochs"] == 1
     assert (last["weights_before"], last["weights_after"]) == (before[1]["weights_after"], weights(further)[1])
     assert [cost.images for cost in costs(lineage(further))] == [240, 360]
-    assert images_before(lineage(further), "sdid") == 240 and images_before(lineage(further), "vqsvae") == 0
+    assert images_before(lineage(further), "sdid", 120) == 240 and images_before(lineage(further), "vqsvae", 240) == 0
 
 
 def test_a_new_denoiser_has_a_lineage_of_its_own(cli, run, start, tmp_path):
     assert cli(*start, run, "--new_denoiser", "--result_path", tmp_path / "new").status == 0
     first, second = lineage(run_in(tmp_path / "new"))
     assert first == lineage(run)[0] and second["weights_before"] is None and second["images"] == 120
-    assert images_before([first, second], "sdid") == 0
+    assert images_before([first, second], "sdid", 120) == 0
+
+
+def test_an_entry_that_sums_up_trainings_ends_where_the_log_ends():
+    summed_up = {"stage": "sdid", "note": "of before", "weights_before": None, "images": 900, "minutes": 9}
+    later = {"stage": "sdid", "weights_before": "a", "images": 50, "minutes": 1}
+    assert images_before([summed_up], "sdid", 300) == 600 and images_before([summed_up, later], "sdid", 50) == 900
 
 
 def test_both_stages_trained_further(cli, run, small, tmp_path):
@@ -79,7 +86,16 @@ def test_weights_of_unknown_origin_are_called_so(cli, run, start, tmp_path):
     first, unknown, second, last = lineage(run_in(tmp_path / "further"))
     assert [first, second] == lineage(run) and last["weights_before"] == second["weights_after"]
     assert unknown == {"stage": "vqsvae", "weights_after": weights(run)[0]} != {"weights_after": first["weights_after"]}
-    assert [cost.images for cost in costs([first, unknown])] == [240]
+    (cost,) = costs([first, unknown])
+    assert cost.images == 240 and cost.stage == "stage 1 (vqsvae), and trainings that are not known"
+
+
+def test_an_autoencoder_without_codes_of_unknown_origin(cli, tmp_path):
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model": "snn-vae"}))
+    save_weights(folder / "model.pth", {"a": torch.ones(1)})
+    assert [entry["stage"] for entry in known(RunFolder(folder), of_denoiser=False)] == ["vae"]
 
 
 def test_a_run_from_before_there_was_a_lineage(cli, run, start, tmp_path):
@@ -108,6 +124,12 @@ def test_a_training_that_is_resumed_is_one_entry(cli, small, finished, tmp_path)
     assert len(one) == 2 and all("resumed" not in entry for entry in one)
     for key in ("stage", "options", "data", "weights_before", "weights_after", "images"):
         assert [entry[key] for entry in one] == [entry[key] for entry in other], key
+
+
+def test_a_training_that_is_resumed_for_more_epochs_says_so(cli, run):
+    assert cli("--resume", run, "--diffusion_epochs", 3).status == 0
+    first, second = lineage(run)
+    assert (first["options"]["epochs"], second["options"]["diffusion_epochs"]) == (2, 3) and second["images"] == 3 * 120
 
 
 def test_another_machine_is_noted_when_a_training_is_resumed(cli, small, tmp_path, monkeypatch):

@@ -72,8 +72,12 @@ def test_finished_runs_are_left_alone_and_others_resumed(calls, begun, tmp_path)
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(
     ("other", "named"),
-    [(["--seed", "4"], "--seed 3"), (["--seed", "3", "--preset", "improved"], "--preset faithful")],
-    ids=["seed", "preset"],
+    [
+        (["--seed", "4"], "--seed 3"),
+        (["--seed", "3", "--preset", "improved"], "--preset faithful"),
+        (["--seed", "3", "--metrics", "mse"], "--metrics all"),
+    ],
+    ids=["seed", "preset", "metrics"],
 )
 def test_a_run_with_other_options_is_not_called_finished(other, named, finished, calls, begun, tmp_path, capsys):
     """Nor is it resumed: what differs is named, and the other runs go on."""

@@ -58,6 +58,18 @@ def test_samples_drawn_otherwise_have_records_of_their_own(cli, run):
     assert sum(record["name"] == "energy_encode" for record in read(run)) == 1, "of no samples"
 
 
+def test_records_that_may_be_of_the_same_settings_are_replaced(cli, run):
+    """A temperature is the same if it was chosen; and what is older than the fields does not say what it is of."""
+    (record,) = [record for record in read(run) if record["name"] == "energy_sample"]
+    chosen = {**record, "sampling": {**record["sampling"], "temperature_chosen": True}}
+    older = {key: value for key, value in record.items() if key != "sampling"}
+    another = {**record, "sampling": {**record["sampling"], "temperature": 0.9}}
+    (run / "metrics.json").write_text(json.dumps([chosen, older, another]), encoding="utf-8")
+    assert cli("--checkpoint", run, "--metrics", "energy").status == 0
+    found = [each["sampling"] for each in read(run) if each["name"] == "energy_sample"]
+    assert found == [another["sampling"], record["sampling"]]
+
+
 def test_what_a_record_depends_on_is_in_fields(finished):
     records = {record["name"]: record for record in read(finished.path)}
     drawn, seen = records["energy_sample"], records["mse"]

@@ -13,7 +13,7 @@ from helpers import SMALL
 from datasets import needs_download
 from pipeline.report import run_view
 from pipeline.report.report import SECTIONS
-from pipeline.report.run_view import nearest
+from pipeline.report.run_view import RunView, nearest
 from pipeline.sampling.grids import grid, ungrid
 from scripts import report
 
@@ -200,6 +200,33 @@ def test_settings_of_several_runs_are_those_that_differ(cli, small, run, page, t
 
 
 # ---- the numbers in it ----
+
+
+def test_values_of_several_settings_are_told_apart(run):
+    """Layers are those of the last; and an old record, which does not say its settings, is not the first's equal."""
+    records = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    later = []
+    for record in records:
+        if record["name"] in ("firing_rate", "energy_denoiser_pass", "energy_sample"):
+            settings = {"sampling": {**record["sampling"], "sample_steps": 2}, "drawn": "two timesteps"}
+            later.append(record | settings | ({"layers": {"all: layer": 0.125}} if "layers" in record else {}))
+            del record["sampling"]
+    (run / "metrics.json").write_text(json.dumps([*records, *later]), encoding="utf-8")
+    view = RunView(report.open_run(run, None), 0)
+    for shown in (view.firing_rates(), view.energy()):
+        assert "all" in shown.figures[0].svg and "layer 0.1250" in shown.figures[0].svg
+        assert shown.caption.endswith(" Samples: two timesteps.")
+    (text,) = [value for (name, _), value in view.metrics().items() if name == "energy_sample"]
+    assert "sample steps None" in text and "sample steps 2" in text
+
+
+def test_old_records_are_of_the_data_set_of_their_run(run):
+    """So that those of two data sets do not share a row."""
+    records = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    for record in records:
+        del record["dataset"], record["real_sha256"]
+    (run / "metrics.json").write_text(json.dumps(records), encoding="utf-8")
+    assert all(" of ImageFolder" in key for _, key in RunView(report.open_run(run, None), 0).metrics())
 
 
 def test_nearest_training_images(monkeypatch):
