@@ -68,8 +68,6 @@ def _assemble(typed: dict[str, Any]) -> Call:
     if made and made.exists():
         ways = f"resume it with --resume {run.path}, evaluate with --checkpoint {run.model}"
         raise UserError(f"{made} already exists: {ways}, or choose another --result_path")
-    if made and run.trained is not run:
-        raise UserError(f"{run.path} holds results of {run.trained.path}: choose another --result_path")
     if made and _is_interrupted(run, made):
         way = f"resume it with --resume {run.path}"
         raise UserError(f"{run.last} is of an interrupted training: {way}, or choose another --result_path")

@@ -131,17 +131,17 @@ class Session:
         Raises UserError if its files are missing or inconsistent.
         """
         model = self.read_model(draws)
-        self._check_results()
+        self.check_results()
         self.run.check_writable()
         return model
 
-    def _check_results(self) -> None:
-        """Raise UserError if the folder for results holds those of another run."""
+    def check_results(self) -> None:
+        """Raise UserError if the folder that this call writes to holds results of another run."""
         found = load_samples(self.run.samples)
         facts = [*self.run.read_records(), *([found[1]] if found else [])]
         checkpoints = {inpainted_of(self.run.samples), *(fact.get("checkpoint") for fact in facts)}
         others = checkpoints - {None, self.evaluated}
-        if self.evaluated and others:
+        if others:
             raise UserError(f"{self.run.path} holds results of {others.pop()}: choose another --result_path")
 
     @property

@@ -321,8 +321,7 @@ def test_results_of_another_run_are_not_replaced(first, second, cli, mistake, ru
     before = {path: path.read_bytes() for path in files(new)}
     line = mistake("--checkpoint", other, *second, "--result_path", new)
     assert f"{new} holds results of {run}" in line and "--result_path" in line
-    if first[0] == "--metrics":
-        assert f"holds results of {run}" in mistake(*small, "--result_path", tmp_path), "a training"
+    assert f"holds results of {run}" in mistake(*small, "--result_path", tmp_path), "a training"
     assert {path: path.read_bytes() for path in files(new)} == before
     assert cli("--checkpoint", run, *second, "--result_path", new).status == 0
 

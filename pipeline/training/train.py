@@ -33,7 +33,7 @@ def check(session: Session) -> None:
     if not session.has_codes and height != width:
         raise UserError(f"images of {width}x{height} pixels: {o.autoencoder.model} needs squares")
     run.read_log()
-    run.read_records()
+    session.check_results()
     _check_same_data(session)
     stage, size = o.run.stage, o.autoencoder.codebook_size
     if stage == "sdid" and not session.has_codes:
