@@ -137,8 +137,8 @@ def test_what_follows_a_run_has_its_neurons(plif, cli, grey, tmp_path):
     ("options", "said"),
     [
         (("--neuron", "lif"), "omit --neuron (plif in the run)"),
-        (("--tau", "5"), "omit --tau (3.0 in the run)"),
-        (("--v_reset", "soft"), "omit --v_reset (0.0 in the run)"),
+        (("--tau", "5"), "omit --tau (3 in the run)"),
+        (("--v_reset", "soft"), "omit --v_reset (0 in the run)"),
     ],
     ids=str,
 )
@@ -147,7 +147,7 @@ def test_other_neurons_than_those_of_a_run_are_refused(options, said, plif, cli,
     evaluated = cli("--checkpoint", run, *options)
     assert evaluated.status == 2 and said in evaluated.err
     begun = cli(*grey, "--start_from", run, "--stage", "sdid", *options, "--result_path", tmp_path / "new")
-    assert begun.status == 2 and said.replace("the run", "that run") in begun.err and begun.err.count("\n") == 1
+    assert begun.status == 2 and said in begun.err and begun.err.count("\n") == 1
 
 
 def test_a_run_from_before_there_was_a_choice_has_the_papers_neurons(run, cli):
