@@ -206,10 +206,8 @@ class _NormLIF(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, x, offset, weight, bias, mean, invstd, gain, neuron, spike_steps, constant, readout, dtype, *modes
-    ):
-        ctx.training, ctx.reduction = modes
+    def forward(ctx, x, offset, weight, bias, mean, invstd, gain, neuron, spike_steps, constant, readout, *modes):
+        dtype, ctx.training, ctx.reduction = modes
         scale = weight.double() * invstd
         shift = bias.double() - mean * scale
         accumulator = torch.promote_types(x.dtype, torch.float32)
