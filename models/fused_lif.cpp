@@ -92,13 +92,14 @@ template <class A> struct Neuron {
 
 template <class X, class Y> struct Forward {
     using A = typename Accumulator<X>::type;
-    const Neuron<A> neuron;
+    const Neuron<A> kind;
     const X* x;
     const A *scale, *shift, *readout;
     long steps, positions, channels;
     bool constant;
     Y* out;
     void run(long begin, long end, long rows, long) {
+        const Neuron<A> neuron = kind;  // a copy that no store can change: it stays in registers
         const auto a = repeat(scale, channels, rows), b = repeat(shift, channels, rows);
         std::vector<A> voltage(rows * channels), sum(rows * channels);
         const long stride = positions * channels;
@@ -130,7 +131,7 @@ template <class X, class Y> struct Forward {
 template <class X, class Y> struct Backward {
     using A = typename Accumulator<X>::type;
     static constexpr long SUMS = 3;
-    const Neuron<A> neuron;
+    const Neuron<A> kind;
     const bool learns;  // whether the gradient of `gain` is wanted
     const X* x;
     const A *scale, *shift, *mean, *invstd, *readout;
@@ -140,6 +141,7 @@ template <class X, class Y> struct Backward {
     X* grad;       // gradient of batch norm's output, shaped like x
     double* sums;  // [SHARES, SUMS, C]: of that gradient, of its product with the normalised input, gradient of `gain`
     void run(long begin, long end, long rows, long share) {
+        const Neuron<A> neuron = kind;  // a copy that no store can change: it stays in registers
         const auto a = repeat(scale, channels, rows), b = repeat(shift, channels, rows);
         const auto m = repeat(mean, channels, rows), i = repeat(invstd, channels, rows);
         const long width = rows * channels, stride = positions * channels;
@@ -152,7 +154,7 @@ template <class X, class Y> struct Backward {
             std::fill(dv.begin(), dv.end(), A(0));
             std::fill(total.begin(), total.end(), A(0));
             std::fill(product.begin(), product.end(), A(0));
-            std::fill(slope.begin(), slope.end(), A(0));
+            if (learns) std::fill(slope.begin(), slope.end(), A(0));
             for (long s = 0; s < steps; ++s) {
                 const X* in = x + at + (constant ? 0 : s * stride);
                 A* hs = h.data() + s * width;
@@ -191,8 +193,8 @@ template <class X, class Y> struct Backward {
             for (long j = 0, c = 0; j < n; ++j, c = c + 1 == channels ? 0 : c + 1) {
                 out_sums[c] += total[j];
                 out_sums[channels + c] += product[j];
-                out_sums[2 * channels + c] += slope[j];
             }
+            for (long j = 0; learns && j < n; ++j) out_sums[2 * channels + j % channels] += slope[j];
         }
     }
 };

@@ -212,23 +212,8 @@ class _NormLIF(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        x,
-        offset,
-        weight,
-        bias,
-        mean,
-        invstd,
-        gain,
-        neuron,
-        spike_steps,
-        constant,
-        readout,
-        dtype,
-        training,
-        reduction,
-    ):
+    def forward(ctx, x, offset, weight, bias, mean, invstd, gain, neuron, spike_steps, constant, readout, *modes):
+        dtype, ctx.training, ctx.reduction = modes
         scale = weight.double() * invstd
         shift = bias.double() - mean * scale
         accumulator = torch.promote_types(x.dtype, torch.float32)
@@ -243,7 +228,7 @@ class _NormLIF(torch.autograd.Function):
         sizes = (spike_steps, positions, channels, constant)
         call(f"forward_{ctx.kernel}", x, scale, shift, readout, *sizes, out, neuron)
         ctx.save_for_backward(x, weight, scale, shift, mean, invstd, gain, neuron, readout)
-        ctx.sizes, ctx.training, ctx.reduction = sizes, training, reduction
+        ctx.sizes = sizes
         return out
 
     @staticmethod
@@ -351,5 +336,5 @@ def norm_lif(
     invstd = (variance + norm.eps).rsqrt()
     statistics = (offset, norm.weight, norm.bias, mean, invstd)
     values = torch.tensor((float(gain.detach()), neuron.leak, neuron.threshold), dtype=torch.float64, device="cpu")
-    modes = (norm.training, reduction)
-    return _NormLIF.apply(x, *statistics, gain, values, spike_steps, constant, readout, dtype, *modes)
+    modes = (dtype, norm.training, reduction)
+    return _NormLIF.apply(x, *statistics, gain, values, spike_steps, constant, readout, *modes)

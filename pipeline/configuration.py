@@ -21,7 +21,7 @@ from pipeline.options import (
     names,
     with_role,
 )
-from pipeline.parser import as_read, as_written, build_parser
+from pipeline.parser import as_read, as_typed, as_written, build_parser
 from pipeline.presets import PRESETS
 from pipeline.run_folder import RunFolder
 from pipeline.sampling.labels import ANY
@@ -148,15 +148,21 @@ def _is_interrupted(run: RunFolder, made: Path) -> bool:
 
 def _check_started(options: Options, started: Mapping[str, Any]) -> None:
     """Refuse neurons other than those with which the autoencoder of `--start_from` was trained, if it is kept."""
-    changed = [f"--{key} ({started[key]} in that run)" for key in NEURON if started and _differs(options, key, started)]
+    changed = _changed(options, started, NEURON)
     if options.run.stage == "sdid" and changed:
         start = options.run.start_from
         raise UserError(f"--start_from {start} has an autoencoder of other neurons: omit {', '.join(changed)}")
 
 
-def _differs(options: Options, key: str, saved: Mapping[str, Any]) -> bool:
-    """Whether an option has another value than in a saved run."""
-    return as_written(options.values()[key]) != as_written(as_read(key, saved[key]))
+def _changed(options: Options, saved: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Those of the options that have another value than in a saved run, in words."""
+    before = {key: as_read(key, saved[key]) for key in keys if key in saved}
+    now = options.values()
+    return [
+        f"--{key} ({as_typed(key, value)} in the run)"
+        for key, value in before.items()
+        if as_written(now[key]) != as_written(value)
+    ]
 
 
 def _check_fixed(options: Options, run: RunFolder, saved: Mapping[str, Any]) -> None:
@@ -168,8 +174,7 @@ def _check_fixed(options: Options, run: RunFolder, saved: Mapping[str, Any]) -> 
         fixed.append("epochs")  # stage 1 is over
     if saved:  # a run from before there was a choice of neurons has those of the paper
         saved = {key: DEFAULTS[key] for key in NEURON} | dict(saved)
-    changed = [f"--{key} ({saved[key]} in the run)" for key in fixed if key in saved and _differs(options, key, saved)]
-    if changed:
+    if changed := _changed(options, saved, fixed):
         raise UserError(f"{run.path} was made with different options: omit {', '.join(changed)}")
 
 

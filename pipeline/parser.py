@@ -21,6 +21,13 @@ def as_written(value: Any) -> Any:
     return str(value.absolute()) if isinstance(value, Path) else value
 
 
+def as_typed(name: str, value: Any) -> str:
+    """An option's value as it would be typed."""
+    if value is None:
+        return str(DECLARATIONS[name].absent)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def as_read(name: str, value: Any, source: str = " in config.json") -> Any:
     """An option's value from config.json or from Python, with the same checks as one that was typed.
 

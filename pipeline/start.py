@@ -10,7 +10,7 @@ from torch import nn
 from datasets import ImageData
 from models import fused_lif, neuron_options
 from models.neurons import FromRest, dynamics_of
-from pipeline.options import DECLARATIONS
+from pipeline.parser import as_typed
 from pipeline.runtime import processes
 from pipeline.runtime.device import describe_machine
 from pipeline.runtime.processes import on_rank_0
@@ -111,17 +111,12 @@ def describe_neurons(session: Session, networks: list[tuple[str, nn.Module]]) ->
     if not any(isinstance(layer, FromRest) for _, network in networks for layer in network.modules()):
         return []
     values, name = vars(session.options.neuron), session.options.neuron.neuron
-    words = [f"{key} {as_shown(key, values[key])}" for key in neuron_options(name) if key in values]
+    words = [f"{key} {as_typed(key, values[key])}" for key in neuron_options(name) if key in values]
     how = "SpikingJelly"
     if session.machine.device.type == "cpu":
         fused = dynamics_of(session.networks.neuron()) is not None and fused_lif.available()
         how = "compiled kernels" if fused else "SpikingJelly, not fused"
     return [("neuron", f"{', '.join([name, *words])} ({how})")]
-
-
-def as_shown(option: str, value: float | None) -> str:
-    """A number, or the word for its absence, as it would be typed."""
-    return str(DECLARATIONS[option].absent) if value is None else f"{value:g}"
 
 
 def circumstances(session: Session) -> Rows:

@@ -26,6 +26,8 @@ from files import expand
 from pipeline.checkpoints import check_place, write_file
 from pipeline.evaluation.records import comparable, sampling_of
 from pipeline.lineage import costs
+from pipeline.options import DEFAULTS
+from pipeline.parser import as_typed
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.grids import check_figure_place, save_figure
@@ -155,6 +157,8 @@ def _model(run: RunFolder) -> tuple[str, str, str]:
         missing = f"{run.trained.config} does not say which model the metrics in {run.path} are for"
         raise UserError(f"{missing}: restore the file that the run wrote, or leave the folder out")
     ablation = [options[key] for key in ("readout", "spike_generator", "neuron") if options.get(key) not in STANDARD]
+    neuron = {key: options.get(key, DEFAULTS[key]) for key in ("tau", "v_threshold", "v_reset")}
+    ablation += [f"{key} {as_typed(key, value)}" for key, value in neuron.items() if value != DEFAULTS[key]]
     improved = ["improved"] if options.get("preset") == "improved" else []
     condition = [f"condition {options['condition']}"] if options.get("condition", "none") != "none" else []
     spent = [f"{cost.stage}: {cost.images:,} images, {cost.time}" for cost in costs(run.trained.lineage)]

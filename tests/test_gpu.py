@@ -10,7 +10,7 @@ import torch
 from helpers import IMPROVED, LIVELY, SMALL, read_images, read_log, read_metrics, run_in, with_steady_current
 
 from models import SDID, VQSVAE, ResidualSDID
-from models.neurons import LIF
+from models.neurons import IF, LIF, PLIF
 from pipeline.runtime.device import choose_machine
 from pipeline.training.averaging import moving_average
 
@@ -25,7 +25,8 @@ def float32():
     choose_machine("cuda", "float32")
 
 
-def test_lif_is_that_of_the_cpu():
+@pytest.mark.parametrize("neuron", [LIF, IF, PLIF])
+def test_a_neuron_is_that_of_the_cpu(neuron):
     """Spikes and gradients; the currents are multiples of 1/8, so that each processor computes potentials exactly."""
     torch.manual_seed(0)
     currents = torch.randint(-8, 24, (4, 3, 8, 5, 5)) / 8
@@ -33,7 +34,7 @@ def test_lif_is_that_of_the_cpu():
     results = []
     for device in ("cpu", "cuda"):
         x = currents.to(device).requires_grad_()
-        spikes = LIF()(x)
+        spikes = neuron().to(device)(x)
         (gradient,) = torch.autograd.grad(spikes, x, cotangent.to(device))
         results.append((spikes.cpu(), gradient.cpu()))
     (spikes, gradient), (gpu_spikes, gpu_gradient) = results

@@ -1,18 +1,19 @@
 """Neurons that are chosen: in every network, through a run and whatever follows it, and one of one's own."""
 
 import json
+import re
 import shutil
+from textwrap import dedent
 
 import pytest
 import torch
-from helpers import IMPROVED, SMALL, read_metrics, run_in, without
-from spikingjelly.activation_based.neuron import SimpleBaseNode
+from helpers import IMPROVED, ROOT, SMALL, read_metrics, run_in, without
 from test_start import block
 
 import parts
 from models import build_denoiser, build_model, choose_neuron, model_options, neuron_options
 from models.neurons import IF, LIF, PLIF, FromRest
-from models.spiking import use_backend
+from models.spiking import Firing, use_backend
 from parts import AUTOENCODERS, DENOISERS, NEURONS
 from pipeline.checkpoints import load_weights
 from scripts.pack import main as pack
@@ -21,15 +22,15 @@ from spiking_diffusion import SpikingDiffusion
 SHORT = ("--epochs", 1, "--diffusion_epochs", 1)
 
 
-class Weak(FromRest, SimpleBaseNode):
-    """A neuron of one's own: LIF that receives half of the current."""
+def of_the_documents():
+    """The neuron of one's own that docs/method.md shows."""
+    after = (ROOT / "docs" / "method.md").read_text(encoding="utf-8").split("One of your own is")[1]
+    found = {"__name__": __name__}
+    exec(dedent(re.search(r"\n\n((?: {4}.*\n|\n)+)", after)[1]), found)
+    return found["Quadratic"]
 
-    def __init__(self, tau: float = 2.0, v_threshold: float = 1.0):
-        super().__init__(v_threshold, 0.0, LIF().surrogate_function)
-        self.tau = tau
 
-    def neuronal_charge(self, x):
-        self.v = self.v + (x / 2 - self.v) / self.tau
+Quadratic = of_the_documents()
 
 
 def neurons_of(network):
@@ -58,6 +59,8 @@ def test_every_network_is_made_of_the_neurons_that_are_chosen(name, kind):
         learned = [value for key, value in made.state_dict().items() if key.endswith(".w")]
         assert len(learned) == (len(layers) if name == "plif" else 0)
         assert all(float(value.sigmoid()) == pytest.approx(1 / 3) for value in learned)
+        firing = [layer.norm for layer in made.modules() if isinstance(layer, Firing)]
+        assert bool(firing) == (network == "residual") and all((norm.bias == 0.7).all() for norm in firing)
     assert neuron_options(name) == ("tau", "v_threshold", "v_reset")[name == "if" :]
 
 
@@ -71,7 +74,7 @@ def test_the_default_is_the_papers_neuron_and_has_no_weights():
 @pytest.mark.parametrize("name", [*NEURONS, "own"])
 @torch.no_grad()
 def test_both_backends_agree_and_no_state_survives(name):
-    chosen = Weak if name == "own" else choose_neuron(name, tau=1.7)
+    chosen = Quadratic if name == "own" else choose_neuron(name, tau=1.7)
     generator = torch.Generator().manual_seed(0)
     images, tokens = torch.rand(5, 1, 28, 28, generator=generator).double(), torch.randint(9, (5, 14, 14))
     t = torch.full((5,), 7)
@@ -137,8 +140,8 @@ def test_what_follows_a_run_has_its_neurons(plif, cli, grey, tmp_path):
     ("options", "said"),
     [
         (("--neuron", "lif"), "omit --neuron (plif in the run)"),
-        (("--tau", "5"), "omit --tau (3.0 in the run)"),
-        (("--v_reset", "soft"), "omit --v_reset (0.0 in the run)"),
+        (("--tau", "5"), "omit --tau (3 in the run)"),
+        (("--v_reset", "soft"), "omit --v_reset (0 in the run)"),
     ],
     ids=str,
 )
@@ -147,7 +150,7 @@ def test_other_neurons_than_those_of_a_run_are_refused(options, said, plif, cli,
     evaluated = cli("--checkpoint", run, *options)
     assert evaluated.status == 2 and said in evaluated.err
     begun = cli(*grey, "--start_from", run, "--stage", "sdid", *options, "--result_path", tmp_path / "new")
-    assert begun.status == 2 and said.replace("the run", "that run") in begun.err and begun.err.count("\n") == 1
+    assert begun.status == 2 and said in begun.err and begun.err.count("\n") == 1
 
 
 def test_a_run_from_before_there_was_a_choice_has_the_papers_neurons(run, cli):
@@ -206,8 +209,8 @@ def test_other_networks_train_with_other_neurons(options, cli, grey, tmp_path):
 
 
 def test_a_neuron_of_ones_own_is_a_line(cli, grey, tmp_path, monkeypatch):
-    monkeypatch.setitem(parts.NEURONS, "own", f"{__name__}:Weak")
+    monkeypatch.setitem(parts.NEURONS, "own", f"{__name__}:Quadratic")
     run, outcome = trained(cli, grey, tmp_path, "--neuron", "own", "--v_threshold", 0.4)
     assert block(outcome.out)["neuron"] == "own, tau 2, v_threshold 0.4 (SpikingJelly, not fused)"
-    assert {type(layer) for layer in neurons_of(SpikingDiffusion.load(run).model.denoiser)} == {Weak}
+    assert {type(layer) for layer in neurons_of(SpikingDiffusion.load(run).model.denoiser)} == {Quadratic}
     assert 0 < read_metrics(run)["firing_rate"]["value"] < 1

@@ -10,6 +10,7 @@ import sys
 import pytest
 from helpers import PRECISION, ROOT
 
+from models.neurons import IF, FromRest
 from scripts import benchmark
 
 SCRIPT = ROOT / "scripts" / "benchmark.py"
@@ -59,12 +60,16 @@ def test_a_run_that_is_not_there_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path} is not a run folder: it has no config.json\n"
 
 
-def test_each_network_has_the_spike_steps_of_the_run(tmp_path):
+def test_each_network_has_the_spike_steps_and_neurons_of_the_run(tmp_path):
     shutil.copytree(ROOT / "pretrained" / "fmnist-faithful", tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"spike_steps": 4, "denoiser_spike_steps": 2}))
+    changed = {"spike_steps": 4, "denoiser_spike_steps": 2, "neuron": "if", "tau": 2.0, "v_threshold": 0.5}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | changed))
     options = argparse.Namespace(spike_steps=None, denoiser_channels=None, run=tmp_path / "run")
-    assert [network.spike_steps for network in benchmark.networks(options)] == [4, 2]
+    networks = benchmark.networks(options)
+    assert [network.spike_steps for network in networks] == [4, 2]
+    neurons = [layer for network in networks for layer in network.modules() if isinstance(layer, FromRest)]
+    assert {(type(layer), layer.v_threshold) for layer in neurons} == {(IF, 0.5)} and len(neurons) == 11
 
 
 def test_idle_threads_sleep_unless_the_user_says_otherwise():

@@ -120,6 +120,8 @@ def make_run(folder, dataset, records, more=None, **options):
 def test_table_and_plot(tmp_path):
     make_run(tmp_path / "runs" / "a", "MNIST", [("fad", 12.345, "own"), ("mse", 0.5, "mean"), ("unknown", 1, "x")])
     make_run(tmp_path / "runs" / "deep" / "b", "MNIST", [("fad", 7, "published")], readout="rate")
+    chosen = dict(neuron="plif", tau=3.0, v_threshold=1.0, v_reset=None)
+    make_run(tmp_path / "runs" / "neuron", "MNIST", [("mse", 1, "mean")], **chosen)
     outputs = ["--output", str(tmp_path / "table.md"), "--plot", str(tmp_path / "plot.png")]
     results_table.main([str(tmp_path / "runs"), *outputs])
     text = (tmp_path / "table.md").read_text()
@@ -136,6 +138,7 @@ def test_table_and_plot(tmp_path):
     paper = next(row for row in rows if row[1] == "Spiking-Diffusion (paper)")
     assert paper[column["FID, paper protocol"]].startswith("37.5 ") and paper[column["FAD"]] == ""
     assert "FMNIST" not in text
+    assert "snn-vq-vae, plif, tau 3, v_reset soft" in {row[1] for row in rows}
     assert Image.open(tmp_path / "plot.png").size[0] > 300
 
 
