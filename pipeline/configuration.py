@@ -147,11 +147,12 @@ def _is_interrupted(run: RunFolder, made: Path) -> bool:
 
 
 def _check_started(options: Options, started: Mapping[str, Any]) -> None:
-    """Refuse neurons other than those with which the autoencoder of `--start_from` was trained, if it is kept."""
-    changed = _changed(options, started, NEURON)
+    """Refuse options with which the autoencoder of `--start_from` was not trained, if it is kept."""
+    autoencoder = [key for key in names(AutoencoderOptions) if DECLARATIONS[key].role == Role.IDENTITY]
+    changed = _changed(options, started, [*NEURON, *autoencoder])
     if options.run.stage == "sdid" and changed:
         start = options.run.start_from
-        raise UserError(f"--start_from {start} has an autoencoder of other neurons: omit {', '.join(changed)}")
+        raise UserError(f"--start_from {start} has an autoencoder of other options: omit {', '.join(changed)}")
 
 
 def _changed(options: Options, saved: Mapping[str, Any], keys: Iterable[str]) -> list[str]:

@@ -319,7 +319,11 @@ def test_both_networks_trained_on(improved, cli, grey, tmp_path):
     ("options", "expected"),
     [
         (("--denoiser_channels", 32), "a different network"),
-        (("--stage", "sdid", "--codebook_size", 9), "model.pth has 8 codes"),
+        (("--stage", "sdid", "--codebook_size", 9), "other options: omit --codebook_size (8 in the run)"),
+        (("--stage", "sdid", "--spike_steps", 2), "other options: omit --spike_steps (4 in the run)"),
+        (("--stage", "sdid", "--downsampling", 4), "other options: omit --downsampling (2 in the run)"),
+        (("--stage", "sdid", "--spike_generator", "repeat"), "omit --spike_generator (adaptive in the run)"),
+        (("--stage", "sdid", "--neuron", "if"), "other options: omit --neuron (lif in the run)"),
         (("--stage", "sdid", "--denoiser_channels", 32), "a different network"),
         (("--resume", "there"), "begins a new run"),
     ],
