@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from metrics.counts import check_enough
 from metrics.extraction import Progress, extract
 from metrics.frechet import feature_statistics, frechet_distance
+from pixels import to_float
 
 FEATURES = 128
 
@@ -43,7 +44,7 @@ def classifier_features(
     images: Tensor, network: Classifier, batch_size: int = 500, progress: Progress | None = None
 ) -> np.ndarray:
     """Input of the last layer, float32 [N,128], for images uint8 [N,C,H,W]. Raises ValueError for other images."""
-    return extract(images, lambda batch: network.body(batch / 255), network, batch_size, progress)
+    return extract(images, lambda batch: network.body(to_float(batch)), network, batch_size, progress)
 
 
 @torch.inference_mode()

@@ -29,6 +29,7 @@ from errors import UserError
 from metrics.extraction import Progress, extract
 from metrics.fad import SIDE as FSVAE_SIDE
 from metrics.fad import to_fad_size
+from pixels import to_float
 
 PAPER_WEIGHTS_URL = Inception_V3_Weights.IMAGENET1K_V1.url
 SIDE = 299  # of Inception's input
@@ -117,7 +118,7 @@ def inception_features(
     """
 
     def features(batch: Tensor) -> Tensor:
-        resized = F.interpolate(batch.float() / 255, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+        resized = F.interpolate(to_float(batch, torch.float32), size=(SIDE, SIDE), mode="bilinear", align_corners=False)
         return inception(_rgb(2 * resized - 1))
 
     return extract(images, features, inception, batch_size or BATCH_SIZE * torch.get_num_threads(), progress)

@@ -50,6 +50,7 @@ from pipeline.runtime.device import Machine, choose_machine, describe_machine, f
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images
 from pipeline.sampling.grids import check_figure_place, save_figure
+from pixels import to_float
 
 Trained = TypeVar("Trained", VQSVAE, SDID)
 
@@ -139,7 +140,7 @@ def tasks(
         return values[torch.arange(batch[task]) % len(values)]
 
     diffusion = AbsorbingDiffusion(CODES, GRID * GRID)
-    pixels = some(images, "stage1_train").to(device) / 255
+    pixels = to_float(some(images, "stage1_train").to(device))
     codes = some(codes, "stage2_train").to(device)
     training_noise = diffusion.training_noise(len(codes), (GRID, GRID), torch.Generator(device).manual_seed(0))
     to_encode = some(images, "encode")

@@ -41,6 +41,7 @@ from pipeline.declaration import autoencoder_weights
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.grids import check_figure_place, save_figure
 from pipeline.session import open_session
+from pixels import to_float
 from scripts.nir_graphs import ResidualGraph, SDIDGraph, spiking_layers
 
 IMAGES = 8  # on which spikes are compared
@@ -127,7 +128,7 @@ def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]
     place: dict[str, Any] = {} if data_path is None else {"data_path": data_path}
     session = open_session(checkpoint=autoencoder_weights(str(run_folder)), device="cpu", precision="float32", **place)
     autoencoder = session.load_autoencoder().double().eval()
-    images = session.data.test[:IMAGES].double() / 255
+    images = to_float(session.data.test[:IMAGES], torch.float64)
     if isinstance(autoencoder, VQSVAE):
         yield from of_autoencoder(autoencoder, images)
     else:

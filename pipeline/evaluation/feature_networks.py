@@ -21,6 +21,7 @@ from metrics.frechet import feature_statistics
 from pipeline.evaluation.cache import cached
 from pipeline.runtime.device import Machine, Network
 from pipeline.runtime.seeds import seeded
+from pixels import to_float
 from progress import progress_bar
 
 BATCH_SIZE = 128
@@ -167,7 +168,7 @@ def _train(
 
 def _classification_loss(network: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     images, labels = batch
-    return F.cross_entropy(network(images / 255), labels)
+    return F.cross_entropy(network(to_float(images)), labels)
 
 
 def _reconstruction_loss(network: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:

@@ -12,8 +12,8 @@ from metrics.energy import PICOJOULES_PER_AC, PICOJOULES_PER_MAC
 from metrics.reconstruction import mse, ssim
 from pipeline.evaluation.metrics import Evaluation
 from pipeline.evaluation.records import make_record
-from pipeline.sampling.grids import to_float
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel
+from pixels import to_float
 
 ENERGY_IMAGES = 16
 FLOORS = ("fad", "fid", "clean_fid")  # also computed of reconstructions, better than which samples can hardly be

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pipeline.sampling.grids import encode_png, grid, to_float, to_uint8
+from pipeline.sampling.grids import encode_png, grid
+from pixels import to_float, to_uint8
 
 THUMBNAIL = 64  # largest side of an image in the page, in pixels
 GRID_WIDTH, ANIMATION_WIDTH = 720, 320  # in CSS pixels; small images are enlarged up to this

@@ -18,10 +18,11 @@ from pipeline.lineage import Cost, costs, images_before
 from pipeline.report.pictures import Picture, animation, picture
 from pipeline.report.plots import Curve, Plot, bar_plot, in_digits, line_of
 from pipeline.run_folder import LOG_KEYS
-from pipeline.sampling.grids import to_float, ungrid
+from pipeline.sampling.grids import ungrid
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel
 from pipeline.sampling.sample_files import GRID_IMAGES, load_samples
 from pipeline.session import Session
+from pixels import to_float
 
 COLUMNS = 8  # of the grids
 CHUNK = 4096  # training images compared at a time

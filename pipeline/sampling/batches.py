@@ -10,7 +10,7 @@ from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from models import Denoiser, VQAutoencoder
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine
-from pipeline.sampling.grids import to_float, to_uint8
+from pixels import to_float, to_uint8
 from progress import progress_bar
 
 

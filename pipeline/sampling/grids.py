@@ -16,20 +16,11 @@ from torchvision.utils import make_grid
 
 from errors import UserError
 from pipeline.checkpoints import check_place, write_file
+from pixels import to_uint8
 
 GREY = 128
 ZOOM = 3  # screen pixels per image pixel
 FONT_SIZE = 20
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [0,1] to uint8, rounded, of any shape."""
-    return (images * 255).round().clamp(0, 255).byte()
-
-
-def to_float(images: Tensor) -> Tensor:
-    """Images uint8 to [0,1] in the default float type, of any shape."""
-    return images.to(torch.get_default_dtype()) / 255
 
 
 def grid(images: Tensor, columns: int, zoom: int = ZOOM) -> Tensor:

@@ -17,9 +17,10 @@ from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import is_rank_0
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images, in_batches
 from pipeline.sampling.cost import Cost, Parts, count_parts, sums
-from pipeline.sampling.grids import to_float, to_uint8, trajectory_images
+from pipeline.sampling.grids import trajectory_images
 from pipeline.sampling.labels import ANY, find_labels
 from pipeline.sampling.masks import nearest_visible
+from pixels import to_float, to_uint8
 from progress import progress_bar
 
 TRAJECTORY_MOMENTS = 12

@@ -15,9 +15,10 @@ from models.vq_autoencoder import VQAutoencoder
 from pipeline.run_folder import RunFolder
 from pipeline.runtime import processes
 from pipeline.sampling.batches import decode_codes, encode_images
-from pipeline.sampling.grids import grid, save_png, to_float
+from pipeline.sampling.grids import grid, save_png
 from pipeline.sampling.image_models import CodeDiffusion, PriorSampling
 from pipeline.training.loop import Batch, Losses, Place, Trainer, Values
+from pixels import to_float
 
 PREVIEW_IMAGES = 16
 HELD_OUT_IMAGES = 2000  # at most, whose loss is computed after each epoch

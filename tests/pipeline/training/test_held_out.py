@@ -13,11 +13,11 @@ from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
 from pipeline.runtime.seeds import derive_seed
 from pipeline.sampling.batches import encode_images
-from pipeline.sampling.grids import to_float
 from pipeline.training import objectives
 from pipeline.training.loop import Place, Trainer
 from pipeline.training.objectives import HELD_OUT_IMAGES, some_held_out
 from pipeline.training.schedules import Schedule
+from pixels import to_float
 from spiking_diffusion import SpikingDiffusion
 
 HELD_OUT = 13  # in batches of 8 and 5
