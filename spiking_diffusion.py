@@ -28,7 +28,7 @@ from models.vq_autoencoder import VQAutoencoder
 from parts import DATASETS
 from pipeline.configuration import assemble, check_weights
 from pipeline.declaration import autoencoder_weights, comma_separated
-from pipeline.library import in_python, library_call
+from pipeline.from_python import in_python, library_call
 from pipeline.options import SAMPLE_METRICS, DataOptions, EvaluationOptions, names
 from pipeline.parser import as_read
 from pipeline.runtime.device import choose_machine

@@ -14,7 +14,7 @@ from helpers import ROOT, SMALL
 from datasets import load_dataset
 from errors import UserError
 from pipeline.checkpoints import load_weights
-from pipeline.library import in_python
+from pipeline.from_python import in_python
 from pipeline.session import open_session
 from spiking_diffusion import SpikingDiffusion, evaluate, image_data, train_autoencoder, train_denoiser
 

@@ -395,6 +395,6 @@ def test_user_errors_are_value_errors():
 
 def test_freed_memory_is_kept_as_on_the_command_line(monkeypatch):
     kept = []
-    monkeypatch.setattr("pipeline.library.keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr("pipeline.from_python.keep_freed_memory", lambda: kept.append(True))
     SpikingDiffusion.load(ROOT / "pretrained" / "fmnist", device="cpu")
     assert kept
