@@ -31,7 +31,7 @@ from pipeline.options import (
     names,
     with_role,
 )
-from pipeline.run_folder import RunFolder, program_version
+from pipeline.run_folder import RunFolder, this_program
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine, describe_machine
 from pipeline.session import Session
@@ -155,7 +155,7 @@ class Recorder:
 
 def _place(machine: Machine) -> Entry:
     """The program and the machine."""
-    facts = {**program_version(), **describe_machine(machine.device), "precision": machine.precision}
+    facts = {**this_program(), **describe_machine(machine.device), "precision": machine.precision}
     return facts | {"processes": processes.size()}
 
 

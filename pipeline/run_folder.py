@@ -13,6 +13,7 @@ report.html                    a page that shows all this
 Of several processes at one run, one writes; in the others all that writes does nothing.
 """
 
+import functools
 import json
 import subprocess
 from collections.abc import Callable, Iterable
@@ -58,12 +59,18 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def program_version(root: Path = ROOT) -> dict[str, Any]:
+def program_version(root: Path) -> dict[str, Any]:
     """The commit of the program in `root`, and whether its files differ from those of the commit; None without git."""
     prefix = _git(root, "rev-parse", "--show-prefix")  # not empty where another repository contains this folder
     commit = _git(root, "rev-parse", "HEAD") if prefix == "" else None
     changes = _git(root, "status", "--porcelain", "--", "*.py", "*.cpp", "*.h") if commit else None
     return {"git_commit": commit or None, "git_changed": None if changes is None else bool(changes)}
+
+
+@functools.cache
+def this_program() -> dict[str, Any]:
+    """The version of the program that runs: that of its start, whatever becomes of its files during a training."""
+    return program_version(ROOT)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -139,7 +146,7 @@ class RunFolder:
     def write_config(self, options: dict[str, Any]) -> None:
         """Record the options and the data of a training, together with what else its results may depend on."""
         self.lock()
-        write_json(self.config, {**options, "versions": versions(), **program_version()})
+        write_json(self.config, {**options, "versions": versions(), **this_program()})
 
     @property
     def lineage(self) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from pipeline.runtime.device import Machine, choose_machine
 from pipeline.runtime.processes import from_rank_0
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel, PriorSampling
 from pipeline.sampling.labels import OWN
-from pipeline.sampling.sample_files import inpainted_of, load_samples
+from pipeline.sampling.sample_files import drawn_with, inpainted_of
 
 
 class Session:
@@ -137,8 +137,7 @@ class Session:
 
     def check_results(self) -> None:
         """Raise UserError if the folder that this call writes to holds results of another run."""
-        found = load_samples(self.run.samples)
-        facts = [*self.run.read_records(), *([found[1]] if found else [])]
+        facts = [*self.run.read_records(), drawn_with(self.run.samples)]
         checkpoints = {inpainted_of(self.run.samples), *(fact.get("checkpoint") for fact in facts)}
         others = checkpoints - {None, self.evaluated}
         if others:

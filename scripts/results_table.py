@@ -143,10 +143,9 @@ def read_rows(runs: Sequence[RunFolder]) -> list[Row]:
     """
     records: dict[Evaluated, list[Record]] = defaultdict(list)
     for run in runs:
-        model, found = _model(run), run.read_records()
-        for weights in dict.fromkeys(record.get("weights") or str(run.path) for record in found):
-            own = [record for record in found if (record.get("weights") or str(run.path)) == weights]
-            records[Evaluated(*model, weights)] += own
+        model = _model(run)
+        for record in run.read_records():
+            records[Evaluated(*model, record.get("weights") or str(run.path))].append(record)
     return [row for model, found in records.items() for row in _rows(model, found)]
 
 

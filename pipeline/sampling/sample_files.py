@@ -39,15 +39,25 @@ def write_samples(folder: Path, images: Tensor, settings: dict[str, Any], classe
 
 def load_samples(folder: Path) -> tuple[Tensor, dict[str, Any]] | None:
     """The images, uint8 `[N,C,H,W]`, and settings that `write_samples` left; None if there are none to be read."""
-    path = folder / "images.npz"
-    if not path.exists():
-        return None
     try:
-        with np.load(path) as archive:
-            images, settings = torch.from_numpy(archive["images"]), dict(**json.loads(str(archive["settings"])))
+        with np.load(folder / "images.npz") as archive:
+            images, settings = torch.from_numpy(archive["images"]), _settings(archive)
     except Exception:  # whatever a damaged archive raises: the images are drawn again
         return None
     return images.permute(0, 3, 1, 2).contiguous(), settings  # [N,H,W,C] -> [N,C,H,W]
+
+
+def drawn_with(folder: Path) -> dict[str, Any]:
+    """The settings alone, without the time that it takes to read the images; empty if there are none to be read."""
+    try:
+        with np.load(folder / "images.npz") as archive:
+            return _settings(archive)
+    except Exception:  # as above
+        return {}
+
+
+def _settings(archive: np.lib.npyio.NpzFile) -> dict[str, Any]:
+    return dict(**json.loads(str(archive["settings"])))
 
 
 def read_samples(folder: Path, settings: dict[str, Any], count: int) -> Tensor | None:
