@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/results.md and pretrained/README.md from the records of the packed weights.
+"""Write the tables of README.md and docs/results.md from the records of the packed weights.
 
 python scripts/documents.py            # each table stands between "<!-- table: NAME -->" and "<!-- end -->"
 python scripts/documents.py --check    # changes nothing; exit status 1 if a table is not up to date
@@ -24,7 +24,7 @@ from pipeline.runtime.terminal import print_anywhere
 from scripts.results_table import COLUMNS, PUBLISHED, half_width
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/results.md", "pretrained/README.md")
+DOCUMENTS = ("README.md", "docs/results.md")
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {"MNIST": "MNIST", "FMNIST": "Fashion-MNIST"}
 PROTOCOLS = ("fid", "clean_fid", "clean_fid_5k", "fid_50k")
@@ -74,44 +74,71 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n".replace("| ---", "|---").replace("--- |", "---|") for cells in lines)
 
 
-def summary() -> str:
-    """The packed weights side by side, a metric in each row."""
+Show = Callable[[Packed], str]
+"""What a table has about packed weights, in words."""
 
-    def pair(first: str, second: str, digits: int) -> Callable[[Packed], str]:
-        return lambda packed: f"{packed.value(first, digits)}, {packed.value(second, digits)}"
 
-    def training(stage: int) -> Callable[[Packed], str]:
-        def cost(packed: Packed) -> str:
-            spent = next(each for each in costs(packed.run.lineage) if each.stage.startswith(f"stage {stage}"))
-            return f"{spent.images:,}; {spent.time}"
+def _pair(first: str, second: str, digits: int, between: str = ", ") -> Show:
+    return lambda packed: between.join(packed.value(name, digits) for name in (first, second))
 
-        return cost
 
-    rows: dict[str, Callable[[Packed], str]] = {
-        "FID, 10,000 samples": lambda packed: packed.value("fid"),
-        "FID of reconstructions": lambda packed: packed.value("reconstruction_fid"),
-        "FAD, published networks, 5,000 samples": lambda packed: packed.value("fad"),
-        "FAD of reconstructions": lambda packed: packed.value("reconstruction_fad"),
-        "Fréchet distance, classifier features": lambda packed: packed.value("classifier_frechet"),
-        "precision, recall, classifier features": pair("classifier_precision", "classifier_recall", 2),
-        "samples recognised as their class; real test images": _recognised,
-        "reconstruction MSE, SSIM": lambda packed: f"{packed.value('mse', 4)}, {packed.value('ssim', 3)}",
-        "codes in use (of 128), perplexity": lambda packed: (
-            f"{packed.value('codebook_usage', 0, scale=128)}, {packed.value('codebook_perplexity', 1)}"
-        ),
-        "energy per sample, µJ": lambda packed: packed.value("energy_sample", 0),
-        "same networks without spikes, µJ": lambda packed: packed.value("energy_sample_without_spikes", 0),
-        "training images seen by stage 1; time": training(1),
-        "training images seen by stage 2; time": training(2),
-    }
-    head = ["", *(f"{packed.preset}, {NAMES[packed.dataset]}" for packed in PACKED)]
-    return markdown(head, ([name, *map(show, PACKED)] for name, show in rows.items()))
+def _training(stage: int) -> Show:
+    def cost(packed: Packed) -> str:
+        spent = next(each for each in costs(packed.run.lineage) if each.stage.startswith(f"stage {stage}"))
+        return f"{spent.images:,}; {spent.time}"
+
+    return cost
 
 
 def _recognised(packed: Packed) -> str:
     """Empty for a denoiser that knows no classes."""
     drawn = packed.value("label_accuracy")
     return "" if drawn == "not run" else f"{drawn}; {packed.value('classifier_accuracy')}"
+
+
+ROWS: dict[str, Show] = {
+    "FID, 10,000 samples": lambda packed: packed.value("fid"),
+    "FID of reconstructions": lambda packed: packed.value("reconstruction_fid"),
+    "FAD, 5,000 samples": lambda packed: packed.value("fad"),
+    "FAD of reconstructions": lambda packed: packed.value("reconstruction_fad"),
+    "Fréchet distance, classifier features": lambda packed: packed.value("classifier_frechet"),
+    "precision, recall, classifier features": _pair("classifier_precision", "classifier_recall", 2),
+    "samples recognised as their class; real test images": _recognised,
+    "reconstruction MSE, SSIM": lambda packed: f"{packed.value('mse', 4)}, {packed.value('ssim', 3)}",
+    "codes in use (of 128), perplexity": lambda packed: (
+        f"{packed.value('codebook_usage', 0, scale=128)}, {packed.value('codebook_perplexity', 1)}"
+    ),
+    "energy per sample; of the same networks without spikes, µJ": _pair(
+        "energy_sample", "energy_sample_without_spikes", 0, "; "
+    ),
+    "training images seen by stage 1; time": _training(1),
+    "training images seen by stage 2; time": _training(2),
+}
+"""Rows of a table of packed weights, by their names."""
+
+LEFT_OUT_OF_THE_README = (
+    "FAD of reconstructions",
+    "Fréchet distance, classifier features",
+    "reconstruction MSE, SSIM",
+    "codes in use (of 128), perplexity",
+)
+
+
+def summary() -> str:
+    """All packed weights side by side, a metric in each row."""
+    return _side_by_side({f"{packed.preset}, {NAMES[packed.dataset]}": packed for packed in PACKED}, ROWS)
+
+
+def of_preset(preset: str) -> str:
+    """The packed weights of one preset, with the rows that matter most."""
+    columns = {NAMES[packed.dataset]: packed for packed in PACKED if packed.preset == preset}
+    return _side_by_side(columns, (name for name in ROWS if name not in LEFT_OUT_OF_THE_README))
+
+
+def _side_by_side(columns: dict[str, Packed], names: Iterable[str]) -> str:
+    """Packed weights in columns; a row that none of them has is left out."""
+    rows = ([name, *map(ROWS[name], columns.values())] for name in names)
+    return markdown(["", *columns], (row for row in rows if any(row[1:])))
 
 
 def fid() -> str:
@@ -167,7 +194,13 @@ def by_class() -> str:
     return markdown(["", "class", "recognised as it", "FAD", "Fréchet distance, classifier features"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"summary": summary, "fid": fid, "by_class": by_class}
+TABLES: dict[str, Callable[[], str]] = {
+    "improved": lambda: of_preset("improved"),
+    "faithful": lambda: of_preset("faithful"),
+    "summary": summary,
+    "fid": fid,
+    "by_class": by_class,
+}
 
 
 def written(text: str) -> str:
