@@ -31,7 +31,8 @@ def test_each_value_is_that_of_its_record():
     for packed in PACKED:
         records = [record for record in packed.run.read_records() if record["name"] == "fad"]
         (record,) = records
-        assert f"| {number([record['value']])} |" in TABLES["summary"]()
+        for table in ("summary", packed.preset):
+            assert f"| {number([record['value']])} |" in TABLES[table]()
         assert record["weights"] and record["sampling"]["seed"] == packed.run.read_config()["seed"]
 
 
@@ -39,6 +40,13 @@ def test_costs_are_those_of_the_lineage(monkeypatch):
     lineage = [{"stage": stage, "images": 1234, "minutes": 90} for stage in ("vqsvae", "sdid", "sdid")]
     monkeypatch.setattr(RunFolder, "lineage", lineage)
     assert "| 1,234; 1 h 30 min |" in TABLES["summary"]() and "| 2,468; 3 h 0 min |" in TABLES["summary"]()
+
+
+def test_the_readme_has_few_rows_and_none_that_is_empty():
+    for preset, rows in ("improved", 8), ("faithful", 7):  # the faithful denoiser knows no classes
+        lines = TABLES[preset]().splitlines()[2:]
+        assert len(lines) == rows and ("recognised" in "".join(lines)) == (preset == "improved")
+        assert all(all(map(str.strip, line.split("|")[1:-1])) for line in lines)
 
 
 def test_several_sets_of_samples_are_a_mean_with_its_half_width():
