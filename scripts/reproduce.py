@@ -1,125 +1,241 @@
-"""Train and evaluate models on data sets, one run after another: the rows of the paper's tables.
+"""Train, evaluate and print rows of the table of results. A row is a recipe: calls of main.py, and nothing else.
 
-python scripts/reproduce.py --datasets FMNIST --models snn-vq-vae vq-vae --budget short
-python scripts/reproduce.py --datasets MNIST FMNIST --budget paper -- --fad_weights DIR --device cuda:1
+python scripts/reproduce.py --list
+python scripts/reproduce.py --rows fmnist-improved
+python scripts/reproduce.py --rows all --jobs 3 --max_minutes 60 -- --device cuda --fid_weights FILE
 
-Finished runs are skipped, interrupted ones resumed. Everything after -- is passed to main.py unchanged.
-scripts/results_table.py then makes the table.
+What was interrupted, or stopped by --max_minutes, goes on when the same command is typed again; what is finished is
+left alone. Everything after -- is passed to each call of main.py. With several jobs, what they print goes to log.txt in
+the folder of each row.
 """
 
 import argparse
+import math
+import os
+import re
+import shlex
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
 from errors import UserError
 from files import expand
-from parts import DATASETS
 from pipeline.declaration import Role
-from pipeline.options import DECLARATIONS, DEFAULTS, with_role
+from pipeline.lineage import costs
+from pipeline.options import DEFAULTS, with_role
 from pipeline.parser import as_read, build_parser, option_in_words
 from pipeline.presets import PRESETS
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
+from scripts.results_table import read_rows, table
 
-MAIN = Path(__file__).resolve().parents[1] / "main.py"
+ROOT = Path(__file__).resolve().parents[1]
+SEEDS = (1, 2, 3)  # a set of samples each
+HELD_OUT = {"MNIST": 5001, "FMNIST": 5000, "KMNIST": 600, "Letters": 3000, "CIFAR10": 5000}
+"""Training images of each data set that are never trained on."""
 
-PAPERS_DATASETS = ("MNIST", "FMNIST", "KMNIST", "Letters", "CIFAR10")
+EVALUATION = "--num_samples 10000"
+AVERAGED = "--lr_schedule cosine --ema_decay 0.999"
 
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "snn-vq-vae": ("--model", "snn-vq-vae"),
-    "vq-vae": ("--model", "vq-vae"),
-    "snn-vae": ("--model", "snn-vae"),
-    "readout-rate": ("--model", "snn-vq-vae", "--readout", "rate"),
-    "readout-potential": ("--model", "snn-vq-vae", "--readout", "potential"),
-    "generator-repeat": ("--model", "snn-vq-vae", "--spike_generator", "repeat"),
-    "generator-poisson": ("--model", "snn-vq-vae", "--spike_generator", "poisson"),
-    "neuron-if": ("--model", "snn-vq-vae", "--neuron", "if"),
-    "neuron-plif": ("--model", "snn-vq-vae", "--neuron", "plif"),
+REHEARSED_TRAINING = "--train_images 600 --held_out 100 --eval_batch_size 256"
+REHEARSED_EVALUATION = "--num_samples 64 --metrics mse,codebook,energy"
+"""What --rehearse puts in the place of a recipe's images, samples and metrics; each stage has one epoch then."""
+
+
+class Recipe(NamedTuple):
+    """Options of one training of a stage after another; each begins with the weights of the one before."""
+
+    dataset: str
+    trainings: tuple[str, ...]
+    model: str = "snn-vq-vae"
+
+
+def faithful(epochs: int, at_2: int, at_16: int) -> tuple[str, ...]:
+    """The paper's method, with most of SDID's epochs at two spike steps and the last at the paper's sixteen."""
+    sdid = f"--stage sdid {AVERAGED} --fixed_norm 0.3 --temperature 1"
+    return (
+        f"--stage vqsvae --epochs {epochs} --lr 2e-3 {AVERAGED} --sort_codes",
+        f"{sdid} --denoiser_spike_steps 2 --diffusion_lr 4e-3 --diffusion_epochs {at_2}",
+        f"{sdid} --denoiser_spike_steps 16 --diffusion_lr 2e-3 --diffusion_epochs {at_16}",
+    )
+
+
+def improved(epochs: int, diffusion_epochs: int) -> tuple[str, ...]:
+    """The improved preset, trained for longer."""
+    preset = "--preset improved --stage"
+    return f"{preset} vqsvae --epochs {epochs}", f"{preset} sdid --diffusion_epochs {diffusion_epochs}"
+
+
+def short(options: str = "") -> tuple[str, ...]:
+    """The paper's method in little time, with one thing changed."""
+    trainings = "--stage vqsvae --epochs 4", "--stage sdid --diffusion_epochs 1 --temperature 1"
+    return tuple(f"{training} {options}".strip() for training in trainings)
+
+
+RECIPES = {
+    "mnist-faithful": Recipe("MNIST", faithful(6, 40, 8)),
+    "fmnist-faithful": Recipe("FMNIST", faithful(6, 20, 8)),
+    "kmnist-faithful": Recipe("KMNIST", faithful(50, 120, 8)),
+    "letters-faithful": Recipe("Letters", faithful(12, 40, 4)),
+    "cifar10-faithful": Recipe("CIFAR10", faithful(8, 20, 4)),
+    "mnist-improved": Recipe("MNIST", improved(8, 40)),
+    "fmnist-improved": Recipe("FMNIST", improved(8, 40)),
+    "kmnist-improved": Recipe("KMNIST", improved(60, 200)),
+    "letters-improved": Recipe("Letters", improved(15, 60)),
+    "cifar10-improved": Recipe("CIFAR10", improved(8, 100)),
+    **{f"{name.lower()}-vq-vae": Recipe(name, short(), "vq-vae") for name in HELD_OUT},
+    "fmnist-short": Recipe("FMNIST", short()),
+    "fmnist-short-if": Recipe("FMNIST", short("--neuron if")),
+    "fmnist-short-plif": Recipe("FMNIST", short("--neuron plif")),
+    "fmnist-short-rate": Recipe("FMNIST", short("--readout rate")),
+    "fmnist-short-potential": Recipe("FMNIST", short("--readout potential")),
+    "fmnist-short-repeat": Recipe("FMNIST", short("--spike_generator repeat")),
+    "fmnist-short-poisson": Recipe("FMNIST", short("--spike_generator poisson")),
+    "fmnist-short-snn-vae": Recipe("FMNIST", short()[:1], "snn-vae"),
 }
-"""The paper's model, its baselines, and the ablations of its readout, spike generator and neurons."""
-
-BUDGETS: dict[str, tuple[str, ...]] = {
-    "smoke": (
-        *("--train_images", "1200", "--held_out", "200", "--epochs", "2", "--diffusion_epochs", "2"),
-        *("--spike_steps", "4", "--hidden_channels", "8", "--denoiser_channels", "8", "--eval_batch_size", "256"),
-    ),
-    "short": ("--held_out", "5001", "--epochs", "4", "--diffusion_epochs", "1"),
-    "paper": ("--held_out", "5001", "--epochs", "100", "--diffusion_epochs", "200"),
-}
-"""smoke: minutes, to check that everything runs; short: hours; paper: the paper's schedule, days; on two cores."""
+"""The rows, by name. The short ones compare ablations and a baseline with their control, in equal and little time."""
 
 
-def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line, and what is passed on to main.py."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=PAPERS_DATASETS)
-    parser.add_argument("--models", nargs="+", choices=VARIANTS, default=["snn-vq-vae", "vq-vae", "snn-vae"])
-    parser.add_argument("--budget", choices=BUDGETS, required=True)
-    parser.add_argument("--result_path", type=expand, default=Path("result/reproduce"))
-    return parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+class Job(NamedTuple):
+    """A row in the making: in which folder, and with what in addition to its recipe."""
+
+    recipe: Recipe
+    folder: Path
+    passed_on: tuple[str, ...] = ()
+    rehearsed: bool = False
+
+    def run(self, number: int) -> RunFolder:
+        """The run folder of a training; the first is number 0, the last -1."""
+        place = self.folder / str(range(1, len(self.recipe.trainings) + 1)[number])
+        return RunFolder(place / self.recipe.dataset / self.recipe.model)
+
+    def training(self, number: int) -> list[str]:
+        """The options of main.py for a training."""
+        recipe, run = self.recipe, self.run(number)
+        options = recipe.trainings[number]
+        data = f"--dataset_name {recipe.dataset} --held_out {HELD_OUT[recipe.dataset]}"
+        if self.rehearsed:
+            options, data = re.sub(r"epochs \d+", "epochs 1", options), f"{data} {REHEARSED_TRAINING}"
+        place = ["--result_path", str(run.path.parents[1])]
+        start = ["--start_from", str(self.run(number - 1).path)] if number else []
+        return [*data.split(), "--model", recipe.model, *options.split(), *start, *place, *self.passed_on]
+
+    def evaluation(self, seed: int) -> list[str]:
+        """The options of main.py for the evaluation of a set of samples."""
+        what = REHEARSED_EVALUATION if self.rehearsed else EVALUATION
+        return ["--checkpoint", str(self.run(-1).path), "--seed", str(seed), *what.split(), *self.passed_on]
+
+    def is_evaluated(self, seed: int) -> bool:
+        """Whether metrics.json has records of the samples with this seed."""
+        return any(record.get("sampling", {}).get("seed") == seed for record in self.run(-1).read_records())
+
+    def next_call(self) -> list[str] | None:
+        """The options of main.py for what is to be done next; None if the row is finished.
+
+        Raises UserError if what is there was begun with other options.
+        """
+        for number in range(len(self.recipe.trainings)):
+            options, run = self.training(number), self.run(number)
+            if not run.last.is_file():
+                return options
+            if other := differences(run, options):
+                raise UserError(f"{run.path} was begun with {', '.join(other)}: choose another --result_path")
+            if run.unfinished_stage():
+                return ["--resume", str(run.path), *self.passed_on]
+        return next((self.evaluation(seed) for seed in SEEDS if not self.is_evaluated(seed)), None)
 
 
-def command(args: argparse.Namespace, dataset: str, variant: str, passed_on: list[str]) -> list[str] | None:
-    """The command that one run still needs; None if it is finished.
-
-    Raises UserError if what is there was begun with other options.
-    """
-    options = VARIANTS[variant]
-    place = args.result_path / args.budget / variant
-    run = RunFolder(place / dataset / options[1])
-    call = [sys.executable, "-u", str(MAIN)]
-    new = ["--dataset_name", dataset, "--result_path", str(place)]
-    budget = ["--temperature", "auto", *BUDGETS[args.budget]]
-    wanted = [*new, *options, *of_model(options[1], budget), *passed_on]
-    if not run.config.exists():
-        return [*call, *wanted]
-    if other := differences(run, wanted):
-        raise UserError(f"{run.path} was begun with {', '.join(other)}: choose another --result_path")
-    return None if run.metrics.exists() else [*call, "--resume", str(run.path), *passed_on]
-
-
-def differences(run: RunFolder, arguments: list[str]) -> list[str]:
-    """The options of a run that are not those of this command line: those that last, and what it was to compute."""
-    saved, typed = run.read_config(), vars(build_parser(__doc__ or "").parse_args(arguments))
+def differences(run: RunFolder, options: list[str]) -> list[str]:
+    """The options of a run that are not those of these options for main.py, as far as they last."""
+    saved, typed = run.read_config(), vars(build_parser("").parse_args(options))
     wanted = DEFAULTS | PRESETS[typed.get("preset", DEFAULTS["preset"])] | typed
-    lasting = [*with_role(Role.SETTING), "stage", "metrics", "num_samples"]
-    names = [name for name in lasting if name in saved and not name.endswith(("_path", "_weights"))]
+    lasting = [*with_role(Role.NETWORKS), "stage"]
+    names = [name for name in typed if name in lasting and name in saved]
     other = [name for name in names if as_read(name, saved[name]) != wanted[name]]
     return [f"--{name} {option_in_words(name, as_read(name, saved[name]))}" for name in other]
 
 
-def of_model(model: str, arguments: list[str]) -> list[str]:
-    """The options, with their values, that the model has: one without codes has no second stage."""
-    pairs = [arguments[i : i + 2] for i in range(0, len(arguments), 2)]
-    owners = [DECLARATIONS[name.removeprefix("--")].of for name, _ in pairs]
-    return [word for pair, own in zip(pairs, owners, strict=True) if not own or model in own for word in pair]
+def make(name: str, job: Job, deadline: float, to_file: bool) -> str:
+    """Make what is left of a row; what became of it, in words: "finished", "time is up", or what failed."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    log = job.folder / "log.txt" if to_file else None
+    try:
+        while options := job.next_call():
+            minutes = (deadline - time.monotonic()) / 60
+            if minutes <= 0:
+                return "time is up"
+            limit = [] if "--checkpoint" in options or math.isinf(minutes) else ["--max_minutes", f"{minutes:.3f}"]
+            print(f"== {name}: main.py {shlex.join(options)}", flush=True)
+            if not succeeds([sys.executable, "-u", str(ROOT / "main.py"), *options, *limit], log):
+                return f"failed: see {log}" if log else "failed"
+    except UserError as error:
+        return f"failed: {error}"
+    return "finished"
+
+
+def succeeds(call: list[str], log: Path | None) -> bool:
+    """Whether a call of main.py ends well; what it prints goes to the end of a file, if one is named."""
+    if log is None:
+        return not subprocess.run(call).returncode
+    with log.open("a", encoding="utf-8") as file:
+        return not subprocess.run(call, stdout=file, stderr=subprocess.STDOUT).returncode
+
+
+def listed(name: str, job: Job) -> str:
+    """A recipe as commands, and what it cost where its weights were trained."""
+    calls = [job.training(number) for number in range(len(job.recipe.trainings))]
+    calls += [job.evaluation(seed) for seed in SEEDS]
+    packed = RunFolder(ROOT / "pretrained" / name)
+    spent = [f"{cost.stage}: {cost.images:,} images, {cost.time}" for cost in costs(packed.lineage)]
+    lines = (f"    python -u main.py {shlex.join(call)}" for call in calls)
+    return "\n".join([f"{name}: {'; '.join(spent) or 'not trained yet'}", *lines])
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, tuple[str, ...]]:
+    """The command line, and what is passed on to main.py."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rows", nargs="+", choices=[*RECIPES, "all"], default=["all"], metavar="ROW", help="names of rows, or all")
+    add("--list", action="store_true", help="only print the recipes")
+    add("--jobs", type=int, default=1, metavar="N", help="rows that are made at the same time")
+    add("--max_minutes", type=float, default=float("inf"), metavar="M", help="stop trainings then, ready to go on")
+    add("--rehearse", action="store_true", help="600 images, an epoch, few samples: whether all commands run")
+    add("--result_path", type=expand, default=Path("result/rows"), metavar="DIR", help="a folder for each row is here")
+    return parser.parse_args(arguments[:cut]), tuple(arguments[cut + 1 :])
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the matrix; a run that fails does not stop the others, and makes the exit status 1."""
+    """Make the rows; one that fails does not stop the others, and makes the exit status 1."""
     print_anywhere()
     args, passed_on = parse(arguments)
-    failed = []
-    for dataset in args.datasets:
-        for variant in args.models:
-            try:
-                call = command(args, dataset, variant, passed_on)
-            except UserError as error:
-                print(f"\n== {dataset}, {variant}: {error}", flush=True)
-                failed.append(f"{dataset}/{variant}")
-                continue
-            print(f"\n== {dataset}, {variant}: {'finished' if call is None else ' '.join(call[2:])}", flush=True)
-            if call and subprocess.run(call).returncode:
-                failed.append(f"{dataset}/{variant}")
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
-        sys.exit(1)
+    names = list(RECIPES) if "all" in args.rows else args.rows
+    jobs = {name: Job(RECIPES[name], args.result_path / name, passed_on, args.rehearse) for name in names}
+    if args.list:
+        print("\n".join(listed(name, job) for name, job in jobs.items()))
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
+    deadline = time.monotonic() + 60 * args.max_minutes
+    outcomes = {}
+    with ThreadPoolExecutor(args.jobs) as workers:
+        ends = {name: workers.submit(make, name, jobs[name], deadline, args.jobs > 1) for name in names}
+        try:
+            for name, end in ends.items():
+                outcomes[name] = end.result()
+                print(f"== {name}: {outcomes[name]}", flush=True)
+        except KeyboardInterrupt:  # which the running calls have received, too: they save, and no other begins
+            workers.shutdown(cancel_futures=True)
+            sys.exit(130)
+    finished = [jobs[name].run(-1) for name, outcome in outcomes.items() if outcome == "finished"]
+    if finished:
+        print(table(read_rows(finished)))
+    sys.exit(any(outcome.startswith("failed") for outcome in outcomes.values()) or None)
 
 
 if __name__ == "__main__":
