@@ -365,7 +365,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How images are drawn."""
+    """How images are drawn: what samples depend on besides the networks and the seed."""
 
     temperature: float | str = option(
         0.65,
@@ -400,7 +400,7 @@ class SamplingOptions:
         metavar="W",
         of=("residual",),
     )
-    labels: tuple[str, ...] | None = option(
+    labels: tuple[int | str, ...] | None = option(
         None,
         "classes to draw in --stage sample and --stage inpaint: names or numbers, or all; any: no class in particular; "
         "own, to inpaint: the class of each test image",
@@ -411,6 +411,12 @@ class SamplingOptions:
         of=("residual",),
         stages=("sample", "inpaint"),
     )
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """Which images are drawn, and what is written."""
+
     num_samples: int | None = option(
         None,
         "images to draw; auto: as many as the metrics need, 64 for --stage sample",
@@ -481,6 +487,7 @@ class Options:
     neuron: NeuronOptions
     training: TrainingOptions
     sampling: SamplingOptions
+    drawing: DrawingOptions
     evaluation: EvaluationOptions
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -517,6 +524,7 @@ SECTIONS: dict[str, type] = {
     "neuron": NeuronOptions,
     "training": TrainingOptions,
     "sampling": SamplingOptions,
+    "drawing": DrawingOptions,
     "evaluation": EvaluationOptions,
 }
 

@@ -1,7 +1,5 @@
 """What `--stage` runs, in order: train the autoencoder, train the denoiser, sample or inpaint, evaluate."""
 
-from dataclasses import replace
-
 import torch
 
 from errors import UserError
@@ -61,8 +59,8 @@ def train(session: Session) -> bool:
 
 def sample(session: Session) -> None:
     """Draw images and write them; requested classes take turns."""
-    model, count = with_temperature(session, session.load_model()), session.options.sampling.num_samples
-    classes = len(model.labels) if isinstance(model, CodeDiffusion) else 0
+    model, count = with_temperature(session, session.load_model()), session.options.drawing.num_samples
+    classes = len(model.settings.labels) if isinstance(model, CodeDiffusion) else 0
     if count is not None and count < classes:
         raise UserError(f"--num_samples {count} are too few for {classes} classes: say {classes} at least")
     count = count or CLASS_IMAGES * classes or GRID_IMAGES
@@ -80,16 +78,17 @@ def inpaint(session: Session) -> None:
         raise UserError(f"--stage inpaint: {o.autoencoder.model} has no codes to keep; snn-vq-vae and vq-vae have")
     model = with_temperature(session, session.load_model())
     assert isinstance(model, CodeDiffusion)
-    images = session.data.test[: o.sampling.num_samples or INPAINTED_IMAGES]
-    hidden = from_rank_0(lambda: hidden_pixels(o.sampling.mask, *images.shape[2:]))
+    images = session.data.test[: o.drawing.num_samples or INPAINTED_IMAGES]
+    hidden = from_rank_0(lambda: hidden_pixels(o.drawing.mask, *images.shape[2:]))
     drawn = model.drawn
     if own := _own_labels(session, model, len(images)):
         drawn += ", each as its own class"
         model, names = model.asked(own), ["own class"] * COMPLETIONS
     else:
-        labels = model.labels if len(model.labels) > 1 else model.labels * COMPLETIONS
+        labels = model.settings.labels
+        labels = labels if len(labels) > 1 else labels * COMPLETIONS
         names = [model.name_of(label) for label in labels]
-        model = replace(model, labels=tuple(label for label in labels for _ in images))
+        model = model.asked([label for label in labels for _ in images] or None)
     rows = len(names) or COMPLETIONS
     announce_model(session, model, f"{len(images)}, each completed {rows} times: {drawn}", session.data)
     completed = model.inpaint(images.repeat(rows, 1, 1, 1), hidden)

@@ -50,6 +50,7 @@ from pipeline.runtime.device import Machine, choose_machine, describe_machine, f
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images
 from pipeline.sampling.grids import check_figure_place, save_figure
+from pipeline.sampling.settings import Settings
 from pixels import to_float
 
 Trained = TypeVar("Trained", VQSVAE, SDID)
@@ -98,7 +99,7 @@ def draw_images(vqsvae: VQSVAE, sdid: SDID, device: torch.device) -> tuple[Tenso
     """Codes `[N,h,w]` drawn by the networks, the same ones in every mode, and their images, uint8 `[N,1,H,W]`."""
     machine, diffusion = Machine(device, bf16=False), AbsorbingDiffusion(CODES, GRID * GRID)
     noise = diffusion.noise(0, range(IMAGES), (GRID, GRID))
-    codes = draw_codes(machine.to_device(sdid), diffusion, noise, machine, temperature=1.0)
+    codes = draw_codes(machine.to_device(sdid), diffusion, noise, Settings(), machine)
     return codes, decode_codes(machine.to_device(vqsvae), codes, machine)
 
 
@@ -151,7 +152,7 @@ def tasks(
         if reference:
             diffusion.sample_every_timestep(sdid, type(noise)(*(values.to(device) for values in noise)))
         else:
-            draw_codes(sdid, diffusion, noise, machine, temperature=1.0, batch_size=batch["sample"])
+            draw_codes(sdid, diffusion, noise, Settings(), machine, batch["sample"])
 
     return {
         "stage1_train": training_step(vqsvae, lambda: vqsvae.train()(pixels, 0.1).loss, machine),
@@ -274,7 +275,7 @@ def scaling(args: argparse.Namespace) -> dict:
         images = torch.randint(0, 256, (count, 1, SIDE, SIDE), dtype=torch.uint8)
         noise = diffusion.noise(0, range(count), (GRID, GRID))
         encode = seconds(partial(encode_images, vqsvae, images, machine, 256), machine.device)
-        sample = seconds(partial(draw_codes, sdid, diffusion, noise, machine, 256), machine.device)
+        sample = seconds(partial(draw_codes, sdid, diffusion, noise, Settings(), machine, 256), machine.device)
         table[count] = {"encode": round(1e3 * encode / count, 4), "sample": round(1e3 * sample / count, 4)}
         times = ", ".join(f"{task} {milliseconds:.3f} ms" for task, milliseconds in table[count].items())
         print(f"{count:6} images: {times} per image")

@@ -463,9 +463,9 @@ def test_options_of_one_call_do_not_stick(cli, run):
     """What a training was evaluated with is no default of a later evaluation; a resumed call may type it back."""
     config = json.loads((run / "config.json").read_text())
     assert config["num_samples"] == 5
-    assert resolve(["--checkpoint", str(run)]).options.sampling.num_samples is None
-    assert resolve(["--resume", str(run)]).options.sampling.num_samples == 5
-    assert resolve(["--resume", str(run), "--num_samples", "auto"]).options.sampling.num_samples is None
+    assert resolve(["--checkpoint", str(run)]).options.drawing.num_samples is None
+    assert resolve(["--resume", str(run)]).options.drawing.num_samples == 5
+    assert resolve(["--resume", str(run), "--num_samples", "auto"]).options.drawing.num_samples is None
     typed = resolve(["--checkpoint", str(run), "--metrics", "mse, ssim"]).options.evaluation
     assert typed.metrics == ("mse", "ssim")
     assert resolve(["--checkpoint", str(run), "--metrics", "all"]).options.evaluation.metrics is None

@@ -63,7 +63,7 @@ def energy_records(model: ImageModel, data: ImageData, seed: int) -> list[dict]:
     cost = model.cost(images)
     record_of = partial(make_record, data=data, split="test", seed=seed)
     on_test = partial(record_of, real=len(images))
-    on_samples = partial(record_of, real=0, generated=len(images), drawn=model.drawn, sampling=model.settings)
+    on_samples = partial(record_of, real=0, generated=len(images), drawn=model.drawn, sampling=model.record)
     records = []
     for part, counted in cost.operations.items():
         record, on = on_test if part == "encode" else on_samples, cost.protocols[part]

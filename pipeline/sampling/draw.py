@@ -18,7 +18,7 @@ def draw(session: Session, model: ImageModel, count: int, reuse: bool = False) -
     returned if they were drawn with the same settings.
     """
     folder = session.run.samples
-    settings = model.settings | {"drawn": model.drawn, "weights": session.networks.digest()}
+    settings = model.record | {"drawn": model.drawn, "weights": session.networks.digest()}
     settings |= {"checkpoint": session.evaluated} if session.evaluated else {}
     images = from_rank_0(partial(read_samples, folder, settings, count)) if reuse else None
     if images is not None:
@@ -28,9 +28,9 @@ def draw(session: Session, model: ImageModel, count: int, reuse: bool = False) -
         if isinstance(model, CodeDiffusion):
             moments = model.trajectory()
             save_png(folder / "trajectory.png", grid(moments.flatten(0, 1), moments.shape[1]))
-            classes = [model.name_of(label) for label in model.labels]
+            classes = [model.name_of(label) for label in model.settings.labels]
         images = model.draw(range(count))
         write_samples(folder, images, settings, classes)
-    if session.options.sampling.png:
+    if session.options.drawing.png:
         write_single_files(folder / "png", images)
     return images

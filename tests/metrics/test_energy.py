@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from models.spiking import use_backend
 from pipeline.evaluation.model_metrics import energy_records
 from pipeline.runtime.device import Machine
 from pipeline.sampling.image_models import CodeDiffusion
+from pipeline.sampling.settings import Settings
 
 STEPS = 4
 
@@ -242,7 +242,8 @@ def residual_denoiser():
 
 
 def generator_of(autoencoder, denoiser, **settings):
-    return CodeDiffusion(autoencoder, denoiser, (3, 3), Machine(torch.device("cpu"), bf16=False), seed=7, **settings)
+    machine = Machine(torch.device("cpu"), bf16=False)
+    return CodeDiffusion(autoencoder, denoiser, (3, 3), machine, seed=7, settings=Settings(**settings))
 
 
 SETTINGS = [
@@ -328,7 +329,7 @@ def test_energy_metrics_say_what_was_counted(autoencoder, denoiser, images):
     assert sample["value"] == pytest.approx(parts)
     dense = {name: records[f"energy_{name}_without_spikes"]["value"] for name in ("sample", "denoiser_pass", "decode")}
     assert dense["sample"] == pytest.approx(4 * dense["denoiser_pass"] + dense["decode"])
-    changed = replace(generator, final_temperature=0.3, sample_steps=None, reveal_order="spread")
+    changed = generator.asked(final_temperature=0.3, sample_steps=None, reveal_order="spread")
     assert changed.drawn == "temperature 0.5 changing to 0.3, all timesteps, spread order"
 
 

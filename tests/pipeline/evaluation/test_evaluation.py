@@ -25,6 +25,7 @@ from pipeline.options import SAMPLE_METRICS, EvaluationOptions
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
 from pipeline.sampling.image_models import CodeDiffusion, PriorSampling
+from pipeline.sampling.settings import Settings
 
 TABLE = evaluation.GENERATED_METRICS  # of the program, which tests replace
 CPU = Machine(torch.device("cpu"), bf16=False)
@@ -260,8 +261,11 @@ class Stub:
     temperature: float = 1.0
 
     @property
-    def settings(self):
+    def record(self):
         return {"seed": self.seed}
+
+    def asked(self, temperature):
+        return replace(self, temperature=temperature)
 
     def draw(self, samples):
         shift = abs(self.temperature - 0.8) * 300
@@ -311,16 +315,18 @@ def test_a_temperature_is_chosen_once(data, tmp_path, pooled_fad, monkeypatch, c
 
 
 def test_settings_are_all_that_samples_depend_on():
-    """Whatever of a generator changes its samples changes its settings, weights aside."""
+    """Whatever of a generator changes its samples changes its record, weights aside."""
     generator = code_diffusion(VQSVAE(1, 5, 4, 3, 4))
-    changes = {"seed": 1, "grid": (2, 1), "sample_steps": 3, "reveal_order": "spread", "temperature": 2.0}
-    changes |= {"final_temperature": 0.5}
-    changes["machine"] = Machine(torch.device("cpu"), bf16=True)
-    settings = [replace(generator, **{name: value}).settings for name, value in changes.items()]
-    settings += [code_diffusion(VQSVAE(1, 5, 4, 2, 4)).settings, generator.settings]
-    settings.append(code_diffusion(VQSVAE(1, 5, 4, 3, 4, spike_generator="repeat")).settings)
-    assert len({json.dumps(each) for each in settings}) == len(settings)
-    assert replace(generator, batch_size=9, sample_steps=4).settings == generator.settings, "all four timesteps"
+    machine = Machine(torch.device("cpu"), bf16=True)
+    changes = {"seed": 1, "grid": (2, 1), "machine": machine}
+    settings = {"sample_steps": 3, "reveal_order": "spread", "temperature": 2.0, "final_temperature": 0.5}
+    records = [replace(generator, **{name: value}).record for name, value in changes.items()]
+    records += [generator.asked(**{name: value}).record for name, value in settings.items()]
+    records += [code_diffusion(VQSVAE(1, 5, 4, 2, 4)).record, generator.record]
+    records.append(code_diffusion(VQSVAE(1, 5, 4, 3, 4, spike_generator="repeat")).record)
+    assert len({json.dumps(each) for each in records}) == len(records)
+    whole = replace(generator, batch_size=9).asked(sample_steps=4)
+    assert whole.record == generator.record, "all four timesteps"
 
 
 def test_a_temperature_is_not_chosen_on_few_images_or_on_the_test_split(data, tmp_path):
@@ -332,8 +338,8 @@ def test_a_temperature_is_not_chosen_on_few_images_or_on_the_test_split(data, tm
 # ---- generators ----
 
 
-def code_diffusion(autoencoder, **changed):
-    return CodeDiffusion(autoencoder, SDID(5, 3, 4), (2, 2), CPU, 0, **{"batch_size": 3, **changed})
+def code_diffusion(autoencoder):
+    return CodeDiffusion(autoencoder, SDID(5, 3, 4), (2, 2), CPU, 0, Settings(), batch_size=3)
 
 
 def generators():
@@ -374,7 +380,7 @@ def test_cost_is_counted_and_leaves_the_model_as_it_was(name):
 
 def test_a_sample_costs_a_pass_of_the_denoiser_at_each_timestep_and_a_decoding():
     whole = generators()["snn-vq-vae"]
-    for generator, passes in ((whole, 4), (replace(whole, sample_steps=3), 3)):
+    for generator, passes in ((whole, 4), (whole.asked(sample_steps=3), 3)):
         parts = generator.cost(noise(4)).operations
         assert parts["sample"] == passes * parts["denoiser_pass"] + parts["decode"]
 
