@@ -10,7 +10,7 @@ torchrun --nproc_per_node 4 main.py --dataset_name MNIST      with 4 processes
 import os
 
 from errors import reported
-from pipeline.parser import build_parser
+from pipeline.options.parser import build_parser
 from pipeline.runtime.terminal import print_anywhere
 
 

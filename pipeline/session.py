@@ -7,14 +7,14 @@ from typing import Any
 from datasets import ImageData, load_dataset
 from errors import UserError
 from models import Autoencoder, Denoiser, VQAutoencoder
-from pipeline.configuration import Call, assemble
 from pipeline.networks import Networks
-from pipeline.options import CODES, DataOptions, names
-from pipeline.parser import as_written
+from pipeline.options.configuration import Call, assemble
+from pipeline.options.parser import as_written
+from pipeline.options.sections import CODES, OWN, DataOptions, names
+from pipeline.resuming import read_last
 from pipeline.runtime.device import Machine, choose_machine
 from pipeline.runtime.processes import from_rank_0
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel, PriorSampling
-from pipeline.sampling.labels import OWN
 from pipeline.sampling.sample_files import drawn_with, inpainted_of
 from pipeline.sampling.settings import Settings, check_sample_steps
 
@@ -43,7 +43,7 @@ class Session:
         self.program = ""
         if self.options.run.resume:
             self.run.lock()
-            self.last = from_rank_0(self.run.read_last)
+            self.last = from_rank_0(partial(read_last, self.run))
             self.program = self.run.program
 
     @cached_property

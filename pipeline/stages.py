@@ -5,12 +5,11 @@ import torch
 from errors import UserError
 from pipeline.evaluation.evaluate import check_evaluation, evaluate
 from pipeline.evaluation.temperature import with_temperature
-from pipeline.options import TRAINING_STAGES
+from pipeline.options.sections import OWN, TRAINING_STAGES
 from pipeline.runtime.processes import from_rank_0
-from pipeline.sampling.draw import draw
+from pipeline.samples import draw_samples
 from pipeline.sampling.grids import GREY, grid, named_rows, save_png
 from pipeline.sampling.image_models import CodeDiffusion
-from pipeline.sampling.labels import OWN
 from pipeline.sampling.masks import hidden_pixels
 from pipeline.sampling.sample_files import CLASS_IMAGES, GRID_IMAGES, INPAINTED
 from pipeline.session import Session
@@ -65,7 +64,7 @@ def sample(session: Session) -> None:
         raise UserError(f"--num_samples {count} are too few for {classes} classes: say {classes} at least")
     count = count or CLASS_IMAGES * classes or GRID_IMAGES
     announce_model(session, model, f"{count:,}: {model.drawn}")
-    draw(session, model, count)
+    draw_samples(session, model, count)
 
 
 def inpaint(session: Session) -> None:

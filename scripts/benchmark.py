@@ -44,7 +44,7 @@ from models import SDID, VQSVAE, choose_neuron, event_conv
 from models.neurons import Neuron
 from models.spiking import use_backend
 from pipeline.checkpoints import check_place, load_weights, write_json
-from pipeline.options import PRECISIONS, NeuronOptions, names
+from pipeline.options.sections import PRECISIONS, NeuronOptions, names
 from pipeline.run_folder import RunFolder, versions
 from pipeline.runtime.device import Machine, choose_machine, describe_machine, find_device, keep_freed_memory
 from pipeline.runtime.terminal import print_anywhere

@@ -37,7 +37,7 @@ from files import expand
 from models import SDID, VQSVAE, ResidualSDID, VQAutoencoder
 from models.spiking import SpikingStack, membrane_weights, use_backend, weighted_sum
 from pipeline.checkpoints import check_place
-from pipeline.declaration import autoencoder_weights
+from pipeline.options.declaration import autoencoder_weights
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.grids import check_figure_place, save_figure
 from pipeline.session import open_session

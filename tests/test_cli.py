@@ -18,11 +18,11 @@ from PIL import Image
 from models import SDID, build_model
 from parts import AUTOENCODERS, DENOISERS, NEURONS
 from pipeline import program
-from pipeline.configuration import resolve
 from pipeline.evaluation.metrics import GENERATED_METRICS
-from pipeline.options import CODES, DECLARATIONS, DEFAULTS, SAMPLE_METRICS, SECTIONS, STAGES
-from pipeline.parser import MOST_USED, TITLES, as_shown
-from pipeline.presets import PRESETS
+from pipeline.options.configuration import resolve
+from pipeline.options.parser import MOST_USED, TITLES, as_shown
+from pipeline.options.presets import PRESETS
+from pipeline.options.sections import CODES, DECLARATIONS, DEFAULTS, SAMPLE_METRICS, SECTIONS, STAGES
 from pipeline.training import loop as training
 from scripts import pack
 

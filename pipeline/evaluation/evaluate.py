@@ -5,8 +5,8 @@ from pipeline.evaluation.metrics import Evaluation
 from pipeline.evaluation.model_metrics import autoencoder_records, energy_records, floor_records, reconstructions
 from pipeline.evaluation.records import write_records
 from pipeline.evaluation.temperature import check_held_out, with_temperature
-from pipeline.options import METRICS, SAMPLE_METRICS
-from pipeline.sampling.draw import draw
+from pipeline.options.sections import METRICS, SAMPLE_METRICS
+from pipeline.samples import draw_samples
 from pipeline.sampling.sample_files import GRID_IMAGES
 from pipeline.session import Session
 from pipeline.start import announce_model
@@ -30,7 +30,7 @@ def evaluate(session: Session) -> None:
     evaluation = prepare_evaluation(session)
     model = with_temperature(session, model) if draws else model
     count = o.drawing.num_samples or evaluation.images_needed or GRID_IMAGES
-    images = draw(session, model, count, reuse=True) if of_samples else None
+    images = draw_samples(session, model, count, reuse=True) if of_samples else None
     # what all processes compute comes first, so that none waits for metrics of images, which rank 0 alone computes
     reconstructed = reconstructions(model, evaluation, wanted)
     records = autoencoder_records(model, reconstructed, session.data, o.run.seed, wanted)

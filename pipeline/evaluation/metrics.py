@@ -41,7 +41,7 @@ from pipeline.evaluation.cache import forget
 from pipeline.evaluation.feature_networks import kept_features
 from pipeline.evaluation.loaders import LOADERS, FeatureNetwork
 from pipeline.evaluation.records import context, make_record
-from pipeline.options import EvaluationOptions
+from pipeline.options.sections import EvaluationOptions
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import from_rank_0, is_rank_0
 

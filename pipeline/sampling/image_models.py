@@ -13,12 +13,13 @@ from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from errors import UserError
 from models import FSVAE, Denoiser, VQAutoencoder
 from models.conditions import NOT_GIVEN
+from pipeline.options.sections import ANY
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import is_rank_0
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images, in_batches
 from pipeline.sampling.cost import Cost, Parts, count_parts, sums
 from pipeline.sampling.grids import trajectory_images
-from pipeline.sampling.labels import ANY, find_labels
+from pipeline.sampling.labels import find_labels
 from pipeline.sampling.masks import nearest_visible
 from pipeline.sampling.settings import Settings, check_sample_steps
 from pixels import to_float, to_uint8

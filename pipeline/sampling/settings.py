@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from errors import UserError
-from pipeline.options import DEFAULTS, SamplingOptions
+from pipeline.options.sections import DEFAULTS, SamplingOptions
 
 IN_SENTENCES = {"temperature", "final_temperature", "temperature_chosen", "sample_steps", "reveal_order", "labels"}
 """Settings for which `in_words` has words of its own."""

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from datasets import digest
 from errors import UserError
 from pipeline.checkpoints import save_weights
+from pipeline.resuming import write_last
 from pipeline.run_folder import RunFolder
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine, Network
@@ -151,7 +152,7 @@ class Trainer(Generic[Network]):
             states["average"] = self.average.state_dict()
         sums = {name: value.item() for name, value in progress.sums.items()}
         where = {"epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds, "sums": sums}
-        self.run.write_last({"stage": self.name, **where, **states})
+        write_last(self.run, {"stage": self.name, **where, **states})
 
     def _save_kept(self) -> None:
         """Write the weights that are kept."""

@@ -20,8 +20,8 @@ from models.labels import Labels
 from models.quantizer import Codebook
 from models.spiking import use_backend
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights, write_json
-from pipeline.configuration import DEFAULTS, resolve
-from pipeline.declaration import comma_separated
+from pipeline.options.configuration import DEFAULTS, resolve
+from pipeline.options.declaration import comma_separated
 from pipeline.run_folder import RunFolder
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine

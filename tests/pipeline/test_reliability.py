@@ -33,7 +33,7 @@ from errors import UserError
 from pipeline import checkpoints, run_folder, stages
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
 from pipeline.evaluation import cache
-from pipeline.options import DECLARATIONS
+from pipeline.options.sections import DECLARATIONS
 from pipeline.run_folder import RunFolder
 from pipeline.training import loop as training
 from pipeline.training import objectives as trainers

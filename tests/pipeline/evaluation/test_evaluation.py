@@ -21,7 +21,7 @@ from pipeline.evaluation.feature_networks import FadNetwork
 from pipeline.evaluation.loaders import LOADERS, FeatureNetwork
 from pipeline.evaluation.metrics import Evaluation, Metric
 from pipeline.evaluation.model_metrics import energy_records, floor_records, reconstructions
-from pipeline.options import SAMPLE_METRICS, EvaluationOptions
+from pipeline.options.sections import SAMPLE_METRICS, EvaluationOptions
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
 from pipeline.sampling.image_models import CodeDiffusion, PriorSampling

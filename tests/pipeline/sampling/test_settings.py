@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 from helpers import ROOT
 
-from pipeline.options import DEFAULTS, SamplingOptions
+from pipeline.options.sections import DEFAULTS, SamplingOptions
 from pipeline.sampling import settings
 from pipeline.sampling.settings import Settings
 from spiking_diffusion import SpikingDiffusion

@@ -15,6 +15,7 @@ from parts import (
     DATASETS,
     DENOISERS,
     LOSSES,
+    LR_SCHEDULES,
     MASKS,
     NEURONS,
     READOUTS,
@@ -24,7 +25,7 @@ from parts import (
     V_RESET,
     V_THRESHOLD,
 )
-from pipeline.declaration import (
+from pipeline.options.declaration import (
     POSITIVE,
     Declaration,
     Limits,
@@ -35,8 +36,7 @@ from pipeline.declaration import (
     parse_metrics,
     temperature_or_auto,
 )
-from pipeline.presets import PRESETS
-from pipeline.training.schedules import LR_SCHEDULES
+from pipeline.options.presets import PRESETS
 
 SPIKING_CODES = ("snn-vq-vae",)
 CODES = tuple(CODE_MODELS)
@@ -52,6 +52,8 @@ SAMPLE_METRICS = (*INCEPTION_METRICS, "fad", "classifier", "recognition", "memor
 AUTOENCODER_METRICS = ("mse", "ssim", "codebook")  # no denoiser is needed
 METRICS = (*SAMPLE_METRICS, *AUTOENCODER_METRICS, "energy")
 
+ALL, ANY, OWN = "all", "any", "own"
+"""Words of `--labels`: every class in turn; no class in particular; the class of each test image that is inpainted."""
 
 COUNT: Limits = {"low": 1, "high": 10**9, "metavar": "N"}
 WIDTH: Limits = {"low": 1, "high": 4096, "metavar": "N"}

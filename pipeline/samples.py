@@ -1,4 +1,4 @@
-"""Drawing images with a trained model, and writing them to the run folder."""
+"""The samples of a run: drawn with its model, or found in its folder, and written there."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from pipeline.sampling.sample_files import read_samples, write_samples, write_si
 from pipeline.session import Session
 
 
-def draw(session: Session, model: ImageModel, count: int, reuse: bool = False) -> Tensor:
+def draw_samples(session: Session, model: ImageModel, count: int, reuse: bool = False) -> Tensor:
     """Draw `count` images, uint8 `[N,C,H,W]`, and write them; with a denoiser, also the trajectory of the first.
 
     If classes are requested, the samples cycle through them. With `reuse`, the images of an earlier call are
