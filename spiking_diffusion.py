@@ -137,7 +137,7 @@ class SpikingDiffusion:
         if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
             raise UserError(f"count must be a whole number, at least 1, not {count!r}")
         model = self._asked(seed, labels, guidance=guidance, **settings)
-        return model.draw(range(count)).numpy()
+        return model.draw_images(range(count)).numpy()
 
     @library_call()
     def inpaint(
@@ -257,7 +257,7 @@ def evaluate(
     an option does not exist, if the images are not of the size and channels of the data set, or if a metric that is
     named cannot be computed.
     """
-    from pipeline.evaluation.metrics import evaluate_images  # here because drawing needs nothing of it
+    from pipeline.evaluation.image_records import evaluate_images  # here because drawing needs nothing of it
 
     wanted = _words(metrics)
     unknown = set(map(str, wanted or ())) - set(SAMPLE_METRICS)

@@ -29,7 +29,7 @@ def draw_samples(session: Session, model: ImageModel, count: int, reuse: bool = 
             moments = model.trajectory()
             save_png(folder / "trajectory.png", grid(moments.flatten(0, 1), moments.shape[1]))
             classes = [model.name_of(label) for label in model.settings.labels]
-        images = model.draw(range(count))
+        images = model.draw_images(range(count))
         write_samples(folder, images, settings, classes)
     if session.options.drawing.png:
         write_single_files(folder / "png", images)

@@ -37,7 +37,7 @@ import pipeline.runtime.threads  # noqa: F401  before torch
 import torch
 from torch import Tensor, nn
 
-from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.absorbing import AbsorbingDiffusion, Predict, SamplingNoise, codes_from_logits
 from errors import UserError, reported
 from files import expand
 from models import SDID, VQSVAE, choose_neuron, event_conv
@@ -115,6 +115,26 @@ def shares_of_spikes(sdid: SDID, tokens: Tensor, t: Tensor) -> dict[str, float]:
     return shares
 
 
+@torch.no_grad()
+def sample_every_timestep(
+    diffusion: AbsorbingDiffusion,
+    denoiser: Predict,
+    noise: SamplingNoise,
+    temperature: float = 1.0,
+    final_temperature: float | None = None,
+) -> Tensor:
+    """The codes `[N,h,w]` of `AbsorbingDiffusion.sample`, word for word: the whole grid at every timestep T..1."""
+    tokens = torch.full_like(noise.reveal_times, diffusion.mask_token)
+    change = 0.0 if final_temperature is None else final_temperature - temperature
+    for t in range(diffusion.num_timesteps, 0, -1):
+        logits = denoiser(tokens, torch.full((len(tokens),), t, device=tokens.device)).permute(0, 2, 3, 1)
+        where = noise.reveal_times == t
+        uniforms = noise.uniforms[where]
+        temperatures = torch.full_like(uniforms, temperature + change * (1 - t / diffusion.num_timesteps))
+        tokens[where] = codes_from_logits(logits[where], uniforms, temperatures)
+    return tokens
+
+
 def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], machine: Machine) -> Callable[[], None]:
     """A function that performs one training step as main.py does."""
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=1e-3)
@@ -150,7 +170,7 @@ def tasks(
     def sample() -> None:
         sdid.eval()
         if reference:
-            diffusion.sample_every_timestep(sdid, type(noise)(*(values.to(device) for values in noise)))
+            sample_every_timestep(diffusion, sdid, SamplingNoise(*(values.to(device) for values in noise)))
         else:
             draw_codes(sdid, diffusion, noise, Settings(), machine, batch["sample"])
 

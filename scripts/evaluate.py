@@ -28,7 +28,7 @@ from image_files import alternate, find_images, folders_of, read_images, take
 from metrics.fid import FID_IMAGES
 from parts import DATASETS
 from pipeline.checkpoints import check_place, write_json
-from pipeline.evaluation.metrics import evaluate_images
+from pipeline.evaluation.image_records import evaluate_images
 from pipeline.evaluation.records import print_records
 from pipeline.options.declaration import number, parse_metrics
 from pipeline.options.sections import SAMPLE_METRICS, EvaluationOptions, names

@@ -18,7 +18,7 @@ from PIL import Image
 from models import SDID, build_model
 from parts import AUTOENCODERS, DENOISERS, NEURONS
 from pipeline import program
-from pipeline.evaluation.metrics import GENERATED_METRICS
+from pipeline.evaluation.protocols import GENERATED_METRICS
 from pipeline.options.configuration import resolve
 from pipeline.options.parser import MOST_USED, TITLES, as_shown
 from pipeline.options.presets import PRESETS

@@ -299,7 +299,7 @@ def own():
     ],
 )
 def test_evaluation_is_checked_before_it_begins(wrong, message, own, monkeypatch):
-    monkeypatch.setattr("pipeline.evaluation.metrics.Evaluation", None)
+    monkeypatch.setattr("pipeline.evaluation.image_records.Evaluation", None)
     with pytest.raises(UserError) as error:
         evaluate(**{"images": np.zeros((9, 1, 16, 16), np.uint8), "data": own, "device": "cpu", **wrong})
     assert message in str(error.value) and "--" not in str(error.value)

@@ -1,8 +1,8 @@
 """The evaluation of a run: draw images if needed, compute the metrics, write metrics.json."""
 
 from errors import UserError, say_on_stderr
-from pipeline.evaluation.metrics import Evaluation
-from pipeline.evaluation.model_metrics import autoencoder_records, energy_records, floor_records, reconstructions
+from pipeline.evaluation.image_records import Evaluation
+from pipeline.evaluation.model_records import autoencoder_records, energy_records, floor_records, reconstructions
 from pipeline.evaluation.records import write_records
 from pipeline.evaluation.temperature import check_held_out, with_temperature
 from pipeline.options.sections import METRICS, SAMPLE_METRICS

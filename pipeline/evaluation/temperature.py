@@ -82,7 +82,7 @@ def choose_temperature(
         return chosen
     distances = {}
     for temperature in TEMPERATURES:
-        images = model.asked(temperature=temperature).draw(range(IMAGES))
+        images = model.asked(temperature=temperature).draw_images(range(IMAGES))
         distances[temperature] = from_rank_0(partial(held_out.distance, images))
         print(f"temperature {temperature:g}: distance to held-out images {distances[temperature]:.2f}", flush=True)
     best = min(distances, key=distances.__getitem__)

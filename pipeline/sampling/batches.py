@@ -83,11 +83,11 @@ def draw_codes(
     is_guided = settings.guidance and condition is not None
     logits_at = partial(denoiser.guided_logits_at, settings.guidance) if is_guided else denoiser.logits_at
 
-    def draw(part: Tensor) -> Tensor:
+    def codes_of(part: Tensor) -> Tensor:
         here = SamplingNoise(*(values[part].to(machine.device) for values in noise))
         kept = None if given is None else given[part].to(machine.device)
         conditions = None if condition is None else condition[part].to(machine.device)
         return diffusion.sample(logits_at, here, settings.temperature, kept, settings.final_temperature, conditions)
 
     with computing(denoiser, machine):
-        return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", draw)
+        return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", codes_of)

@@ -39,7 +39,7 @@ class ImageModel(Protocol):
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images through the autoencoder."""
 
-    def draw(self, samples: range) -> Tensor:
+    def draw_images(self, samples: range) -> Tensor:
         """The samples with these numbers."""
 
     def labels_of(self, samples: range) -> Tensor | None:
@@ -138,7 +138,7 @@ class CodeDiffusion:
         """See ImageModel."""
         return self._decode(self.encode(images))
 
-    def draw(self, samples: range) -> Tensor:
+    def draw_images(self, samples: range) -> Tensor:
         """See ImageModel."""
         return self._decode(self._draw_codes(samples)[0])
 
@@ -194,7 +194,7 @@ class CodeDiffusion:
         """The conditions `[N,J]` of the samples with these indices; None without any. See `Conditions`."""
         labels = self.settings.labels
         each = [labels[i % len(labels)] for i in samples] if labels else None
-        return self._denoiser.conditions.draw(self.seed, samples, each)
+        return self._denoiser.conditions.of_samples(self.seed, samples, each)
 
     def _condition_of_given(self, samples: range) -> Tensor | None:
         """The same where some codes are given: those belong to another prototype, but may have the label."""
@@ -277,7 +277,7 @@ class PriorSampling:
 
         return self._by_sample(range(len(images)), compute_images, "reconstructing")
 
-    def draw(self, samples: range) -> Tensor:
+    def draw_images(self, samples: range) -> Tensor:
         """See ImageModel."""
         model = self.autoencoder
         return self._by_sample(samples, lambda _, picks: model.decode(model.sample(picks)), "sampling")

@@ -108,30 +108,30 @@ def frequencies(drawn):
 
 def test_a_sample_has_the_conditions_of_a_training_image():
     conditions = denoiser_of("both").conditions
-    drawn = conditions.draw(0, range(4000))
+    drawn = conditions.of_samples(0, range(4000))
     torch.testing.assert_close(frequencies(drawn), COUNTS / COUNTS.sum(), atol=EVENLY, rtol=0)
-    assert torch.equal(conditions.draw(0, [7, 3]), drawn[[7, 3]]), "whatever it is drawn together with"
-    asked = conditions.draw(0, range(4000), [i % 2 for i in range(4000)])
+    assert torch.equal(conditions.of_samples(0, [7, 3]), drawn[[7, 3]]), "whatever it is drawn together with"
+    asked = conditions.of_samples(0, range(4000), [i % 2 for i in range(4000)])
     assert torch.equal(asked[:, 1], torch.arange(4000) % 2)
     shares = torch.stack([asked[label::2, 0].bincount(minlength=4) for label in (0, 1)], 1) / 2000
     torch.testing.assert_close(shares, COUNTS[:, :2] / COUNTS.sum(0)[:2], atol=EVENLY, rtol=0)
-    assert torch.equal(conditions.draw(0, [8, 3], [0, 1]), asked[[8, 3]])
+    assert torch.equal(conditions.of_samples(0, [8, 3], [0, 1]), asked[[8, 3]])
     with pytest.raises(ValueError):
-        conditions.draw(0, [0], [2])
+        conditions.of_samples(0, [0], [2])
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_even_a_few_samples_have_each_condition_about_as_often_as_it_occurs(seed):
     """Independent draws would miss by more: 20 of them, by 0.1 (one standard deviation of a condition of 0.3)."""
     for count in (20, 100):
-        drawn = denoiser_of("both").conditions.draw(seed, range(count))
+        drawn = denoiser_of("both").conditions.of_samples(seed, range(count))
         torch.testing.assert_close(frequencies(drawn), COUNTS / COUNTS.sum(), atol=2 / count, rtol=0)
 
 
 def test_labels_alone():
     conditions = denoiser_of("label").conditions
-    assert torch.equal(conditions.draw(0, range(5), [1, 0, 1, 1, 0]), torch.tensor([[1], [0], [1], [1], [0]]))
-    drawn = conditions.draw(0, range(4000))
+    assert torch.equal(conditions.of_samples(0, range(5), [1, 0, 1, 1, 0]), torch.tensor([[1], [0], [1], [1], [0]]))
+    drawn = conditions.of_samples(0, range(4000))
     assert drawn.double().mean() == pytest.approx(14 / 19, abs=EVENLY)
 
 
@@ -154,7 +154,7 @@ def test_what_occurs_together_is_counted():
 @torch.no_grad()
 def test_guidance_strengthens_the_last_condition(shape):
     denoiser = denoiser_of(shape).double()
-    told = denoiser.conditions.draw(0, range(4))
+    told = denoiser.conditions.of_samples(0, range(4))
     tokens, t, where = torch.full((4, *GRID), K), torch.ones(4), torch.rand(4, *GRID) < 0.5
     without = denoiser.conditions.without_last(told)
     assert (without[:, -1] == NOT_GIVEN).all() and torch.equal(without[:, :-1], told[:, :-1])
@@ -169,7 +169,7 @@ def test_guidance_takes_two_passes_and_none_takes_one(guidance, passes, monkeypa
     forward = denoiser.logits_at
     monkeypatch.setattr(denoiser, "logits_at", lambda *told: calls.append(told) or forward(*told))
     diffusion, machine = AbsorbingDiffusion(K, 16), Machine(torch.device("cpu"), bf16=False)
-    noise, condition = diffusion.noise(0, range(2), GRID, 1), denoiser.conditions.draw(0, range(2))
+    noise, condition = diffusion.noise(0, range(2), GRID, 1), denoiser.conditions.of_samples(0, range(2))
     draw_codes(denoiser, diffusion, noise, Settings(guidance=guidance), machine, condition=condition)
     assert len(calls) == passes
 

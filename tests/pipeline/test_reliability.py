@@ -373,7 +373,7 @@ def test_ctrl_c_advises_what_works(cli, small, run, tmp_path, monkeypatch):
     again = "interrupted: run the same command again\n"
     shutil.rmtree(run / "samples")
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.sampling.image_models.CodeDiffusion.draw", interrupt)
+        patch.setattr("pipeline.sampling.image_models.CodeDiffusion.draw_images", interrupt)
         evaluates = ("--checkpoint", run, "--num_samples", 2)
         for call in (evaluates, (*small, "--stage", "evaluate", "--result_path", run.parents[1])):
             shutil.copytree(run, run_in(run.parents[1]), dirs_exist_ok=True)

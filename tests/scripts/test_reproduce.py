@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from pipeline.evaluation.metrics import GENERATED_METRICS
+from pipeline.evaluation.protocols import GENERATED_METRICS
 from pipeline.options.parser import as_written, build_parser
 from pipeline.options.sections import DEFAULTS
 from scripts import reproduce, results_table
