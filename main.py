@@ -5,6 +5,8 @@ python main.py --resume result/MNIST/snn-vq-vae               continue a run
 python main.py --checkpoint result/MNIST/snn-vq-vae           evaluate it again
 python main.py --checkpoint pretrained/fmnist --stage sample  draw images
 torchrun --nproc_per_node 4 main.py --dataset_name MNIST      with 4 processes
+
+Several processes were tested on CPUs, and never tried on several GPUs.
 """
 
 import os
