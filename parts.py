@@ -16,7 +16,7 @@ DATASETS = {
     "Letters": "datasets:load_letters",
     "CIFAR10": "datasets:load_cifar10",
     "Digits": "datasets:load_digits",
-    "ImageFolder": "datasets:load_folder",
+    "ImageFolder": "image_folders:load_folder",
 }
 """Data sets (`--dataset_name`): functions of a folder and the number of training images, to a `datasets.Source`."""
 
