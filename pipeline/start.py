@@ -10,7 +10,7 @@ from torch import nn
 from datasets import ImageData
 from models import fused_lif, neuron_options
 from models.neurons import FromRest, dynamics_of
-from pipeline.parser import as_typed
+from pipeline.options.parser import as_typed
 from pipeline.runtime import processes
 from pipeline.runtime.device import describe_machine
 from pipeline.runtime.processes import on_rank_0

@@ -37,19 +37,20 @@ import pipeline.runtime.threads  # noqa: F401  before torch
 import torch
 from torch import Tensor, nn
 
-from diffusion.absorbing import AbsorbingDiffusion
+from diffusion.absorbing import AbsorbingDiffusion, Predict, SamplingNoise, codes_from_logits
 from errors import UserError, reported
 from files import expand
 from models import SDID, VQSVAE, choose_neuron, event_conv
 from models.neurons import Neuron
 from models.spiking import use_backend
 from pipeline.checkpoints import check_place, load_weights, write_json
-from pipeline.options import PRECISIONS, NeuronOptions, names
+from pipeline.options.sections import PRECISIONS, NeuronOptions, names
 from pipeline.run_folder import RunFolder, versions
 from pipeline.runtime.device import Machine, choose_machine, describe_machine, find_device, keep_freed_memory
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images
 from pipeline.sampling.grids import check_figure_place, save_figure
+from pipeline.sampling.settings import Settings
 from pixels import to_float
 
 Trained = TypeVar("Trained", VQSVAE, SDID)
@@ -98,7 +99,7 @@ def draw_images(vqsvae: VQSVAE, sdid: SDID, device: torch.device) -> tuple[Tenso
     """Codes `[N,h,w]` drawn by the networks, the same ones in every mode, and their images, uint8 `[N,1,H,W]`."""
     machine, diffusion = Machine(device, bf16=False), AbsorbingDiffusion(CODES, GRID * GRID)
     noise = diffusion.noise(0, range(IMAGES), (GRID, GRID))
-    codes = draw_codes(machine.to_device(sdid), diffusion, noise, machine, temperature=1.0)
+    codes = draw_codes(machine.to_device(sdid), diffusion, noise, Settings(), machine)
     return codes, decode_codes(machine.to_device(vqsvae), codes, machine)
 
 
@@ -112,6 +113,26 @@ def shares_of_spikes(sdid: SDID, tokens: Tensor, t: Tensor) -> dict[str, float]:
     with use_backend("reference"):
         sdid(tokens, t)
     return shares
+
+
+@torch.no_grad()
+def sample_every_timestep(
+    diffusion: AbsorbingDiffusion,
+    denoiser: Predict,
+    noise: SamplingNoise,
+    temperature: float = 1.0,
+    final_temperature: float | None = None,
+) -> Tensor:
+    """The codes `[N,h,w]` of `AbsorbingDiffusion.sample`, word for word: the whole grid at every timestep T..1."""
+    tokens = torch.full_like(noise.reveal_times, diffusion.mask_token)
+    change = 0.0 if final_temperature is None else final_temperature - temperature
+    for t in range(diffusion.num_timesteps, 0, -1):
+        logits = denoiser(tokens, torch.full((len(tokens),), t, device=tokens.device)).permute(0, 2, 3, 1)
+        where = noise.reveal_times == t
+        uniforms = noise.uniforms[where]
+        temperatures = torch.full_like(uniforms, temperature + change * (1 - t / diffusion.num_timesteps))
+        tokens[where] = codes_from_logits(logits[where], uniforms, temperatures)
+    return tokens
 
 
 def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], machine: Machine) -> Callable[[], None]:
@@ -149,9 +170,9 @@ def tasks(
     def sample() -> None:
         sdid.eval()
         if reference:
-            diffusion.sample_every_timestep(sdid, type(noise)(*(values.to(device) for values in noise)))
+            sample_every_timestep(diffusion, sdid, SamplingNoise(*(values.to(device) for values in noise)))
         else:
-            draw_codes(sdid, diffusion, noise, machine, temperature=1.0, batch_size=batch["sample"])
+            draw_codes(sdid, diffusion, noise, Settings(), machine, batch["sample"])
 
     return {
         "stage1_train": training_step(vqsvae, lambda: vqsvae.train()(pixels, 0.1).loss, machine),
@@ -274,7 +295,7 @@ def scaling(args: argparse.Namespace) -> dict:
         images = torch.randint(0, 256, (count, 1, SIDE, SIDE), dtype=torch.uint8)
         noise = diffusion.noise(0, range(count), (GRID, GRID))
         encode = seconds(partial(encode_images, vqsvae, images, machine, 256), machine.device)
-        sample = seconds(partial(draw_codes, sdid, diffusion, noise, machine, 256), machine.device)
+        sample = seconds(partial(draw_codes, sdid, diffusion, noise, Settings(), machine, 256), machine.device)
         table[count] = {"encode": round(1e3 * encode / count, 4), "sample": round(1e3 * sample / count, 4)}
         times = ", ".join(f"{task} {milliseconds:.3f} ms" for task, milliseconds in table[count].items())
         print(f"{count:6} images: {times} per image")

@@ -37,7 +37,7 @@ from files import expand
 from models import SDID, VQSVAE, ResidualSDID, VQAutoencoder
 from models.spiking import SpikingStack, membrane_weights, use_backend, weighted_sum
 from pipeline.checkpoints import check_place
-from pipeline.declaration import autoencoder_weights
+from pipeline.options.declaration import autoencoder_weights
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.grids import check_figure_place, save_figure
 from pipeline.session import open_session
@@ -116,7 +116,7 @@ def of_denoiser(model: SDID | ResidualSDID, codes: Tensor) -> Export:
     t = torch.linspace(1, timesteps, len(codes)).long()
     chance = torch.rand(codes.shape, generator=torch.Generator().manual_seed(0))
     tokens = torch.where(chance * timesteps < t.view(-1, 1, 1), model.codebook_size, codes)
-    condition = model.conditions.draw(0, range(len(codes)))
+    condition = model.conditions.of_samples(0, range(len(codes)))
     graph = SDIDGraph(model) if isinstance(model, SDID) else ResidualGraph(model)
     planes = graph.planes(tokens, t, condition)
     steps = planes.expand(model.spike_steps, *planes.shape)

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 import main
+from datasets import load_dataset
+from errors import UserError
 from models.spiking import SpikingStack
 from pipeline.checkpoints import load_weights
 
@@ -87,6 +90,20 @@ def interrupt(*_):
 
 
 # ---- image files ----
+
+
+def noise(*shape, seed=0):
+    """Random levels uint8 of this shape."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def complaint(*args, **options):
+    """The message of the UserError that `load_dataset` raises: one line."""
+    with pytest.raises(UserError) as caught:
+        load_dataset(*args, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 def write_bars(folder, count, size, colour, seed):

@@ -321,7 +321,7 @@ def test_a_failure_while_drawing_leaves_nothing_behind(data, expected, tmp_path,
     images = model.sample(2)
     before = surroundings()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffusion.absorbing.draw", fail)
+        patch.setattr("diffusion.absorbing.codes_from_logits", fail)
         with pytest.raises(Fault):
             model.sample(2)
     assert surroundings() == before

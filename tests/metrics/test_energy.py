@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +13,11 @@ from metrics.energy import Operations, count_layers, firing_rates
 from models import SDID, VQSVAE, ResidualSDID
 from models.neurons import LIF
 from models.spiking import use_backend
-from pipeline.evaluation.model_metrics import energy_records
+from pipeline.evaluation.model_records import energy_records
 from pipeline.runtime.device import Machine
 from pipeline.sampling.image_models import CodeDiffusion
+from pipeline.sampling.settings import Settings
+from scripts.benchmark import sample_every_timestep
 
 STEPS = 4
 
@@ -204,7 +205,7 @@ def test_a_whole_sample_is_so_many_passes(denoiser, tokens):
     diffusion = AbsorbingDiffusion(codebook_size=10, num_timesteps=9)
     noise = diffusion.noise(seed=0, samples=range(3), grid=(3, 3))
     one_pass = count(denoiser, lambda: denoiser(*tokens), 3, STEPS)
-    sample = count(denoiser, lambda: diffusion.sample_every_timestep(denoiser, noise), 3, STEPS)
+    sample = count(denoiser, lambda: sample_every_timestep(diffusion, denoiser, noise), 3, STEPS)
     assert sample.macs == (9 * one_pass).macs
     assert sample.dense_macs == (9 * one_pass).dense_macs
     assert 0 < sample.acs != (9 * one_pass).acs  # spikes are those of the inputs that occur
@@ -242,7 +243,8 @@ def residual_denoiser():
 
 
 def generator_of(autoencoder, denoiser, **settings):
-    return CodeDiffusion(autoencoder, denoiser, (3, 3), Machine(torch.device("cpu"), bf16=False), seed=7, **settings)
+    machine = Machine(torch.device("cpu"), bf16=False)
+    return CodeDiffusion(autoencoder, denoiser, (3, 3), machine, seed=7, settings=Settings(**settings))
 
 
 SETTINGS = [
@@ -261,7 +263,7 @@ def test_a_sample_is_counted_along_its_trajectory(kind, settings, timesteps, aut
     autoencoder, network, cost = generator.autoencoder, generator.denoiser, generator.cost(images)
     diffusion, steps = AbsorbingDiffusion(10, 9), network.spike_steps
     noise = diffusion.noise(7, range(3), (3, 3), settings.get("sample_steps"), settings.get("reveal_order", "random"))
-    condition = network.conditions.draw(7, range(3))
+    condition = network.conditions.of_samples(7, range(3))
     temperatures = {"final_temperature": settings.get("final_temperature"), "condition": condition}
     codes = diffusion.sample(network.logits_at, noise, settings.get("temperature", 1.0), **temperatures)
     expected, passes = Operations(0, 0, 0), 0
@@ -328,7 +330,7 @@ def test_energy_metrics_say_what_was_counted(autoencoder, denoiser, images):
     assert sample["value"] == pytest.approx(parts)
     dense = {name: records[f"energy_{name}_without_spikes"]["value"] for name in ("sample", "denoiser_pass", "decode")}
     assert dense["sample"] == pytest.approx(4 * dense["denoiser_pass"] + dense["decode"])
-    changed = replace(generator, final_temperature=0.3, sample_steps=None, reveal_order="spread")
+    changed = generator.asked(final_temperature=0.3, sample_steps=None, reveal_order="spread")
     assert changed.drawn == "temperature 0.5 changing to 0.3, all timesteps, spread order"
 
 

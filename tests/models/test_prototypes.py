@@ -71,11 +71,11 @@ def test_drawn_as_often_as_they_occur(codebook):
     prototypes = Prototypes(4, K, 8, 2, GRID)
     prototypes.counts.copy_(torch.tensor([30, 0, 10, 0]))
     conditions = Conditions(prototypes, labels=None)
-    drawn = conditions.draw(0, range(4000))
+    drawn = conditions.of_samples(0, range(4000))
     assert drawn.shape == (4000, 1) and set(drawn.flatten().tolist()) == {0, 2}
     assert (drawn == 0).double().mean() == pytest.approx(0.75, abs=0.001)
-    assert torch.equal(conditions.draw(0, [7, 3]), drawn[[7, 3]]), "whatever it is drawn together with"
-    assert not torch.equal(conditions.draw(1, range(4000)), drawn)
+    assert torch.equal(conditions.of_samples(0, [7, 3]), drawn[[7, 3]]), "whatever it is drawn together with"
+    assert not torch.equal(conditions.of_samples(1, range(4000)), drawn)
 
 
 def test_they_enter_as_spikes(groups, codebook):

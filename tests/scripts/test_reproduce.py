@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from pipeline.evaluation.metrics import GENERATED_METRICS
-from pipeline.options import DEFAULTS
-from pipeline.parser import as_written, build_parser
+from pipeline.evaluation.protocols import GENERATED_METRICS
+from pipeline.options.parser import as_written, build_parser
+from pipeline.options.sections import DEFAULTS
 from scripts import reproduce, results_table
 
 RECORD = {"drawn": "temperature 1", "split": "test", "num_generated": 5000, "num_real": 10000, "dataset": "MNIST"}
