@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import event_conv, fused_lif
-from models.event_conv import Convolution
+from models.kernels import event_conv, fused_lif
+from models.kernels.compiled import is_exactly
+from models.kernels.event_conv import Convolution
 from models.neurons import LIF, OWN, FromRest, Neuron, dynamics_of
 from parts import FILTER_TAU, MEMBRANE_DECAY, V_THRESHOLD
 
@@ -89,7 +90,7 @@ def literal(*convolutions: nn.Module) -> bool:
 
     Likewise if it has hooks or a forward of its own: it may compute anything.
     """
-    own = all(fused_lif.is_exactly(conv, nn.Conv2d, nn.ConvTranspose2d) for conv in convolutions)
+    own = all(is_exactly(conv, nn.Conv2d, nn.ConvTranspose2d) for conv in convolutions)
     return is_reference() or not own
 
 
@@ -217,8 +218,8 @@ class SpikingStack(nn.Sequential):
     def is_local(self) -> bool:
         """Whether `fire_at` computes it: one block, without batch statistics, of which each layer is local."""
         conv, norm, neuron = self.blocks[0]
-        fixed = fused_lif.is_exactly(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and norm.running_mean is not None
-        return len(self) == 3 and is_local(conv) and fixed and not norm.training and fused_lif.is_exactly(neuron, *OWN)
+        fixed = is_exactly(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and norm.running_mean is not None
+        return len(self) == 3 and is_local(conv) and fixed and not norm.training and is_exactly(neuron, *OWN)
 
     def fire_at(self, x: Tensor, rows: Tensor, readout: Tensor | None = None) -> Tensor:
         """The output of a stack at chosen positions, spikes `[S,P,C']`, if it `is_local`; see `convolve_at`.

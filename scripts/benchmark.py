@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError, reported
 from files import expand
-from models import SDID, VQSVAE, choose_neuron, event_conv
+from models import SDID, VQSVAE, choose_neuron
+from models.kernels import event_conv
 from models.neurons import Neuron
 from models.spiking import use_backend
 from pipeline.checkpoints import check_place, load_weights, write_json

@@ -19,15 +19,15 @@ from models import (
     build_denoiser,
     build_model,
     denoiser_options,
-    fused_lif,
     model_options,
 )
+from models.kernels import compiled
 from models.neurons import IF, LIF, PLIF
 from models.quantizer import Codebook
 from models.spiking import BACKENDS, SpikingStack, is_reference, membrane_weights, use_backend
 from parts import AUTOENCODERS, DENOISERS, find_part
 
-KERNELS = pytest.mark.skipif(not fused_lif.available(), reason="no C++ compiler")
+KERNELS = pytest.mark.skipif(not compiled.available(), reason="no C++ compiler")
 
 
 def small_autoencoder(channels=1):
@@ -265,7 +265,7 @@ def test_bfloat16_does_not_silence_a_neuron_just_above_its_threshold(path, monke
     """A steady current x charges a neuron at rest to x (1 - 2^-s); in bfloat16, 1.003 is 1, which is never reached."""
     stack = with_steady_current(1.003)
     if path == "plain":  # as on a GPU, or without a compiler
-        monkeypatch.setattr(fused_lif, "available", lambda: False)
+        monkeypatch.setattr(compiled, "available", lambda: False)
     with use_backend("reference" if path == "reference" else "fast"), torch.autocast("cpu", torch.bfloat16):
         spikes = stack(torch.ones(16, 1, 1, 1, 1))
     assert torch.tensor(1.003, dtype=torch.bfloat16) == 1
@@ -385,8 +385,8 @@ def test_falls_back_to_spikingjelly_where_nothing_compiles(monkeypatch):
     model = small_autoencoder().double().eval()
     images = torch.rand(4, 1, 12, 12, dtype=torch.float64)
     expected = model(images).images
-    fused_lif._library.cache_clear()
-    monkeypatch.setattr(fused_lif, "_load", lambda: (_ for _ in ()).throw(OSError("no C++ compiler found")))
+    compiled._library.cache_clear()
+    monkeypatch.setattr(compiled, "_load", lambda: (_ for _ in ()).throw(OSError("no C++ compiler found")))
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -394,7 +394,7 @@ def test_falls_back_to_spikingjelly_where_nothing_compiles(monkeypatch):
             model(images)
         assert [str(w.message) for w in caught if "fused LIF" in str(w.message)] == [str(caught[0].message)]
     finally:
-        fused_lif._library.cache_clear()
+        compiled._library.cache_clear()
 
 
 @KERNELS

@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffusion.absorbing import AbsorbingDiffusion
-from models import event_conv, fused_lif
+from models.kernels import compiled, event_conv
 from models.sdid import SDID
 from models.spiking import SpikingStack, convolve, convolve_at, convolve_spikes, use_backend
 
-pytestmark = pytest.mark.skipif(not fused_lif.available(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not compiled.available(), reason="no C++ compiler")
 
 LAYERS = {
     "3x3": nn.Conv2d(70, 67, 3, padding=1),
@@ -389,7 +389,7 @@ def test_dense_where_it_is_faster_or_the_input_is_no_spikes(monkeypatch):
 
 def test_dense_without_a_compiler(monkeypatch):
     conv, spikes = nn.Conv2d(3, 4, 3, padding=1), spikes_of(0.1, 2, 3, 5, 5, dtype=torch.float32)
-    monkeypatch.setattr(fused_lif, "available", lambda: False)
+    monkeypatch.setattr(compiled, "available", lambda: False)
     assert event_conv.convolve(conv, spikes) is None
     assert torch.equal(convolve_spikes(conv, spikes), convolve(conv, spikes))
     with torch.no_grad():

@@ -1,12 +1,6 @@
-"""Batch norm and neurons in one kernel: what it computes, what it leaves to torch, and how it is compiled and kept."""
+"""Batch norm and neurons in one kernel: what it computes, and what it leaves to torch."""
 
 import copy
-import os
-import shlex
-import shutil
-import stat
-import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -17,11 +11,11 @@ from hypothesis import strategies as st
 from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
 
-from models import fused_lif
+from models.kernels import compiled, fused_lif
 from models.neurons import IF, LIF, PLIF, dynamics_of
 from models.spiking import Firing, SpikingStack, fire, membrane_weights, use_backend
 
-pytestmark = pytest.mark.skipif(not fused_lif.available(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not compiled.available(), reason="no C++ compiler")
 
 
 @pytest.fixture
@@ -258,26 +252,6 @@ def test_several_threads_compute_at_once(with_threads):
     assert alone[0].any() and all(map(torch.equal, together, alone))
 
 
-def test_several_threads_compile_once(monkeypatch):
-    """And a machine without a compiler warns once."""
-    loads = []
-
-    def load():
-        loads.append(1)
-        time.sleep(0.2)
-        raise OSError("no C++ compiler found")
-
-    monkeypatch.setattr(fused_lif, "_load", load)
-    fused_lif._library.cache_clear()
-    try:
-        with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
-            warnings.simplefilter("ignore")
-            assert not any(pool.map(lambda _: fused_lif.available(), range(4)))
-        assert len(loads) == 1
-    finally:
-        fused_lif._library.cache_clear()
-
-
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e6])
 def test_moments_far_from_zero(offset):
     x = (torch.randn(64, 5, 7, 7, generator=torch.Generator().manual_seed(0)) + offset).to(
@@ -377,60 +351,3 @@ def test_a_second_derivative_is_refused():
     out = fused_lif.norm_lif(x, torch.zeros(5), norm, 4, constant=False)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         torch.autograd.grad(out.sum(), norm.weight, create_graph=True)
-
-
-# ---- the library ----
-
-
-@pytest.fixture
-def compiler(tmp_path, monkeypatch):
-    """A function that makes CXX a compiler in a folder with a space, which adds arguments to its own."""
-    path = tmp_path / "my compilers" / "c++"
-    path.parent.mkdir()
-    found = shutil.which("g++") or shutil.which("clang++")
-
-    def install(*added, called_with=()):
-        path.write_text(f'#!/bin/sh\nexec "{found}" {shlex.join(added)} "$@"\n')
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setenv("CXX", shlex.join([str(path), *called_with]))
-
-    return install
-
-
-def test_the_compiler_may_be_named_with_arguments(compiler, monkeypatch, tmp_path):
-    """As build tools read CXX, for example with ccache before it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(fused_lif, "FLAGS", tuple(flag for flag in fused_lif.FLAGS if flag != "-O3"))
-    compiler(called_with=["-Dmoments_float32=renamed"])
-    monkeypatch.setenv("CXX", f"env {os.environ['CXX']}")
-    library = fused_lif._load()
-    assert library.renamed and not hasattr(library, "moments_float32")
-
-
-def test_a_library_is_of_one_compiler_and_one_processor(compiler, monkeypatch):
-    """Its name in the cache depends on whatever changes the code: version at the same place, features, arguments."""
-    monkeypatch.setattr(fused_lif, "from_cache", lambda name, read: name)
-    names = []
-    for added, called_with in (
-        ((), ()),
-        (("-U__VERSION__", '-D__VERSION__="99.1"'), ()),
-        (("-D__ANOTHER_FEATURE__=1",), ()),
-        ((), ("-fno-inline",)),
-    ):
-        compiler(*added, called_with=called_with)
-        names.append(fused_lif._load())
-        assert fused_lif._load() == names[-1]
-    monkeypatch.setattr(fused_lif, "FLAGS", (*fused_lif.FLAGS, "-fno-inline"))
-    names.append(fused_lif._load())
-    assert len(set(names)) == len(names)
-
-
-def test_a_compiler_that_cannot_be_run_is_none(monkeypatch):
-    for name in ("no-such-compiler", "g++ 'unbalanced", "false"):
-        monkeypatch.setenv("CXX", name)
-        fused_lif._library.cache_clear()
-        try:
-            with pytest.warns(UserWarning, match="not compiled"):
-                assert not fused_lif.available()
-        finally:
-            fused_lif._library.cache_clear()
