@@ -9,7 +9,7 @@ Trained networks are measured on codes that they draw and on the images decoded 
 depends on how many of its neurons fire. With --spike_steps or --denoiser_channels, untrained networks of that size are
 measured instead.
 
-"reference" is the unoptimised computation in float32: SpikingJelly's neuron, every layer at every spike step, every
+"reference" is the unoptimised computation in float32, models/reference.py: every layer at every spike step, every
 timestep over the whole grid, the release's batch sizes, freed memory returned to the system. "fast" is what main.py
 does; it alternates with "dense", the same without event-driven convolutions. Each mode runs in its own process, so that
 its peak memory is measured separately.
@@ -40,10 +40,9 @@ from torch import Tensor, nn
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError, reported
 from files import expand
-from models import SDID, VQSVAE, choose_neuron
+from models import SDID, VQSVAE, choose_neuron, reference
 from models.kernels import event_conv
 from models.neurons import Neuron
-from models.spiking import use_backend
 from pipeline.checkpoints import check_place, load_weights, write_json
 from pipeline.options import PRECISIONS, NeuronOptions, names
 from pipeline.run_folder import RunFolder, versions
@@ -110,8 +109,7 @@ def shares_of_spikes(sdid: SDID, tokens: Tensor, t: Tensor) -> dict[str, float]:
     for name in ("conv2", "conv3", "conv4", "conv5", "conv6"):
         conv = next(sdid.get_submodule(name).children())
         conv.register_forward_pre_hook(lambda _, inputs, name=name: shares.update({name: inputs[0].mean().item()}))
-    with use_backend("reference"):
-        sdid(tokens, t)
+    sdid(tokens, t)
     return shares
 
 
@@ -120,6 +118,7 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], machine: M
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=1e-3)
 
     def step() -> None:
+        model.train()
         with machine.autocast():
             value = loss()
         optimizer.zero_grad()
@@ -130,12 +129,12 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], machine: M
 
 
 def tasks(
-    machine: Machine, reference: bool, batch: dict[str, int], vqsvae: VQSVAE, sdid: SDID, codes: Tensor, images: Tensor
+    machine: Machine, literal: bool, batch: dict[str, int], vqsvae: VQSVAE, sdid: SDID, codes: Tensor, images: Tensor
 ) -> dict[str, Callable]:
-    """The functions that are timed: each processes one batch, of the size given in `batch`."""
+    """The functions that are timed: each processes one batch, of the size given in `batch`; `literal` as equations."""
     device = machine.device
     for network in (vqsvae, sdid):
-        network.to(device).to(memory_format=torch.contiguous_format) if reference else machine.to_device(network)
+        network.to(device).to(memory_format=torch.contiguous_format) if literal else machine.to_device(network)
 
     def some(values: Tensor, task: str) -> Tensor:
         return values[torch.arange(batch[task]) % len(values)]
@@ -146,19 +145,21 @@ def tasks(
     training_noise = diffusion.training_noise(len(codes), (GRID, GRID), torch.Generator(device).manual_seed(0))
     to_encode = some(images, "encode")
     noise = diffusion.noise(0, range(batch["sample"]), (GRID, GRID))
-
-    def sample() -> None:
-        sdid.eval()
-        if reference:
-            diffusion.sample_every_timestep(sdid, type(noise)(*(values.to(device) for values in noise)))
-        else:
-            draw_codes(sdid, diffusion, noise, machine, temperature=1.0, batch_size=batch["sample"])
-
+    times, uniforms = (values.to(device) for values in noise)
+    if literal:
+        stage1 = partial(reference.reconstruct, vqsvae, pixels, 0.1)
+        stage2 = partial(reference.diffusion_loss, sdid, codes, *training_noise)
+        return {
+            "stage1_train": training_step(vqsvae, lambda: stage1().loss, machine),
+            "stage2_train": training_step(sdid, stage2, machine),
+            "encode": torch.no_grad()(lambda: reference.encode(vqsvae.eval(), to_float(to_encode.to(device)))),
+            "sample": lambda: reference.sample(partial(reference.sdid, sdid.eval()), times, uniforms, CODES),
+        }
     return {
-        "stage1_train": training_step(vqsvae, lambda: vqsvae.train()(pixels, 0.1).loss, machine),
-        "stage2_train": training_step(sdid, lambda: diffusion.loss(sdid.train(), codes, training_noise), machine),
+        "stage1_train": training_step(vqsvae, lambda: vqsvae(pixels, 0.1).loss, machine),
+        "stage2_train": training_step(sdid, lambda: diffusion.loss(sdid, codes, training_noise), machine),
         "encode": lambda: encode_images(vqsvae, to_encode, machine, batch["encode"]),
-        "sample": sample,
+        "sample": lambda: draw_codes(sdid.eval(), diffusion, noise, machine, batch["sample"]),
     }
 
 
@@ -176,16 +177,16 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, dict]:
 
     That is the share of spikes, batch sizes and precision; the process's peak memory in MiB is also given.
     """
-    reference = mode == "reference"
-    machine = choose_machine(args.device, "float32" if reference else args.precision)
-    if not reference:
+    literal = mode == "reference"
+    machine = choose_machine(args.device, "float32" if literal else args.precision)
+    if not literal:
         keep_freed_memory()
-    default = REFERENCE_BATCH if reference else FAST_BATCH
+    default = REFERENCE_BATCH if literal else FAST_BATCH
     batch = {name: args.batch_size or size for name, size in default.items()}
     vqsvae, sdid = networks(args)
     codes, images = draw_images(vqsvae, sdid, machine.device)
     rates: dict[str, dict[str, float]] = {variant: {} for variant in VARIANTS[mode]}
-    for name, task in tasks(machine, reference, batch, vqsvae, sdid, codes, images).items():
+    for name, task in tasks(machine, literal, batch, vqsvae, sdid, codes, images).items():
         warm_up, repeats = (1, max(1, args.repeats // 3)) if name == "sample" else (3, args.repeats)
         times: dict[str, list[float]] = {variant: [] for variant in rates}
         for _ in range(warm_up + repeats):
@@ -329,8 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
                 measured[f"fast_over_{base}"] = ratio
                 print(f"fast / {base:6}", ", ".join(f"{name} {value:.2f}" for name, value in ratio.items()))
         else:
-            with use_backend("reference" if args.mode == "reference" else "fast"):
-                measured = {"machine": machine, **measure(args, args.mode)}
+            measured = {"machine": machine, **measure(args, args.mode)}
         if output:
             write_json(output, measured)
         elif args.json:

@@ -137,7 +137,7 @@ def readable(*tensors: Tensor | None) -> bool:
 def check_first_derivative() -> None:
     """Called by a backward pass that is no graph itself. Raises RuntimeError if one was asked for (`create_graph`)."""
     if torch.is_grad_enabled():
-        raise RuntimeError("the compiled kernels have no second derivatives: choose the reference backend")
+        raise RuntimeError("the compiled kernels have no second derivatives: models/reference.py has")
 
 
 def call(name: str, *arguments: Tensor | int | bool | None) -> int:

@@ -2,10 +2,12 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from helpers import as_modules, layer_by_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spikingjelly.activation_based import neuron, surrogate
@@ -13,7 +15,7 @@ from torch import nn
 
 from models.kernels import compiled, fused_lif
 from models.neurons import IF, LIF, PLIF, dynamics_of
-from models.spiking import Firing, SpikingStack, fire, membrane_weights, use_backend
+from models.spiking import Firing, SpikingStack, fire, membrane_weights
 
 pytestmark = pytest.mark.skipif(not compiled.available(), reason="no C++ compiler")
 
@@ -73,32 +75,31 @@ OTHERS = {
 
 
 def compare(stack, x, readout):
-    """That both backends compute the same, or fail alike: output, gradients, running statistics."""
+    """That a stack computes what its layers do, or fails alike: output, gradients, running statistics."""
     state, results = copy.deepcopy(stack.state_dict()), []
-    for backend in ("reference", "fast"):
+    for compute in (layer_by_layer, SpikingStack.__call__):
         stack.load_state_dict(state)
         stack.zero_grad()
         for layer in stack:
             if isinstance(layer, neuron.BaseNode):
                 layer.reset()
         inputs = x.detach().requires_grad_()
-        with use_backend(backend):
-            try:
-                out = stack(inputs, readout)
-            except (RuntimeError, ValueError) as error:
-                results.append(type(error))
-                continue
+        try:
+            out = compute(stack, inputs, readout)
+        except (RuntimeError, ValueError) as error:
+            results.append(type(error))
+            continue
         (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
         gradients = [inputs.grad, *(p.grad for p in stack.parameters() if p.grad is not None)]
         results.append([out.detach(), *gradients, *(b.double().clone() for b in stack.buffers())])
-    reference, fast = results
-    if isinstance(reference, type) or isinstance(fast, type):
-        assert reference is fast
+    literal, fast = results
+    if isinstance(literal, type) or isinstance(fast, type):
+        assert literal is fast
         return None
-    for theirs, ours in zip(reference, fast, strict=True):
+    for theirs, ours in zip(literal, fast, strict=True):
         scale = max([1.0, *theirs.abs().flatten().tolist()])
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7 * scale, equal_nan=True)
-    return reference[0]
+    return literal[0]
 
 
 @pytest.mark.parametrize("readout", [True, False], ids=["readout", "all_steps"])
@@ -199,11 +200,11 @@ def test_spikes_and_gradients_are_those_of_spikingjelly(kind, dtype, readout, co
     currents = torch.randint(-8, 24, (20, 3, 5, 5) if constant else (4 * 20, 3, 5, 5), generator=generator) / 8
     target = torch.linspace(-1, 1, (1 if readout else 4) * 20 * 3 * 25).to(parameters)
     weights = membrane_weights(4, like=target) if readout else None
-    for backend in ("reference", "fast"):
+    for context in (as_modules, nullcontext):
         norm, layer = nn.BatchNorm2d(3, eps=0).to(parameters).eval(), KINDS[kind]().to(parameters)
         nn.init.constant_(norm.bias, 0.01)
         x = currents.to(dtype).requires_grad_()
-        with use_backend(backend):
+        with context(layer):
             out = fire(norm, layer, x, 4, bias=torch.zeros(3, dtype=parameters), readout=weights, constant=constant)
         (out.flatten() * target).sum().backward()
         gradients = (x.grad, norm.weight.grad, norm.bias.grad, *(p.grad for p in layer.parameters()))
@@ -266,12 +267,12 @@ def test_moments_far_from_zero(offset):
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 @torch.no_grad()
 def test_strange_currents_give_the_spikes_that_spikingjelly_gives(value, calls):
-    norm, x = nn.BatchNorm2d(1).eval(), torch.full((5, 1, 1, 1), 1.5)
+    norm, lif, x = nn.BatchNorm2d(1).eval(), LIF(), torch.full((5, 1, 1, 1), 1.5)
     x[1] = value
     found = []
-    for backend in ("reference", "fast"):
-        with use_backend(backend):
-            found.append(fire(norm, LIF(), x, 5, bias=torch.zeros(1)).flatten().tolist())
+    for context in (as_modules, nullcontext):
+        with context(lif):
+            found.append(fire(norm, lif, x, 5, bias=torch.zeros(1)).flatten().tolist())
     assert found[0] == found[1] and calls
 
 
