@@ -9,7 +9,7 @@ Trained networks are measured on codes that they draw and on the images decoded 
 depends on how many of its neurons fire. With --spike_steps or --denoiser_channels, untrained networks of that size are
 measured instead.
 
-"reference" is the unoptimised computation in float32, models/reference.py: every layer at every spike step, every
+"reference" is the unoptimised computation in float32: SpikingJelly's neuron, every layer at every spike step, every
 timestep over the whole grid, the release's batch sizes, freed memory returned to the system. "fast" is what main.py
 does; it alternates with "dense", the same without event-driven convolutions. Each mode runs in its own process, so that
 its peak memory is measured separately.
@@ -118,7 +118,6 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], machine: M
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=1e-3)
 
     def step() -> None:
-        model.train()
         with machine.autocast():
             value = loss()
         optimizer.zero_grad()
@@ -131,10 +130,10 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], machine: M
 def tasks(
     machine: Machine, literal: bool, batch: dict[str, int], vqsvae: VQSVAE, sdid: SDID, codes: Tensor, images: Tensor
 ) -> dict[str, Callable]:
-    """The functions that are timed: each processes one batch, of the size given in `batch`; `literal` as equations."""
+    """The functions that are timed: each processes one batch, of the size given in `batch`."""
     device = machine.device
     for network in (vqsvae, sdid):
-        network.to(device).to(memory_format=torch.contiguous_format) if literal else machine.to_device(network)
+        call_layers(network.to(device)) if literal else machine.to_device(network)
 
     def some(values: Tensor, task: str) -> Tensor:
         return values[torch.arange(batch[task]) % len(values)]
@@ -146,21 +145,27 @@ def tasks(
     to_encode = some(images, "encode")
     noise = diffusion.noise(0, range(batch["sample"]), (GRID, GRID))
     times, uniforms = (values.to(device) for values in noise)
-    if literal:
-        stage1 = partial(reference.reconstruct, vqsvae, pixels, 0.1)
-        stage2 = partial(reference.diffusion_loss, sdid, codes, *training_noise)
-        return {
-            "stage1_train": training_step(vqsvae, lambda: stage1().loss, machine),
-            "stage2_train": training_step(sdid, stage2, machine),
-            "encode": torch.no_grad()(lambda: reference.encode(vqsvae.eval(), to_float(to_encode.to(device)))),
-            "sample": lambda: reference.sample(partial(reference.sdid, sdid.eval()), times, uniforms, CODES),
-        }
+
+    def sample() -> None:
+        sdid.eval()
+        if literal:
+            reference.sample(sdid, times, uniforms, CODES)
+        else:
+            draw_codes(sdid, diffusion, noise, machine, temperature=1.0, batch_size=batch["sample"])
+
     return {
-        "stage1_train": training_step(vqsvae, lambda: vqsvae(pixels, 0.1).loss, machine),
-        "stage2_train": training_step(sdid, lambda: diffusion.loss(sdid, codes, training_noise), machine),
+        "stage1_train": training_step(vqsvae, lambda: vqsvae.train()(pixels, 0.1).loss, machine),
+        "stage2_train": training_step(sdid, lambda: diffusion.loss(sdid.train(), codes, training_noise), machine),
         "encode": lambda: encode_images(vqsvae, to_encode, machine, batch["encode"]),
-        "sample": lambda: draw_codes(sdid.eval(), diffusion, noise, machine, batch["sample"]),
+        "sample": sample,
     }
+
+
+def call_layers(network: nn.Module) -> None:
+    """Have each layer called as a module, at every spike step, as our networks do where a layer has a hook."""
+    network.to(memory_format=torch.contiguous_format)
+    for layer in network.modules():
+        layer.register_forward_hook(lambda *_: None)
 
 
 def seconds(task: Callable[[], object], device: torch.device) -> float:

@@ -3,12 +3,13 @@
 In float64, to 1e-9.
 """
 
+import re
 from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import FAST
+from helpers import FAST, ROOT
 from torch import nn
 
 from diffusion.absorbing import AbsorbingDiffusion
@@ -246,3 +247,26 @@ def test_residual_sdid(told, grid, neuron, training):
         where, t = torch.rand(tokens.shape) < 0.3, torch.ones(6)
         expected = found.outputs[0].movedim(1, 3)[where]
         assert_close(network.logits_at(tokens, t, where, *condition).detach(), expected)
+
+
+# ---- the table in docs/method.md ----
+
+
+def rows():
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    lines = text.split("## The equations")[1].split("\n## ")[0].splitlines()
+    return [line for line in lines if re.match(r"\| \d+ \|", line)]
+
+
+def test_each_row_names_its_function_what_computes_it_and_its_test():
+    for number, row in enumerate(rows(), 1):
+        links = re.findall(r"\[`(\w+)`\]\(\.\./([\w/]+\.py)\)", row)
+        assert len(links) == 3 and row.startswith(f"| {number} |") and links[0][1] == "models/reference.py"
+        for name, file in links:
+            assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), name
+        assert getattr(reference, links[0][0]).__doc__.startswith(f"({number}) ")
+
+
+def test_each_equation_of_the_reference_has_a_row():
+    numbered = [f for f in vars(reference).values() if re.match(r"\(\d+\) [^t]", getattr(f, "__doc__", None) or "")]
+    assert len(numbered) == len(rows()) == 17
