@@ -2,7 +2,7 @@
 
 Read it from top to bottom beside the paper; numbers of equations are those of the table in docs/method.md. Nothing here
 is fast. The networks compute the same functions with less work (`models/spiking.py`), and are tested against these.
-Functions take the layers of trained networks, and arrays.
+Functions take trained networks or layers of these, and arrays; ablations of the spike generator are not among them.
 
 Letters: S spike steps, N images, C channels, HxW pixels, hxw tokens, K codes with embeddings of D numbers, and T = h w
 timesteps. Spike steps and timesteps are unrelated.
