@@ -12,8 +12,8 @@ from diffusion.absorbing import (
     spread_groups,
     spread_order,
 )
+from models import reference
 from parts import LOSSES, REVEAL_ORDERS
-from scripts.benchmark import sample_every_timestep
 
 K, SIDE = 12, 6
 T = SIDE * SIDE
@@ -145,9 +145,8 @@ def test_skipping_sampler_equals_every_timestep(diffusion):
         return torch.stack([torch.sin(field * (k + 1.0)) for k in range(K)], 1)
 
     noise = diffusion.noise(5, range(20), (SIDE, SIDE))
-    for temperatures in ({"temperature": 0.5}, {"temperature": 0.9, "final_temperature": 0.2}):
-        skipping = diffusion.sample(lambda x, t, where: logits(x, t).permute(0, 2, 3, 1)[where], noise, **temperatures)
-        assert torch.equal(skipping, sample_every_timestep(diffusion, logits, noise, **temperatures))
+    skipping = diffusion.sample(lambda x, t, where: logits(x, t).permute(0, 2, 3, 1)[where], noise, temperature=0.5)
+    assert torch.equal(skipping, reference.sample(logits, *noise, K, temperature=0.5))
 
 
 def test_temperature_changes_while_tokens_are_revealed(diffusion):
