@@ -57,6 +57,22 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
 REVEAL_ORDERS = {"random": "diffusion.absorbing:RANDOM", "spread": "diffusion.absorbing:SPREAD"}
 """Orders in which tokens are revealed (`--reveal_order`): a `diffusion.absorbing.RevealOrder` each."""
 
+SAMPLE_METRICS = {
+    "fid": "pipeline.evaluation.protocols:FID",
+    "fid_50k": "pipeline.evaluation.protocols:FID_50K",
+    "clean_fid": "pipeline.evaluation.protocols:CLEAN_FID",
+    "clean_fid_5k": "pipeline.evaluation.protocols:CLEAN_FID_5K",
+    "kid": "pipeline.evaluation.protocols:KID",
+    "is": "pipeline.evaluation.protocols:INCEPTION_SCORE",
+    "prdc": "pipeline.evaluation.protocols:PRDC",
+    "paper_fid": "pipeline.evaluation.protocols:PAPER_FID",
+    "fad": "pipeline.evaluation.protocols:FAD",
+    "classifier": "pipeline.evaluation.protocols:CLASSIFIER",
+    "recognition": "pipeline.evaluation.protocols:RECOGNITION",
+    "memorisation": "pipeline.evaluation.protocols:MEMORISATION",
+}
+"""Metrics of generated images (`--metrics`): a `pipeline.evaluation.protocols.Metric` each."""
+
 MASKS: dict[str, Callable] = {
     "left": lambda y, x: x < 0.5,
     "right": lambda y, x: x >= 0.5,

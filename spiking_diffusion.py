@@ -25,12 +25,12 @@ from arrays import PIXELS, as_images, as_integers, as_mask, checked, image_data
 from datasets import ImageData, load_dataset
 from errors import UserError
 from models.vq_autoencoder import VQAutoencoder
-from parts import DATASETS
+from parts import DATASETS, SAMPLE_METRICS
 from pipeline.from_python import in_python, library_call
 from pipeline.options.configuration import assemble, check_weights
 from pipeline.options.declaration import autoencoder_weights, comma_separated
 from pipeline.options.parser import as_read
-from pipeline.options.sections import SAMPLE_METRICS, DataOptions, EvaluationOptions, SamplingOptions, names
+from pipeline.options.sections import DataOptions, EvaluationOptions, SamplingOptions, names
 from pipeline.runtime.device import choose_machine
 from pipeline.sampling.batches import decode_codes
 from pipeline.sampling.image_models import CodeDiffusion

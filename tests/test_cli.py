@@ -18,11 +18,10 @@ from PIL import Image
 from models import SDID, build_model
 from parts import AUTOENCODERS, DENOISERS, NEURONS
 from pipeline import program
-from pipeline.evaluation.protocols import GENERATED_METRICS
 from pipeline.options.configuration import resolve
 from pipeline.options.parser import MOST_USED, TITLES, as_shown
 from pipeline.options.presets import PRESETS
-from pipeline.options.sections import CODES, DECLARATIONS, DEFAULTS, SAMPLE_METRICS, SECTIONS, STAGES
+from pipeline.options.sections import CODES, DECLARATIONS, DEFAULTS, SECTIONS, STAGES
 from pipeline.training import loop as training
 from scripts import pack
 
@@ -71,7 +70,6 @@ def test_help_tells_every_option_with_its_default(cli, monkeypatch):
 
 
 def test_choices_are_those_of_the_rooms_that_use_them():
-    assert set(SAMPLE_METRICS) == set(GENERATED_METRICS)
     assert set(CODES) | {"snn-vae"} == set(AUTOENCODERS)
     owners = {owner for declared in DECLARATIONS.values() for owner in declared.of}
     assert owners <= {*AUTOENCODERS, *DENOISERS, *NEURONS}

@@ -1,11 +1,12 @@
 """The evaluation of a run: draw images if needed, compute the metrics, write metrics.json."""
 
 from errors import UserError, say_on_stderr
+from parts import SAMPLE_METRICS
 from pipeline.evaluation.image_records import Evaluation
 from pipeline.evaluation.model_records import autoencoder_records, energy_records, floor_records, reconstructions
 from pipeline.evaluation.records import write_records
 from pipeline.evaluation.temperature import check_held_out, with_temperature
-from pipeline.options.sections import METRICS, SAMPLE_METRICS
+from pipeline.options.sections import METRICS
 from pipeline.samples import draw_samples
 from pipeline.sampling.sample_files import GRID_IMAGES
 from pipeline.session import Session

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from datasets import ImageData
 from errors import UserError
+from parts import SAMPLE_METRICS, find_part
 from pipeline.evaluation.loaders import LOADERS, FeatureNetwork
-from pipeline.evaluation.protocols import GENERATED_METRICS, PER_CLASS, Features, Metric, Values, real_images
+from pipeline.evaluation.protocols import PER_CLASS, Features, Metric, Values, real_images
 from pipeline.evaluation.records import context, make_record
 from pipeline.options.sections import EvaluationOptions
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import from_rank_0, is_rank_0
+
+GENERATED_METRICS: dict[str, Metric] = {name: find_part(SAMPLE_METRICS, name) for name in SAMPLE_METRICS}
 
 
 class Evaluation:

@@ -1,4 +1,7 @@
-"""The protocols of the metrics of generated images: network, counts of images, split, and how values are computed."""
+"""The protocols of the metrics of generated images: network, counts of images, split, and how values are computed.
+
+`SAMPLE_METRICS` in parts.py is the table of their names.
+"""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -158,6 +161,14 @@ def _fid(name: str, network: str, generated: int, real: int = FULL_RANK, **more:
     return Metric(network, generated, real, values, fewest=FEWEST_IMAGES, **more)
 
 
+def _paper_fid(features: Features) -> Values:
+    return {"paper_fid": paper_fid(features.generated, features.real)}
+
+
+def _fad(features: Features) -> Values:
+    return {"fad": fad(features.generated, features.source.reference)}
+
+
 def _kid(features: Features) -> Values:
     return dict(zip(("kid", "kid_std"), kid(features.generated, features.real, features.seed), strict=True))
 
@@ -213,33 +224,17 @@ PER_CLASS = {"fad": _distance_of_class, "classifier_frechet": _distance_of_class
 """What is computed of each class, too, for images that were drawn with labels."""
 
 UNSEEN = "against held-out images, or where none are held out, test images"
-GENERATED_METRICS = {
-    "fid": _fid("fid", "inception", FID_IMAGES),
-    "fid_50k": _fid(
-        "fid_50k", "inception", 50_000, 50_000, split="train+held_out", protocol="as SDDPM and SDM", by_name=True
-    ),
-    "clean_fid": _fid("clean_fid", "clean inception", FID_IMAGES, protocol="as FSDDIM"),
-    "clean_fid_5k": _fid("clean_fid_5k", "clean inception", 5000, protocol="as FSVAE and ESVAE"),
-    "kid": Metric("inception", FID_IMAGES, KID_SUBSET_SIZE, _kid, fewest=KID_SUBSET_SIZE),
-    "is": Metric("inception classifier", FID_IMAGES, 0, _inception_score, fewest=FEWEST_SCORED),
-    "prdc": Metric("inception", FID_IMAGES, FULL_RANK, _prdc, fewest=FEWEST_IMAGES),
-    "paper_fid": Metric(
-        "paper",
-        PAPER_IMAGES,
-        PAPER_IMAGES,
-        lambda both: {"paper_fid": paper_fid(both.generated, both.real)},
-        "test",
-        first_real=PAPER_IMAGES,
-    ),
-    "fad": Metric(
-        "fad",
-        FAD_IMAGES,
-        0,
-        lambda both: {"fad": fad(both.generated, both.source.reference)},
-        "test",
-        fewest=FAD_FEATURES + 1,
-    ),
-    "classifier": Metric("classifier", FAD_IMAGES, FEATURES + 1, _classifier_metrics, at_least=True),
-    "recognition": Metric("classifier", RECOGNITION_IMAGES, 1, _recognition, at_least=True),
-    "memorisation": Metric("classifier", MEMORISATION_IMAGES, 1, _memorisation, "train", UNSEEN, at_least=True),
-}
+FID = _fid("fid", "inception", FID_IMAGES)
+FID_50K = _fid(
+    "fid_50k", "inception", 50_000, 50_000, split="train+held_out", protocol="as SDDPM and SDM", by_name=True
+)
+CLEAN_FID = _fid("clean_fid", "clean inception", FID_IMAGES, protocol="as FSDDIM")
+CLEAN_FID_5K = _fid("clean_fid_5k", "clean inception", 5000, protocol="as FSVAE and ESVAE")
+KID = Metric("inception", FID_IMAGES, KID_SUBSET_SIZE, _kid, fewest=KID_SUBSET_SIZE)
+INCEPTION_SCORE = Metric("inception classifier", FID_IMAGES, 0, _inception_score, fewest=FEWEST_SCORED)
+PRDC = Metric("inception", FID_IMAGES, FULL_RANK, _prdc, fewest=FEWEST_IMAGES)
+PAPER_FID = Metric("paper", PAPER_IMAGES, PAPER_IMAGES, _paper_fid, "test", first_real=PAPER_IMAGES)
+FAD = Metric("fad", FAD_IMAGES, 0, _fad, "test", fewest=FAD_FEATURES + 1)
+CLASSIFIER = Metric("classifier", FAD_IMAGES, FEATURES + 1, _classifier_metrics, at_least=True)
+RECOGNITION = Metric("classifier", RECOGNITION_IMAGES, 1, _recognition, at_least=True)
+MEMORISATION = Metric("classifier", MEMORISATION_IMAGES, 1, _memorisation, "train", UNSEEN, at_least=True)

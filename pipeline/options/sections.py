@@ -20,6 +20,7 @@ from parts import (
     NEURONS,
     READOUTS,
     REVEAL_ORDERS,
+    SAMPLE_METRICS,
     SPIKE_GENERATORS,
     TAU,
     V_RESET,
@@ -47,8 +48,6 @@ OF_STAGE_1, OF_STAGE_2 = ("all", "vqsvae"), ("all", "sdid")
 EVALUATING = (*TRAINING_STAGES, "evaluate")  # a training records what later evaluations do by default
 PRECISIONS = ("auto", "float32", "bf16")
 CONDITIONS = {"none": (), "prototype": ("prototype",), "label": ("label",), "both": ("prototype", "label")}
-INCEPTION_METRICS = ("fid", "fid_50k", "clean_fid", "clean_fid_5k", "kid", "is", "prdc", "paper_fid")
-SAMPLE_METRICS = (*INCEPTION_METRICS, "fad", "classifier", "recognition", "memorisation")
 AUTOENCODER_METRICS = ("mse", "ssim", "codebook")  # no denoiser is needed
 METRICS = (*SAMPLE_METRICS, *AUTOENCODER_METRICS, "energy")
 

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
-from textwrap import dedent
 
 import pytest
 import torch
@@ -24,10 +23,10 @@ SHORT = ("--epochs", 1, "--diffusion_epochs", 1)
 
 
 def of_the_documents():
-    """The neuron of one's own that docs/method.md shows."""
-    after = (ROOT / "docs" / "method.md").read_text(encoding="utf-8").split("One of your own is")[1]
+    """The neuron of one's own that docs/extending.md shows."""
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     found = {"__name__": __name__}
-    exec(dedent(re.search(r"\n\n((?: {4}.*\n|\n)+)", after)[1]), found)
+    exec(re.search(r"```python\n(# quadratic.py.*?)```", page, re.DOTALL)[1], found)
     return found["Quadratic"]
 
 

@@ -15,13 +15,14 @@ from errors import UserError
 from metrics.extraction import extract
 from metrics.frechet import feature_statistics, frechet_distance
 from models import FSVAE, SDID, VQSVAE, VQVAE
+from parts import SAMPLE_METRICS
 from pipeline.evaluation import image_records, loaders, protocols, temperature
 from pipeline.evaluation.feature_networks import FadNetwork
 from pipeline.evaluation.image_records import Evaluation
 from pipeline.evaluation.loaders import LOADERS, FeatureNetwork
 from pipeline.evaluation.model_records import energy_records, floor_records, reconstructions
 from pipeline.evaluation.protocols import Metric
-from pipeline.options.sections import SAMPLE_METRICS, EvaluationOptions
+from pipeline.options.sections import EvaluationOptions
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
 from pipeline.sampling.image_models import CodeDiffusion, PriorSampling
