@@ -5,12 +5,14 @@ python main.py --resume result/MNIST/snn-vq-vae               continue a run
 python main.py --checkpoint result/MNIST/snn-vq-vae           evaluate it again
 python main.py --checkpoint pretrained/fmnist --stage sample  draw images
 torchrun --nproc_per_node 4 main.py --dataset_name MNIST      with 4 processes
+
+Several processes were tested on CPUs, and never tried on several GPUs.
 """
 
 import os
 
 from errors import reported
-from pipeline.parser import build_parser
+from pipeline.options.parser import build_parser
 from pipeline.runtime.terminal import print_anywhere
 
 

@@ -4,6 +4,7 @@ A part that needs PyTorch stands in its own module, and the table says where: "m
 used. So the command line is read, and mistakes in it are told, before the seconds that PyTorch takes to import.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pkgutil import resolve_name
 from typing import Any
@@ -15,7 +16,7 @@ DATASETS = {
     "Letters": "datasets:load_letters",
     "CIFAR10": "datasets:load_cifar10",
     "Digits": "datasets:load_digits",
-    "ImageFolder": "datasets:load_folder",
+    "ImageFolder": "image_folders:load_folder",
 }
 """Data sets (`--dataset_name`): functions of a folder and the number of training images, to a `datasets.Source`."""
 
@@ -46,8 +47,31 @@ SPIKE_GENERATORS = ("adaptive", "repeat", "poisson")
 LOSSES = ("reweighted_elbo", "elbo", "cross_entropy", "spread_cross_entropy")
 """Losses of stage 2 (`--loss`); see `diffusion.absorbing.AbsorbingDiffusion.weighted_loss`."""
 
+WARM_UP = 0.02  # of the cosine schedule: fraction of the steps
+LR_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "cosine": lambda done: min(1, done / WARM_UP) * (1 + math.cos(math.pi * done)) / 2,
+}
+"""Learning-rate schedules (`--lr_schedule`): the factor of the rate when this fraction of all steps is done."""
+
 REVEAL_ORDERS = {"random": "diffusion.absorbing:RANDOM", "spread": "diffusion.absorbing:SPREAD"}
 """Orders in which tokens are revealed (`--reveal_order`): a `diffusion.absorbing.RevealOrder` each."""
+
+SAMPLE_METRICS = {
+    "fid": "pipeline.evaluation.protocols:FID",
+    "fid_50k": "pipeline.evaluation.protocols:FID_50K",
+    "clean_fid": "pipeline.evaluation.protocols:CLEAN_FID",
+    "clean_fid_5k": "pipeline.evaluation.protocols:CLEAN_FID_5K",
+    "kid": "pipeline.evaluation.protocols:KID",
+    "is": "pipeline.evaluation.protocols:INCEPTION_SCORE",
+    "prdc": "pipeline.evaluation.protocols:PRDC",
+    "paper_fid": "pipeline.evaluation.protocols:PAPER_FID",
+    "fad": "pipeline.evaluation.protocols:FAD",
+    "classifier": "pipeline.evaluation.protocols:CLASSIFIER",
+    "recognition": "pipeline.evaluation.protocols:RECOGNITION",
+    "memorisation": "pipeline.evaluation.protocols:MEMORISATION",
+}
+"""Metrics of generated images (`--metrics`): a `pipeline.evaluation.protocols.Metric` each."""
 
 MASKS: dict[str, Callable] = {
     "left": lambda y, x: x < 0.5,

@@ -25,16 +25,16 @@ from arrays import PIXELS, as_images, as_integers, as_mask, checked, image_data
 from datasets import ImageData, load_dataset
 from errors import UserError
 from models.vq_autoencoder import VQAutoencoder
-from parts import DATASETS
-from pipeline.configuration import assemble, check_weights
-from pipeline.declaration import autoencoder_weights, comma_separated
+from parts import DATASETS, SAMPLE_METRICS
 from pipeline.from_python import in_python, library_call
-from pipeline.options import SAMPLE_METRICS, DataOptions, EvaluationOptions, names
-from pipeline.parser import as_read
+from pipeline.options.configuration import assemble, check_weights
+from pipeline.options.declaration import autoencoder_weights, comma_separated
+from pipeline.options.parser import as_read
+from pipeline.options.sections import DataOptions, EvaluationOptions, SamplingOptions, names
 from pipeline.runtime.device import choose_machine
 from pipeline.sampling.batches import decode_codes
 from pipeline.sampling.image_models import CodeDiffusion
-from pipeline.session import Session, check_sample_steps, open_session
+from pipeline.session import Session, open_session
 
 __all__ = [
     "ImageData",
@@ -118,10 +118,7 @@ class SpikingDiffusion:
         seed: int | None = None,
         labels: Labels | None = None,
         guidance: float | None = None,
-        *,
-        temperature: float | None = None,
-        final_temperature: float | None = None,
-        sample_steps: int | None = None,
+        **settings: Any,
     ) -> np.ndarray:
         """Draw `count` images uint8 `[N,C,H,W]`; image i depends on seed, i and its label alone.
 
@@ -130,23 +127,17 @@ class SpikingDiffusion:
             seed: as all that follow, by default that which the model was loaded with, or the run's.
             labels: classes to draw, by number or name; image i is of labels[i modulo their number]. By default any.
             guidance: weight of classifier-free guidance.
-            temperature: divides the logits.
-            final_temperature: the temperature at the last timestep, approached linearly.
-            sample_steps: number of denoising timesteps, at most the number of an image's codes.
+            settings: `temperature`, which divides the logits; `final_temperature`, that at the last timestep,
+                approached linearly; `sample_steps`, the number of denoising timesteps, at most that of an image's
+                codes; `reveal_order`, "random" or "spread".
 
-        Raises UserError for labels, guidance, timesteps or other values that the model cannot follow.
+        Raises UserError for settings that do not exist, and for labels, guidance, timesteps or other values that the
+        model cannot follow.
         """
         if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
             raise UserError(f"count must be a whole number, at least 1, not {count!r}")
-        model = self._asked(
-            labels,
-            seed=seed,
-            guidance=guidance,
-            temperature=temperature,
-            final_temperature=final_temperature,
-            sample_steps=sample_steps,
-        )
-        return model.draw(range(count)).numpy()
+        model = self._asked(seed, labels, guidance=guidance, **settings)
+        return model.draw_images(range(count)).numpy()
 
     @library_call()
     def inpaint(
@@ -156,40 +147,31 @@ class SpikingDiffusion:
         seed: int | None = None,
         labels: Labels | None = None,
         guidance: float | None = None,
-        *,
-        temperature: float | None = None,
-        final_temperature: float | None = None,
-        sample_steps: int | None = None,
+        **settings: Any,
     ) -> np.ndarray:
         """Draw the pixels `hidden`, True or 1 in `[H,W]`, of images `[N,C,H,W]` anew, given the others; see `sample`.
 
         The codes of cells with a hidden pixel are drawn anew, and nothing of what was there is known. `labels` may be
         one for each image. `guidance` is of the labels: without them, UserError.
         """
-        model = self._asked(
-            labels,
-            seed=seed,
-            guidance=guidance,
-            temperature=temperature,
-            final_temperature=final_temperature,
-            sample_steps=sample_steps,
-        )
-        if guidance and not model.labels:
+        model = self._asked(seed, labels, guidance=guidance, **settings)
+        if guidance and not model.settings.labels:
             raise UserError("guidance when inpainting is of the labels: name them, or leave it out")
         pixels, mask = self._images(images), as_mask(hidden, "hidden", self.image_shape[1:])
         if not mask.any():
             raise UserError("hidden has no pixel that is True: there is nothing to inpaint")
         return model.inpaint(pixels, mask).numpy()
 
-    def _asked(self, labels: Labels | None, **settings: float | None) -> CodeDiffusion:
+    def _asked(self, seed: int | None = None, labels: Labels | None = None, **settings: Any) -> CodeDiffusion:
         """The model at these settings, where they are not None."""
+        if unknown := set(settings) - set(names(SamplingOptions)):
+            known = ", ".join(["seed", *names(SamplingOptions)])
+            raise UserError(f"sampling has no setting {', '.join(sorted(unknown))}: choose from {known}")
         values = {name: as_read(name, value, "") for name, value in settings.items() if value is not None}
-        if "temperature" in values:
-            if values["temperature"] == "auto":
-                raise UserError('temperature must be a number here: load with temperature="auto" takes the chosen one')
-            values["chosen"] = False
-        check_sample_steps(values.get("sample_steps"), self.model.diffusion.num_timesteps)
-        return replace(self.model, **values).asked(_words(labels))
+        if values.get("temperature") == "auto":
+            raise UserError('temperature must be a number here: load with temperature="auto" takes the chosen one')
+        model = self.model if seed is None else replace(self.model, seed=as_read("seed", seed, ""))
+        return model.asked(_words(labels), **values)
 
     def _images(self, images: Array) -> Tensor:
         return as_images(images, "images", ("N", *self.image_shape))
@@ -275,7 +257,7 @@ def evaluate(
     an option does not exist, if the images are not of the size and channels of the data set, or if a metric that is
     named cannot be computed.
     """
-    from pipeline.evaluation.metrics import evaluate_images  # here because drawing needs nothing of it
+    from pipeline.evaluation.image_records import evaluate_images  # here because drawing needs nothing of it
 
     wanted = _words(metrics)
     unknown = set(map(str, wanted or ())) - set(SAMPLE_METRICS)

@@ -189,25 +189,8 @@ class AbsorbingDiffusion:
             if len(active):
                 logits = denoiser(tokens[active], t, where, *(each[active] for each in conditions))
                 revealed = tokens[active]
-                revealed[where] = draw(logits, noise.uniforms[active][where], temperatures[active][where])
+                revealed[where] = codes_from_logits(logits, noise.uniforms[active][where], temperatures[active][where])
                 tokens[active] = revealed
-        return tokens
-
-    @torch.no_grad()
-    def sample_every_timestep(
-        self,
-        denoiser: Predict,
-        noise: SamplingNoise,
-        temperature: float = 1.0,
-        final_temperature: float | None = None,
-    ) -> Tensor:
-        """Reference sampler: the whole grid at every timestep T..1. Gives the same codes as `sample`."""
-        temperatures = self._temperatures(noise.reveal_times, temperature, final_temperature)
-        tokens = torch.full_like(noise.reveal_times, self.mask_token)
-        for t in range(self.num_timesteps, 0, -1):
-            logits = denoiser(tokens, torch.full((len(tokens),), t, device=tokens.device))
-            where = noise.reveal_times == t
-            tokens[where] = draw(logits.permute(0, 2, 3, 1)[where], noise.uniforms[where], temperatures[where])
         return tokens
 
     def _temperatures(self, times: Tensor, first: float, last: float | None) -> Tensor:
@@ -247,7 +230,7 @@ RANDOM = RevealOrder(_random_times, exponent=1)
 SPREAD = RevealOrder(_spread_times, exponent=2)
 
 
-def draw(logits: Tensor, uniforms: Tensor, temperatures: Tensor) -> Tensor:
+def codes_from_logits(logits: Tensor, uniforms: Tensor, temperatures: Tensor) -> Tensor:
     """Codes int64 `[P]` drawn from `softmax(logits / temperatures)` by inverting its cumulative sum at `uniforms`.
 
     `logits` are `[P,K]`, `uniforms` in [0,1) and `temperatures` `[P]`.

@@ -74,8 +74,8 @@ def count_layers(model: nn.Module, call: Callable[[], Any], images: int, spike_s
     """Operations per image of each layer that `call()` runs, by its name in `model`, in the order in which they run.
 
     `call()` runs `model` on `images` images with `spike_steps` (1: no spikes). The model must be in evaluation mode,
-    and each layer must be called as a module at every spike step, as on the reference backend of our networks. Raises
-    ValueError in training mode, if no layer ran, or if a layer did not run a multiple of `spike_steps` times per image.
+    and call each layer as a module at every spike step, as our networks do where a layer has hooks. Raises ValueError
+    in training mode, if no layer ran, or if a layer did not run a multiple of `spike_steps` times per image.
     """
     if model.training:
         raise ValueError("operations are counted in evaluation mode")
@@ -97,9 +97,7 @@ def count_layers(model: nn.Module, call: Callable[[], Any], images: int, spike_s
                 hooks.enter_context(layer.register_forward_hook(record))
         call()
     if not runs or any(n % (spike_steps * images) for n in runs.values()):
-        raise ValueError(
-            f"layers did not run {spike_steps} times for each of {images} images: is the reference backend chosen?"
-        )
+        raise ValueError(f"layers did not run {spike_steps} times for each of {images} images")
     names = {layer: name for name, layer in model.named_modules()}
     return {
         names[layer]: Operations(total.macs / images, total.acs / images, total.dense_macs / images / spike_steps)
@@ -119,13 +117,13 @@ def _synaptic_operations(layer: nn.Module, spikes: Tensor) -> int:
 def firing_rates(model: nn.Module, call: Callable[[], Any]) -> dict[str, float]:
     """Mean spikes per neuron and spike step in `call()`, by the name in `model` of each layer of neurons that ran.
 
-    Needs the same mode and backend as `count_layers`. Raises ValueError if there are neurons and none ran.
+    Needs the same mode as `count_layers`. Raises ValueError if there are neurons and none ran.
     """
     from spikingjelly.activation_based.monitor import OutputMonitor  # here because it imports TensorBoard
 
     with torch.no_grad(), OutputMonitor(model, NODES, lambda spikes: spikes.float().mean().item()) as monitor:
         call()
     if monitor.monitored_layers and not monitor.records:
-        raise ValueError("no neuron ran: is the reference backend chosen?")
+        raise ValueError("no neuron ran")
     runs = {name: monitor[name] for name in monitor.monitored_layers}
     return {name: sum(rates) / len(rates) for name, rates in runs.items() if rates}

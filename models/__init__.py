@@ -1,6 +1,6 @@
 """The networks; `parts.py` has the tables from which the command line chooses one by name.
 
-Constructor parameters have the names of the command line's options (pipeline/options.py).
+Constructor parameters have the names of the command line's options (pipeline/options/).
 """
 
 import inspect

@@ -61,7 +61,7 @@ class Conditions:
             columns.append(labels.to(self.labels.counts.device))
         return torch.stack(columns, 1) if columns else None
 
-    def draw(self, seed: int, samples: Iterable[int], labels: Iterable[int] | None = None) -> Tensor | None:
+    def of_samples(self, seed: int, samples: Iterable[int], labels: Iterable[int] | None = None) -> Tensor | None:
         """Conditions `[N,J]` for the samples with these indices; None if J is 0.
 
         Each sample takes the conditions of a training image, of all of them or, given `labels`, of those with its

@@ -13,7 +13,8 @@ from spikingjelly.activation_based import neuron, surrogate
 from spikingjelly.activation_based.base import MemoryModule
 from torch import Tensor
 
-from models.fused_lif import Dynamics, is_exactly
+from models.kernels.compiled import is_exactly
+from models.kernels.fused_lif import Dynamics
 from parts import TAU, V_RESET, V_THRESHOLD
 
 SURROGATE = surrogate.ATan(2.0)

@@ -1,5 +1,7 @@
 """A residual spiking denoiser of the codes, an alternative to the paper's SDID (`--denoiser residual`)."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from models.denoiser import Denoiser
 from models.labels import Labels
 from models.neurons import LIF, Neuron
 from models.prototypes import Prototypes
-from models.spiking import Firing, apply_head, is_reference, literal, one_hot
+from models.spiking import Firing, apply_head, literal, mean_weights, one_hot
 
 HEADS = 16  # groups of channels, each with its own mixing matrix
 THRESHOLD_BIAS = 1.0  # initial bias of batch norm, in thresholds; the paper's neuron at rest fires at a current of 2
@@ -43,7 +45,7 @@ class MixingBlock(nn.Module):
     def _mix_positions(self, spikes: Tensor) -> Tensor:
         """Mix the positions of spikes `[S,N,C,h,w]`: a matrix product for each head.
 
-        Equivalent to the grouped convolution `mix`, which the reference backend runs instead.
+        Equivalent to the grouped convolution `mix`, which runs instead where it is called as a module.
         """
         (steps, samples, channels), (height, width) = spikes.shape[:3], spikes.shape[3:]
         positions = height * width
@@ -150,21 +152,21 @@ class ResidualSDID(Denoiser):
     def forward(self, tokens: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """See Denoiser; `t` has no influence."""
         self._check_condition(condition)
-        mean = torch.full((self.spike_steps,), 1 / self.spike_steps, device=tokens.device).to(self.head.weight)
-        spikes = F.one_hot(tokens.long(), self.codebook_size + 1).permute(0, 3, 1, 2).to(self.head.weight)
-        if literal(self.embed):
-            spikes = spikes.expand(self.spike_steps, *spikes.shape)
-            currents = self.embed(spikes.flatten(0, 1)).unflatten(0, spikes.shape[:2])
-        else:
-            currents = self.embed(spikes)
-        if condition is not None:
-            currents = currents + self._condition_currents(condition)
-        x = self.blocks(currents + self.position)
-        x = self.fire(x) if literal(self.head) else self.fire(x, mean)
-        return F.pixel_shuffle(apply_head(self.head, x, mean), self.patch)
+        mean = mean_weights(self.spike_steps, like=self.head.weight)
+        x = self.blocks(self._currents(tokens, condition))
+        return F.pixel_shuffle(apply_head(self.head, partial(self.fire, x), mean), self.patch)
 
-    def _condition_currents(self, condition: Tensor) -> Tensor:
-        """Currents of the conditions: `[N,C,h/patch,w/patch]`, on the reference backend one for each spike step."""
-        if is_reference():
-            return torch.stack([self.conditions.currents(condition) for _ in range(self.spike_steps)])
-        return self.conditions.currents(condition)
+    def _currents(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
+        """Currents of tokens, conditions and positions, the same at each spike step: `[N,C,h/patch,w/patch]`.
+
+        `[S,N,C,h/patch,w/patch]` where a layer is called as a module.
+        """
+        spikes = F.one_hot(tokens.long(), self.codebook_size + 1).permute(0, 3, 1, 2).to(self.head.weight)
+
+        def embedded() -> Tensor:
+            currents = self.embed(spikes)
+            return currents if condition is None else currents + self.conditions.currents(condition)
+
+        embeds = [part.embed for part in (self, self.prototypes, self.labels) if part is not None]
+        currents = torch.stack([embedded() for _ in range(self.spike_steps)]) if literal(*embeds) else embedded()
+        return currents + self.position

@@ -15,7 +15,7 @@ from models.spiking import (
     convolve_at,
     full_precision,
     is_local,
-    literal,
+    mean_weights,
     weighted_sum,
 )
 
@@ -64,19 +64,18 @@ class SDID(Denoiser):
         planes = torch.stack((tokens, t.view(-1, 1, 1).expand_as(tokens)), 1)  # [N,2,h,w]
         return self.conv1(planes.to(self.head.weight.dtype))
 
-    def _mean_weights(self) -> Tensor:
-        weight = self.head.weight
-        return torch.full((self.spike_steps,), 1 / self.spike_steps, dtype=weight.dtype, device=weight.device)
-
     def forward(self, tokens: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """See Denoiser."""
         self._check_condition(condition)
-        mean = self._mean_weights()
+        mean = mean_weights(self.spike_steps, like=self.head.weight)
         first = self._embed(tokens, t)
         x = self.conv4(self.conv3(self.conv2(first)))
-        if literal(self.head):
-            return apply_head(self.head, torch.cat((self.conv5(x), first), 2), mean)
-        return apply_head(self.head, torch.cat((self.conv5(x, mean), weighted_sum(mean, first)), 1), mean)
+
+        def both(readout: Tensor | None) -> Tensor:
+            last = self.conv5(x, readout)
+            return torch.cat((last, first if readout is None else weighted_sum(readout, first)), -3)
+
+        return apply_head(self.head, both, mean)
 
     def logits_at(self, tokens: Tensor, t: Tensor, where: Tensor, condition: Tensor | None = None) -> Tensor:
         """See Denoiser. Only what the P logits depend on is computed.
@@ -87,7 +86,7 @@ class SDID(Denoiser):
         """
         self._check_evaluation_mode()
         self._check_condition(condition)
-        mean = self._mean_weights()
+        mean = mean_weights(self.spike_steps, like=self.head.weight)
         blocks = (self.conv2, self.conv3, self.conv4, self.conv5)
         if not is_local(self.head) or not all(block.is_local for block in blocks):
             return super().logits_at(tokens, t, where, condition)

@@ -3,16 +3,14 @@
 Tensors over spike steps are `[S,N,C,H,W]`. A tensor without the first axis, `[N,C,H,W]`, is an input that is the same
 at every spike step (direct coding).
 
-There are two backends, which compute the same function. "reference" follows the equations literally: it calls every
-layer as a module at every spike step, with SpikingJelly's neuron. "fast" avoids redundant work: a constant input is
-convolved once, a linear head is applied to the sum over the spike steps, and batch norm and neurons that the kernels
-compute (`neurons.dynamics_of`) are fused on the CPU if there is a C++ compiler. "fast" is the default; `use_backend`
-chooses.
+What is computed is what `models/reference.py` computes literally, without redundant work: a constant input is convolved
+once, a linear head is applied to the sum over the spike steps, and batch norm and neurons that the kernels compute
+(`neurons.dynamics_of`) are fused on the CPU if there is a C++ compiler. A layer that may compute something else is
+called as a module, at every spike step (`literal`).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import TypeVar, cast
 
@@ -20,34 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import event_conv, fused_lif
-from models.event_conv import Convolution
+from models.kernels import event_conv, fused_lif
+from models.kernels.compiled import is_exactly
+from models.kernels.event_conv import Convolution
 from models.neurons import LIF, OWN, FromRest, Neuron, dynamics_of
 from parts import FILTER_TAU, MEMBRANE_DECAY, V_THRESHOLD
-
-BACKENDS = ("fast", "reference")
-
-_backend = ContextVar("backend", default="fast")  # each thread has its own
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Context in which this thread's spiking networks compute with the backend `name`.
-
-    Other threads do not see it, nor does one that is started inside. Raises ValueError for an unknown name.
-    """
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(BACKENDS)}")
-    before = _backend.set(name)
-    try:
-        yield
-    finally:
-        _backend.reset(before)
-
-
-def is_reference() -> bool:
-    """Whether this thread has chosen the reference backend."""
-    return _backend.get() == "reference"
 
 
 def full_precision(x: Tensor) -> torch.autocast:
@@ -78,6 +53,11 @@ def membrane_weights(spike_steps: int, like: Tensor) -> Tensor:
     return (torch.tensor(MEMBRANE_DECAY, dtype=torch.float32) ** exponents).to(like)
 
 
+def mean_weights(spike_steps: int, like: Tensor) -> Tensor:
+    """Weights `1/S` of a mean over the spike steps, `[S]`, with the device and float type of `like`."""
+    return torch.full((spike_steps,), 1 / spike_steps, dtype=like.dtype, device=like.device)
+
+
 def weighted_sum(weights: Tensor, spikes: Tensor) -> Tensor:
     """Sum of `weights[s] * spikes[s]`: `[S]` and `[S,...]` to `[...]`."""
     with full_precision(spikes):
@@ -85,22 +65,23 @@ def weighted_sum(weights: Tensor, spikes: Tensor) -> Tensor:
 
 
 def literal(*convolutions: nn.Module) -> bool:
-    """Whether to call these layers as modules, at every spike step: on the reference backend, or if one is a subclass.
+    """Whether to call these layers as modules, at every spike step: if one is a subclass, it may compute anything.
 
-    Likewise if it has hooks or a forward of its own: it may compute anything.
+    Likewise if it has hooks or a forward of its own.
     """
-    own = all(fused_lif.is_exactly(conv, nn.Conv2d, nn.ConvTranspose2d) for conv in convolutions)
-    return is_reference() or not own
+    return not all(is_exactly(conv, nn.Conv2d, nn.ConvTranspose2d) for conv in convolutions)
 
 
-def apply_head(head: Convolution, x: Tensor, weights: Tensor) -> Tensor:
+def apply_head(head: Convolution, spikes: Callable[[Tensor | None], Tensor], weights: Tensor) -> Tensor:
     """Output of a convolution without neurons, summed over the spike steps with `weights [S]`: `[N,C',H',W']`.
 
-    If `x` is the spikes `[S,N,C,H,W]`, the convolution runs at every step; if it is their weighted sum `[N,C,H,W]`, it
-    runs once, which is equivalent because it is linear (its bias counts `sum(weights)` times).
+    `spikes` maps these weights to the weighted sum of its input, `[N,C,H,W]`, and None to the spikes `[S,N,C,H,W]`. One
+    convolution of the sum is equivalent because it is linear (its bias counts `sum(weights)` times).
     """
-    if x.dim() == 5:
+    if literal(head):
+        x = spikes(None)
         return weighted_sum(weights, head(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+    x = spikes(weights)
     with full_precision(x):
         return head(x) + (weights.sum() - 1) * bias_of(head).view(-1, 1, 1)
 
@@ -130,7 +111,7 @@ def fire(
     With `readout` weights `[S]`: to `sum_s readout[s] * spikes[s]`, `[N,C,H,W]`.
     """
     dtype = _spike_dtype(x, readout)
-    dynamics = None if is_reference() else dynamics_of(neuron)
+    dynamics = dynamics_of(neuron)
     if dynamics is not None:
         modes = dict(constant=constant, readout=readout, dtype=dtype)
         fused = fused_lif.norm_lif(x, bias, norm, spike_steps, neuron=dynamics, **modes)
@@ -199,7 +180,7 @@ class SpikingStack(nn.Sequential):
             x = self._spikes(block, x)
         if self.head is None or readout is None:
             return self._spikes(last, x, readout)
-        return apply_head(self.head, self._spikes(last, x, None if literal(self.head) else readout), readout)
+        return apply_head(self.head, partial(self._spikes, last, x), readout)
 
     def _spikes(self, block: Block, x: Tensor, readout: Tensor | None = None) -> Tensor:
         (conv, norm, neuron), constant = block, x.dim() == 4
@@ -217,8 +198,8 @@ class SpikingStack(nn.Sequential):
     def is_local(self) -> bool:
         """Whether `fire_at` computes it: one block, without batch statistics, of which each layer is local."""
         conv, norm, neuron = self.blocks[0]
-        fixed = fused_lif.is_exactly(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and norm.running_mean is not None
-        return len(self) == 3 and is_local(conv) and fixed and not norm.training and fused_lif.is_exactly(neuron, *OWN)
+        fixed = is_exactly(norm, nn.BatchNorm2d, nn.SyncBatchNorm) and norm.running_mean is not None
+        return len(self) == 3 and is_local(conv) and fixed and not norm.training and is_exactly(neuron, *OWN)
 
     def fire_at(self, x: Tensor, rows: Tensor, readout: Tensor | None = None) -> Tensor:
         """The output of a stack at chosen positions, spikes `[S,P,C']`, if it `is_local`; see `convolve_at`.

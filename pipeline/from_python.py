@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 
 from errors import UserError
-from pipeline.options import DECLARATIONS, KINDS
+from pipeline.options.sections import DECLARATIONS, KINDS
 from pipeline.runtime.device import exact_float32, keep_freed_memory
 from pipeline.training.interruption import Interrupted
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from datasets import digest
 from pipeline.checkpoints import load_weights
-from pipeline.declaration import Role
-from pipeline.options import (
+from pipeline.options.declaration import Role
+from pipeline.options.sections import (
     CODES,
     DEFAULTS,
     AutoencoderOptions,

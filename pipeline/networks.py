@@ -22,7 +22,7 @@ from models.neurons import Neuron
 from models.vq_autoencoder import VQAutoencoder
 from parts import AUTOENCODERS, DENOISERS, find_part
 from pipeline.checkpoints import load_weights
-from pipeline.options import CONDITIONS, Options
+from pipeline.options.sections import CONDITIONS, Options
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine, Network
 from pipeline.runtime.processes import from_rank_0

@@ -4,8 +4,8 @@ import sys
 
 import pipeline.runtime.threads  # noqa: F401  before torch
 from errors import SIGPIPE, UserError, drop_output, say_on_stderr
-from pipeline.configuration import Call, resolve
-from pipeline.options import TRAINING_STAGES
+from pipeline.options.configuration import Call, resolve
+from pipeline.options.sections import TRAINING_STAGES
 from pipeline.runtime import processes
 from pipeline.runtime.device import choose_machine, keep_freed_memory
 from pipeline.session import Session

@@ -28,9 +28,7 @@ from torch import Tensor
 
 import files
 from errors import UserError
-from pipeline.checkpoints import check_place, load_checkpoint, save_weights, write_file, write_json, writing
-from pipeline.declaration import Role
-from pipeline.options import with_role
+from pipeline.checkpoints import check_place, load_checkpoint, write_file, write_json, writing
 from pipeline.runtime.processes import on_rank_0
 
 if TYPE_CHECKING:
@@ -46,12 +44,6 @@ PACKAGES = (
 LOG_KEYS = {"stage", "epoch", "images", "images_per_second"}
 RECORD_KEYS = {"name", "value", "protocol", "split", "num_generated", "num_real"}
 """What each line of log.jsonl and each record of metrics.json has, whatever version of this program wrote it."""
-
-FIXED = (*with_role(Role.TRAINING), "start_from", "data")
-"""What config.json and last.pth must agree on."""
-
-LAST_VERSION = 3
-"""Of what last.pth holds: counts up when a program could misread the file of another."""
 
 
 def versions() -> dict[str, str]:
@@ -193,44 +185,10 @@ class RunFolder:
         self.lock()
         check_place(self.metrics)
 
-    def write_last(self, state: dict[str, Any]) -> None:
-        """Write last.pth: `state`, and what tells it from the file of another run or program."""
-        config = self.read_config()
-        run = {key: config[key] for key in FIXED if key in config}
-        save_weights(self.last, {"version": LAST_VERSION, "run": run, **state})
-
     @on_rank_0
     def remove_last(self) -> None:
         """Remove last.pth: what is trained from now on is something else."""
         self.last.unlink(missing_ok=True)
-
-    def read_last(self) -> dict[str, Any]:
-        """What last.pth holds; empty if the run was stopped before it had saved any training.
-
-        Raises UserError, which names the difference, if the file is of another program or of a run with other options.
-        """
-        config = self.read_config()
-        trains = self.denoiser if config.get("stage") == "sdid" else self.model
-        if not (self.last.exists() or trains.exists()):
-            return {}
-        if not self.last.exists():
-            way = f"--start_from {self.path} with another --result_path trains its weights further"
-            raise UserError(f"{self.last} does not exist, as in a packed copy, so nothing can be resumed: {way}")
-        state = load_checkpoint(self.last)
-        if "stage" not in state:
-            raise UserError(f"{self.last} is not what a training saved: restore the file that the run wrote")
-        if state.get("version") != LAST_VERSION:
-            versions = f"version {state.get('version', 1)}, this program reads version {LAST_VERSION}"
-            raise UserError(f"{self.last} has {versions}: resume it with {self.program}")
-        there = {key: config.get(key) for key in state["run"]}
-        other = [
-            "other training data" if key == "data" else f"--{key} {value}, not {there[key]}"
-            for key, value in state["run"].items()
-            if there[key] != value
-        ]
-        if other:
-            raise UserError(f"{self.last} is of a run with {', '.join(other)}: restore the file that the run wrote")
-        return state
 
     def unfinished_stage(self) -> str:
         """The stage that last.pth has stopped in; empty if it is finished, or if nothing can be resumed from there."""

@@ -7,15 +7,16 @@ from typing import Any
 from datasets import ImageData, load_dataset
 from errors import UserError
 from models import Autoencoder, Denoiser, VQAutoencoder
-from pipeline.configuration import Call, assemble
 from pipeline.networks import Networks
-from pipeline.options import CODES, DataOptions, names
-from pipeline.parser import as_written
+from pipeline.options.configuration import Call, assemble
+from pipeline.options.parser import as_written
+from pipeline.options.sections import CODES, OWN, DataOptions, names
+from pipeline.resuming import read_last
 from pipeline.runtime.device import Machine, choose_machine
 from pipeline.runtime.processes import from_rank_0
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel, PriorSampling
-from pipeline.sampling.labels import OWN
 from pipeline.sampling.sample_files import drawn_with, inpainted_of
+from pipeline.sampling.settings import Settings, check_sample_steps
 
 
 class Session:
@@ -42,7 +43,7 @@ class Session:
         self.program = ""
         if self.options.run.resume:
             self.run.lock()
-            self.last = from_rank_0(self.run.read_last)
+            self.last = from_rank_0(partial(read_last, self.run))
             self.program = self.run.program
 
     @cached_property
@@ -154,33 +155,24 @@ class Session:
         autoencoder = self.load_autoencoder()
         if isinstance(autoencoder, VQAutoencoder):
             return self.code_diffusion(autoencoder, self.networks.load_denoiser(autoencoder) if draws else None)
-        return PriorSampling(autoencoder, self.machine, self.options.run.seed, self.options.sampling.eval_batch_size)
+        return PriorSampling(autoencoder, self.machine, self.options.run.seed, self.options.drawing.eval_batch_size)
 
     def code_diffusion(self, autoencoder: VQAutoencoder, denoiser: Denoiser | None) -> CodeDiffusion:
         """Both networks with the sampling options; at temperature 1 if it is still to be chosen."""
-        o = self.options.sampling
+        o = self.options
         class_names = self.recorded["class_names"]
         model = CodeDiffusion(
             autoencoder,
             denoiser,
             self.code_grid,
             self.machine,
-            self.options.run.seed,
-            temperature=1.0 if isinstance(o.temperature, str) else o.temperature,
-            final_temperature=None if isinstance(o.temperature, str) else o.final_temperature,
-            sample_steps=o.sample_steps,
-            reveal_order=o.reveal_order,
-            batch_size=o.eval_batch_size,
-            class_names=tuple(class_names) if class_names else None,
+            o.run.seed,
+            Settings.of(o.sampling),
+            o.drawing.eval_batch_size,
+            tuple(class_names) if class_names else None,
         )
-        labels = None if self.options.run.stage == "inpaint" and o.labels == (OWN,) else o.labels
-        return model.asked(labels, o.guidance) if denoiser else model
-
-
-def check_sample_steps(steps: int | None, most: int) -> None:
-    """Raise UserError if there are fewer timesteps than are asked for."""
-    if steps is not None and steps > most:
-        raise UserError(f"images of this size have {most} timesteps: use --sample_steps {most} instead of {steps}")
+        labels = None if o.run.stage == "inpaint" and o.sampling.labels == (OWN,) else o.sampling.labels
+        return model.asked(labels) if denoiser else model
 
 
 def open_session(data: ImageData | None = None, **options: Any) -> Session:

@@ -1,18 +1,15 @@
 """What `--stage` runs, in order: train the autoencoder, train the denoiser, sample or inpaint, evaluate."""
 
-from dataclasses import replace
-
 import torch
 
 from errors import UserError
 from pipeline.evaluation.evaluate import check_evaluation, evaluate
 from pipeline.evaluation.temperature import with_temperature
-from pipeline.options import TRAINING_STAGES
+from pipeline.options.sections import OWN, TRAINING_STAGES
 from pipeline.runtime.processes import from_rank_0
-from pipeline.sampling.draw import draw
+from pipeline.samples import draw_samples
 from pipeline.sampling.grids import GREY, grid, named_rows, save_png
 from pipeline.sampling.image_models import CodeDiffusion
-from pipeline.sampling.labels import OWN
 from pipeline.sampling.masks import hidden_pixels
 from pipeline.sampling.sample_files import CLASS_IMAGES, GRID_IMAGES, INPAINTED
 from pipeline.session import Session
@@ -61,13 +58,13 @@ def train(session: Session) -> bool:
 
 def sample(session: Session) -> None:
     """Draw images and write them; requested classes take turns."""
-    model, count = with_temperature(session, session.load_model()), session.options.sampling.num_samples
-    classes = len(model.labels) if isinstance(model, CodeDiffusion) else 0
+    model, count = with_temperature(session, session.load_model()), session.options.drawing.num_samples
+    classes = len(model.settings.labels) if isinstance(model, CodeDiffusion) else 0
     if count is not None and count < classes:
         raise UserError(f"--num_samples {count} are too few for {classes} classes: say {classes} at least")
     count = count or CLASS_IMAGES * classes or GRID_IMAGES
     announce_model(session, model, f"{count:,}: {model.drawn}")
-    draw(session, model, count)
+    draw_samples(session, model, count)
 
 
 def inpaint(session: Session) -> None:
@@ -80,16 +77,17 @@ def inpaint(session: Session) -> None:
         raise UserError(f"--stage inpaint: {o.autoencoder.model} has no codes to keep; snn-vq-vae and vq-vae have")
     model = with_temperature(session, session.load_model())
     assert isinstance(model, CodeDiffusion)
-    images = session.data.test[: o.sampling.num_samples or INPAINTED_IMAGES]
-    hidden = from_rank_0(lambda: hidden_pixels(o.sampling.mask, *images.shape[2:]))
+    images = session.data.test[: o.drawing.num_samples or INPAINTED_IMAGES]
+    hidden = from_rank_0(lambda: hidden_pixels(o.drawing.mask, *images.shape[2:]))
     drawn = model.drawn
     if own := _own_labels(session, model, len(images)):
         drawn += ", each as its own class"
         model, names = model.asked(own), ["own class"] * COMPLETIONS
     else:
-        labels = model.labels if len(model.labels) > 1 else model.labels * COMPLETIONS
+        labels = model.settings.labels
+        labels = labels if len(labels) > 1 else labels * COMPLETIONS
         names = [model.name_of(label) for label in labels]
-        model = replace(model, labels=tuple(label for label in labels for _ in images))
+        model = model.asked([label for label in labels for _ in images] or None)
     rows = len(names) or COMPLETIONS
     announce_model(session, model, f"{len(images)}, each completed {rows} times: {drawn}", session.data)
     completed = model.inpaint(images.repeat(rows, 1, 1, 1), hidden)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from datasets import ImageData
-from models import fused_lif, neuron_options
+from models import neuron_options
+from models.kernels import compiled
 from models.neurons import FromRest, dynamics_of
-from pipeline.parser import as_typed
+from pipeline.options.parser import as_typed
 from pipeline.runtime import processes
 from pipeline.runtime.device import describe_machine
 from pipeline.runtime.processes import on_rank_0
@@ -114,7 +115,7 @@ def describe_neurons(session: Session, networks: list[tuple[str, nn.Module]]) ->
     words = [f"{key} {as_typed(key, values[key])}" for key in neuron_options(name) if key in values]
     how = "SpikingJelly"
     if session.machine.device.type == "cpu":
-        fused = dynamics_of(session.networks.neuron()) is not None and fused_lif.available()
+        fused = dynamics_of(session.networks.neuron()) is not None and compiled.available()
         how = "compiled kernels" if fused else "SpikingJelly, not fused"
     return [("neuron", f"{', '.join([name, *words])} ({how})")]
 

@@ -40,16 +40,17 @@ from torch import Tensor, nn
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError, reported
 from files import expand
-from models import SDID, VQSVAE, choose_neuron, event_conv
+from models import SDID, VQSVAE, choose_neuron, reference
+from models.kernels import event_conv
 from models.neurons import Neuron
-from models.spiking import use_backend
 from pipeline.checkpoints import check_place, load_weights, write_json
-from pipeline.options import PRECISIONS, NeuronOptions, names
+from pipeline.options.sections import PRECISIONS, NeuronOptions, names
 from pipeline.run_folder import RunFolder, versions
 from pipeline.runtime.device import Machine, choose_machine, describe_machine, find_device, keep_freed_memory
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images
 from pipeline.sampling.grids import check_figure_place, save_figure
+from pipeline.sampling.settings import Settings
 from pixels import to_float
 
 Trained = TypeVar("Trained", VQSVAE, SDID)
@@ -98,7 +99,7 @@ def draw_images(vqsvae: VQSVAE, sdid: SDID, device: torch.device) -> tuple[Tenso
     """Codes `[N,h,w]` drawn by the networks, the same ones in every mode, and their images, uint8 `[N,1,H,W]`."""
     machine, diffusion = Machine(device, bf16=False), AbsorbingDiffusion(CODES, GRID * GRID)
     noise = diffusion.noise(0, range(IMAGES), (GRID, GRID))
-    codes = draw_codes(machine.to_device(sdid), diffusion, noise, machine, temperature=1.0)
+    codes = draw_codes(machine.to_device(sdid), diffusion, noise, Settings(), machine)
     return codes, decode_codes(machine.to_device(vqsvae), codes, machine)
 
 
@@ -109,8 +110,7 @@ def shares_of_spikes(sdid: SDID, tokens: Tensor, t: Tensor) -> dict[str, float]:
     for name in ("conv2", "conv3", "conv4", "conv5", "conv6"):
         conv = next(sdid.get_submodule(name).children())
         conv.register_forward_pre_hook(lambda _, inputs, name=name: shares.update({name: inputs[0].mean().item()}))
-    with use_backend("reference"):
-        sdid(tokens, t)
+    sdid(tokens, t)
     return shares
 
 
@@ -129,12 +129,12 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor], machine: M
 
 
 def tasks(
-    machine: Machine, reference: bool, batch: dict[str, int], vqsvae: VQSVAE, sdid: SDID, codes: Tensor, images: Tensor
+    machine: Machine, literal: bool, batch: dict[str, int], vqsvae: VQSVAE, sdid: SDID, codes: Tensor, images: Tensor
 ) -> dict[str, Callable]:
     """The functions that are timed: each processes one batch, of the size given in `batch`."""
     device = machine.device
     for network in (vqsvae, sdid):
-        network.to(device).to(memory_format=torch.contiguous_format) if reference else machine.to_device(network)
+        call_layers(network.to(device)) if literal else machine.to_device(network)
 
     def some(values: Tensor, task: str) -> Tensor:
         return values[torch.arange(batch[task]) % len(values)]
@@ -145,13 +145,14 @@ def tasks(
     training_noise = diffusion.training_noise(len(codes), (GRID, GRID), torch.Generator(device).manual_seed(0))
     to_encode = some(images, "encode")
     noise = diffusion.noise(0, range(batch["sample"]), (GRID, GRID))
+    times, uniforms = (values.to(device) for values in noise)
 
     def sample() -> None:
         sdid.eval()
-        if reference:
-            diffusion.sample_every_timestep(sdid, type(noise)(*(values.to(device) for values in noise)))
+        if literal:
+            reference.sample(sdid, times, uniforms, CODES)
         else:
-            draw_codes(sdid, diffusion, noise, machine, temperature=1.0, batch_size=batch["sample"])
+            draw_codes(sdid, diffusion, noise, Settings(), machine, batch["sample"])
 
     return {
         "stage1_train": training_step(vqsvae, lambda: vqsvae.train()(pixels, 0.1).loss, machine),
@@ -159,6 +160,13 @@ def tasks(
         "encode": lambda: encode_images(vqsvae, to_encode, machine, batch["encode"]),
         "sample": sample,
     }
+
+
+def call_layers(network: nn.Module) -> None:
+    """Have each layer called as a module, at every spike step, as our networks do where a layer has a hook."""
+    network.to(memory_format=torch.contiguous_format)
+    for layer in network.modules():
+        layer.register_forward_hook(lambda *_: None)
 
 
 def seconds(task: Callable[[], object], device: torch.device) -> float:
@@ -175,16 +183,16 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, dict]:
 
     That is the share of spikes, batch sizes and precision; the process's peak memory in MiB is also given.
     """
-    reference = mode == "reference"
-    machine = choose_machine(args.device, "float32" if reference else args.precision)
-    if not reference:
+    literal = mode == "reference"
+    machine = choose_machine(args.device, "float32" if literal else args.precision)
+    if not literal:
         keep_freed_memory()
-    default = REFERENCE_BATCH if reference else FAST_BATCH
+    default = REFERENCE_BATCH if literal else FAST_BATCH
     batch = {name: args.batch_size or size for name, size in default.items()}
     vqsvae, sdid = networks(args)
     codes, images = draw_images(vqsvae, sdid, machine.device)
     rates: dict[str, dict[str, float]] = {variant: {} for variant in VARIANTS[mode]}
-    for name, task in tasks(machine, reference, batch, vqsvae, sdid, codes, images).items():
+    for name, task in tasks(machine, literal, batch, vqsvae, sdid, codes, images).items():
         warm_up, repeats = (1, max(1, args.repeats // 3)) if name == "sample" else (3, args.repeats)
         times: dict[str, list[float]] = {variant: [] for variant in rates}
         for _ in range(warm_up + repeats):
@@ -274,7 +282,7 @@ def scaling(args: argparse.Namespace) -> dict:
         images = torch.randint(0, 256, (count, 1, SIDE, SIDE), dtype=torch.uint8)
         noise = diffusion.noise(0, range(count), (GRID, GRID))
         encode = seconds(partial(encode_images, vqsvae, images, machine, 256), machine.device)
-        sample = seconds(partial(draw_codes, sdid, diffusion, noise, machine, 256), machine.device)
+        sample = seconds(partial(draw_codes, sdid, diffusion, noise, Settings(), machine, 256), machine.device)
         table[count] = {"encode": round(1e3 * encode / count, 4), "sample": round(1e3 * sample / count, 4)}
         times = ", ".join(f"{task} {milliseconds:.3f} ms" for task, milliseconds in table[count].items())
         print(f"{count:6} images: {times} per image")
@@ -328,8 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
                 measured[f"fast_over_{base}"] = ratio
                 print(f"fast / {base:6}", ", ".join(f"{name} {value:.2f}" for name, value in ratio.items()))
         else:
-            with use_backend("reference" if args.mode == "reference" else "fast"):
-                measured = {"machine": machine, **measure(args, args.mode)}
+            measured = {"machine": machine, **measure(args, args.mode)}
         if output:
             write_json(output, measured)
         elif args.json:

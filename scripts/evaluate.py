@@ -26,12 +26,12 @@ from errors import UserError, reported
 from files import expand
 from image_files import alternate, find_images, folders_of, read_images, take
 from metrics.fid import FID_IMAGES
-from parts import DATASETS
+from parts import DATASETS, SAMPLE_METRICS
 from pipeline.checkpoints import check_place, write_json
-from pipeline.declaration import number, parse_metrics
-from pipeline.evaluation.metrics import evaluate_images
+from pipeline.evaluation.image_records import evaluate_images
 from pipeline.evaluation.records import print_records
-from pipeline.options import SAMPLE_METRICS, EvaluationOptions, names
+from pipeline.options.declaration import number, parse_metrics
+from pipeline.options.sections import EvaluationOptions, names
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import choose_machine, find_device, keep_freed_memory
 from pipeline.runtime.terminal import print_anywhere

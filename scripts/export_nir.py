@@ -35,9 +35,9 @@ except ImportError:  # of nir or nirtorch
 from errors import UserError, reported
 from files import expand
 from models import SDID, VQSVAE, ResidualSDID, VQAutoencoder
-from models.spiking import SpikingStack, membrane_weights, use_backend, weighted_sum
+from models.spiking import SpikingStack, membrane_weights, weighted_sum
 from pipeline.checkpoints import check_place
-from pipeline.declaration import autoencoder_weights
+from pipeline.options.declaration import autoencoder_weights
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.grids import check_figure_place, save_figure
 from pipeline.session import open_session
@@ -116,7 +116,7 @@ def of_denoiser(model: SDID | ResidualSDID, codes: Tensor) -> Export:
     t = torch.linspace(1, timesteps, len(codes)).long()
     chance = torch.rand(codes.shape, generator=torch.Generator().manual_seed(0))
     tokens = torch.where(chance * timesteps < t.view(-1, 1, 1), model.codebook_size, codes)
-    condition = model.conditions.draw(0, range(len(codes)))
+    condition = model.conditions.of_samples(0, range(len(codes)))
     graph = SDIDGraph(model) if isinstance(model, SDID) else ResidualGraph(model)
     planes = graph.planes(tokens, t, condition)
     steps = planes.expand(model.spike_steps, *planes.shape)
@@ -143,7 +143,10 @@ def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]
 
 
 def observe(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """What `run()` returns, and the spikes `[S,N,C,H,W]` of each layer of neurons in the order in which they ran."""
+    """What `run()` returns, and the spikes `[S,N,C,H,W]` of each layer of neurons in the order in which they ran.
+
+    Our networks call a layer that has hooks as a module, so that the hook sees its spikes.
+    """
     spikes: list[Tensor] = []
 
     def record(module: nn.Module, _: tuple, output: Any) -> None:
@@ -153,8 +156,7 @@ def observe(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list
             spikes.append(output[0])
 
     hooks = [module.register_forward_hook(record) for module in network.modules()]
-    with use_backend("reference"):  # which calls every neuron as a module
-        output = run()
+    output = run()
     for hook in hooks:
         hook.remove()
     return output, spikes

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from errors import UserError
 from models import SDID, ResidualSDID
-from models.fused_lif import is_exactly
+from models.kernels.compiled import is_exactly
 from models.neurons import IF, LIF, PLIF, SURROGATE
 from models.residual_sdid import HEADS, MixingBlock
 from models.spiking import Convolution, Firing, SpikingStack

@@ -21,10 +21,10 @@ from datasets import digest
 from errors import UserError, reported
 from files import expand
 from pipeline.checkpoints import SCALE, load_weights, per_row, save_weights, write_json
-from pipeline.declaration import Role
 from pipeline.evaluation.temperature import recorded_temperature
 from pipeline.lineage import Lineage, known
-from pipeline.options import DEFAULTS, with_role
+from pipeline.options.declaration import Role
+from pipeline.options.sections import DEFAULTS, with_role
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
 

@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 
 from errors import UserError
 from files import expand
-from pipeline.declaration import Role
 from pipeline.lineage import costs
-from pipeline.options import DEFAULTS, with_role
-from pipeline.parser import as_read, build_parser, option_in_words
-from pipeline.presets import PRESETS
+from pipeline.options.declaration import Role
+from pipeline.options.parser import as_read, build_parser, option_in_words
+from pipeline.options.presets import PRESETS
+from pipeline.options.sections import DEFAULTS, with_role
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
 from scripts.results_table import read_rows, table

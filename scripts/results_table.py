@@ -26,8 +26,8 @@ from files import expand
 from pipeline.checkpoints import check_place, write_file
 from pipeline.evaluation.records import comparable, sampling_of
 from pipeline.lineage import costs
-from pipeline.options import DEFAULTS
-from pipeline.parser import as_typed
+from pipeline.options.parser import as_typed
+from pipeline.options.sections import DEFAULTS
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.grids import check_figure_place, save_figure

@@ -4,17 +4,23 @@ import io
 import json
 import os
 import struct
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+from spikingjelly.activation_based.neuron import BaseNode
 from torch import nn
 
 import main
-from models.spiking import SpikingStack
+from datasets import load_dataset
+from diffusion.absorbing import AbsorbingDiffusion, TrainingNoise
+from errors import UserError
+from models.spiking import SpikingStack, membrane_weights, postsynaptic_potential, weighted_sum
 from pipeline.checkpoints import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +95,20 @@ def interrupt(*_):
 # ---- image files ----
 
 
+def noise(*shape, seed=0):
+    """Random levels uint8 of this shape."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def complaint(*args, **options):
+    """The message of the UserError that `load_dataset` raises: one line."""
+    with pytest.raises(UserError) as caught:
+        load_dataset(*args, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
 def write_bars(folder, count, size, colour, seed):
     """Images of bright bars on black, a different one in each."""
     folder.mkdir(parents=True)
@@ -126,6 +146,49 @@ def with_steady_current(current):
     for parameter, value in zip(stack.parameters(), (1, 0, 1, current - 1), strict=True):  # convolution, batch norm
         parameter.fill_(value)
     return stack
+
+
+def _diffusion(codes, codebook_size):
+    return AbsorbingDiffusion(codebook_size, codes[0].numel())
+
+
+FAST = SimpleNamespace(
+    postsynaptic_potential=postsynaptic_potential,
+    membrane_potential=lambda spikes: weighted_sum(membrane_weights(len(spikes), like=spikes), spikes),
+    encoder=lambda model, images: model.encoder(images - 0.5),
+    readout=lambda quantizer, spikes: quantizer.readout(spikes),
+    nearest=lambda quantizer, r: quantizer.nearest_codes(r),
+    embed=lambda quantizer, codes: quantizer.embed(codes),
+    spike_generator=lambda quantizer, q: quantizer.generate_spikes(q),
+    decoder=lambda model, spikes: model.decoder(spikes),
+    encode=lambda model, images: model.encode(images),
+    decode=lambda model, codes: model.decode(codes),
+    reconstruct=lambda model, images, variance=1.0: model(images, variance),
+    sdid=lambda network, tokens, t: network(tokens, t),
+    residual_sdid=lambda network, tokens, condition=None: network(tokens, torch.ones(len(tokens)), condition),
+    cross_entropy=lambda logits, codes, mask: _diffusion(codes, logits.shape[1]).cross_entropy(logits, codes, mask),
+    diffusion_loss=lambda network, codes, t, mask, kind: _diffusion(codes, network.codebook_size).loss(
+        network, codes, TrainingNoise(t, mask), kind
+    ),
+)
+"""The networks, under the names that models/reference.py has for what they compute."""
+
+
+@contextmanager
+def as_modules(network):
+    """Context in which each layer of a network is called as a module, at every spike step: nothing stands in for it."""
+    hooks = [layer.register_forward_hook(lambda *_: None) for layer in network.modules()]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def layer_by_layer(stack, x, readout=None):
+    """What a stack computes, from its modules alone; `x` and `readout` as for its forward."""
+    x = x if x.dim() == 5 else x.expand(stack.spike_steps, *x.shape)
+    for layer in stack:
+        x = layer(x) if isinstance(layer, BaseNode) else layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    return x if readout is None else torch.tensordot(readout, x, 1)
 
 
 # ---- run folders ----

@@ -18,11 +18,10 @@ from PIL import Image
 from models import SDID, build_model
 from parts import AUTOENCODERS, DENOISERS, NEURONS
 from pipeline import program
-from pipeline.configuration import resolve
-from pipeline.evaluation.metrics import GENERATED_METRICS
-from pipeline.options import CODES, DECLARATIONS, DEFAULTS, SAMPLE_METRICS, SECTIONS, STAGES
-from pipeline.parser import MOST_USED, TITLES, as_shown
-from pipeline.presets import PRESETS
+from pipeline.options.configuration import resolve
+from pipeline.options.parser import MOST_USED, TITLES, as_shown
+from pipeline.options.presets import PRESETS
+from pipeline.options.sections import CODES, DECLARATIONS, DEFAULTS, SECTIONS, STAGES
 from pipeline.training import loop as training
 from scripts import pack
 
@@ -71,7 +70,6 @@ def test_help_tells_every_option_with_its_default(cli, monkeypatch):
 
 
 def test_choices_are_those_of_the_rooms_that_use_them():
-    assert set(SAMPLE_METRICS) == set(GENERATED_METRICS)
     assert set(CODES) | {"snn-vae"} == set(AUTOENCODERS)
     owners = {owner for declared in DECLARATIONS.values() for owner in declared.of}
     assert owners <= {*AUTOENCODERS, *DENOISERS, *NEURONS}
@@ -463,9 +461,9 @@ def test_options_of_one_call_do_not_stick(cli, run):
     """What a training was evaluated with is no default of a later evaluation; a resumed call may type it back."""
     config = json.loads((run / "config.json").read_text())
     assert config["num_samples"] == 5
-    assert resolve(["--checkpoint", str(run)]).options.sampling.num_samples is None
-    assert resolve(["--resume", str(run)]).options.sampling.num_samples == 5
-    assert resolve(["--resume", str(run), "--num_samples", "auto"]).options.sampling.num_samples is None
+    assert resolve(["--checkpoint", str(run)]).options.drawing.num_samples is None
+    assert resolve(["--resume", str(run)]).options.drawing.num_samples == 5
+    assert resolve(["--resume", str(run), "--num_samples", "auto"]).options.drawing.num_samples is None
     typed = resolve(["--checkpoint", str(run), "--metrics", "mse, ssim"]).options.evaluation
     assert typed.metrics == ("mse", "ssim")
     assert resolve(["--checkpoint", str(run), "--metrics", "all"]).options.evaluation.metrics is None

@@ -207,7 +207,7 @@ def test_copies_of_another_type_compute(dtype, precision, finished, grey):
 
 
 def test_samples_at_other_settings_are_those_of_a_model_loaded_with_them(model, finished):
-    settings = {"temperature": 2.0, "final_temperature": 0.5, "sample_steps": 3}
+    settings = {"temperature": 2.0, "final_temperature": 0.5, "sample_steps": 3, "reveal_order": "spread"}
     images = model.sample(5, **settings)
     loaded = SpikingDiffusion.load(finished.path, device="cpu", precision="float32", **settings)
     assert np.array_equal(images, loaded.sample(5)) and not np.array_equal(images, model.sample(5))
@@ -223,7 +223,7 @@ def test_labels_in_every_form(tmp_path, classes):
     train_denoiser(data, train_autoencoder(data, tmp_path, **options).parents[1], **options)
     path = tmp_path / "ImageFolder" / "snn-vq-vae"
     model = SpikingDiffusion.load(path, device="cpu", precision="float32")
-    both = model._asked([0, 1]).labels
+    both = model._asked(labels=[0, 1]).settings.labels
     assert both == (0, 1)
     same = ("0,1", "all", "Dark Blue, sea", "0,SEA", ["dark blue", 1], ("0", "1"), range(2), np.array([0, 1]))
     for labels in (
@@ -233,10 +233,10 @@ def test_labels_in_every_form(tmp_path, classes):
         [np.int64(0), np.uint8(1)],
         list(torch.arange(2)),
     ):
-        assert model._asked(labels).labels == both, labels
-        assert SpikingDiffusion.load(path, device="cpu", labels=labels).model.labels == both, labels
+        assert model._asked(labels=labels).settings.labels == both, labels
+        assert SpikingDiffusion.load(path, device="cpu", labels=labels).model.settings.labels == both, labels
     for labels in (1, np.int64(1), "1", "sea", torch.tensor(1), np.array(1)):
-        assert model._asked(labels).labels == (1,), labels
+        assert model._asked(labels=labels).settings.labels == (1,), labels
     for wrong in ("3,4", 7, [], "", [0.5]):
         with pytest.raises(UserError, match=r"^(there is no class|no class is named)"):
             model.sample(2, labels=wrong)
@@ -255,6 +255,9 @@ def test_labels_in_every_form(tmp_path, classes):
         (lambda model: model.sample(2, final_temperature=-1), "final_temperature: '-1' is not greater than 0"),
         (lambda model: model.sample(2, sample_steps=17), "images of this size have 16 timesteps: use sample_steps=16"),
         (lambda model: model.sample(2, sample_steps=0), "sample_steps: '0' is not from 1"),
+        (lambda model: model.sample(2, reveal_order="left"), "reveal_order is left, not one of random, spread"),
+        (lambda model: model.sample(2, temprature=1), "sampling has no setting temprature: choose from seed, temperat"),
+        (lambda model: model.sample(2, num_samples=1), "has no setting num_samples: choose from seed, temperature, "),
         (lambda model: model.sample(2, guidance=-1), "guidance: '-1' is not from 0"),
         (lambda model: model.sample(2, guidance=1), "guidance needs a denoiser with a condition"),
         (lambda model: model.sample(2, labels="3,4"), 'train a run with preset="improved"'),
@@ -296,7 +299,7 @@ def own():
     ],
 )
 def test_evaluation_is_checked_before_it_begins(wrong, message, own, monkeypatch):
-    monkeypatch.setattr("pipeline.evaluation.metrics.Evaluation", None)
+    monkeypatch.setattr("pipeline.evaluation.image_records.Evaluation", None)
     with pytest.raises(UserError) as error:
         evaluate(**{"images": np.zeros((9, 1, 16, 16), np.uint8), "data": own, "device": "cpu", **wrong})
     assert message in str(error.value) and "--" not in str(error.value)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -17,7 +17,6 @@ from helpers import ROOT
 
 from datasets import digest
 from errors import UserError
-from models.spiking import is_reference, use_backend
 from pipeline.checkpoints import load_weights
 from pipeline.evaluation import feature_networks
 from pipeline.run_folder import RunFolder
@@ -108,7 +107,6 @@ def surroundings():
         "tf32": [precision() for precision in PRECISIONS],
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         "numpy errors": np.geterr(),
-        "backend": is_reference(),
         "folder": os.getcwd(),
     }
 
@@ -144,7 +142,7 @@ def newer_settings():
 
 
 MODES = {
-    "as it is": lambda: use_backend("fast"),
+    "as it is": nullcontext,
     "float64": lambda: set_for_a_while(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
     "bfloat16": lambda: set_for_a_while(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
     "no gradients": torch.no_grad,
@@ -229,25 +227,6 @@ def test_settings_are_set_back_when_the_last_thread_leaves(data, tmp_path, monke
         torch.set_default_dtype(torch.float32)
 
 
-def test_two_threads_do_not_see_each_others_backends():
-    chosen, looked, seen = threading.Event(), threading.Event(), []
-
-    def other():
-        with use_backend("reference"):
-            chosen.set()
-            looked.wait(60)
-            seen.append(is_reference())
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    assert chosen.wait(60)
-    seen.append(is_reference())
-    with use_backend("fast"):
-        looked.set()
-        thread.join()
-    assert seen == [False, True]
-
-
 def test_weights_that_two_threads_draw_at_once_are_of_their_seeds():
     def draw(seed):
         with seeds.seeded(seed):
@@ -321,7 +300,7 @@ def test_a_failure_while_drawing_leaves_nothing_behind(data, expected, tmp_path,
     images = model.sample(2)
     before = surroundings()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffusion.absorbing.draw", fail)
+        patch.setattr("diffusion.absorbing.codes_from_logits", fail)
         with pytest.raises(Fault):
             model.sample(2)
     assert surroundings() == before

@@ -1,13 +1,11 @@
-"""The networks and losses agree with the published release's numbers (golden.npz, float64) to 1e-9."""
+"""Networks and losses, and the equations, agree with the published release's numbers (golden.npz, float64) to 1e-9."""
 
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN
+from helpers import FAST, GOLDEN
 
-from diffusion.absorbing import AbsorbingDiffusion
-from models import SDID, VQSVAE
-from models.spiking import BACKENDS, membrane_weights, postsynaptic_potential, use_backend, weighted_sum
+from models import SDID, VQSVAE, reference
 
 
 def golden(name):
@@ -27,14 +25,14 @@ def assert_gradients(network, prefix):
         assert float(parameter.grad.norm()) == pytest.approx(expected, rel=1e-9, abs=1e-12), name
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with use_backend(request.param):
-        yield
+@pytest.fixture(params=[FAST, reference], ids=["networks", "equations"])
+def by(request):
+    """What computes."""
+    return request.param
 
 
 @pytest.fixture
-def vqsvae(backend):
+def vqsvae():
     prefix = "vqsvae.w."
     weights = {name.removeprefix(prefix): golden(name) for name in GOLDEN if name.startswith(prefix)}
     model = VQSVAE(**VQSVAE.options_of(weights))
@@ -43,7 +41,7 @@ def vqsvae(backend):
 
 
 @pytest.fixture
-def sdid(backend):
+def sdid():
     model = SDID().double()
     for i, name in enumerate(GOLDEN["sdid.param_order"]):
         parameter = model.get_parameter(str(name))
@@ -66,10 +64,10 @@ def masked_tokens():
     return torch.where(mask, 128, codes), codes, mask, golden("sdid.t")
 
 
-def test_filters():
+def test_filters(by):
     spikes = golden("psp.in")
-    assert_close(postsynaptic_potential(spikes), "psp.out")
-    assert_close(weighted_sum(membrane_weights(16, like=spikes), spikes), "membrane.out")
+    assert_close(by.postsynaptic_potential(spikes), "psp.out")
+    assert_close(by.membrane_potential(spikes), "membrane.out")
 
 
 def test_parameter_counts():
@@ -78,21 +76,19 @@ def test_parameter_counts():
 
 
 @torch.no_grad()
-def test_autoencoder_in_evaluation_mode(vqsvae, images):
-    vqsvae.eval()
-    spikes = vqsvae.encoder(images - 0.5)
-    quantized = vqsvae.vq_layer(spikes)
-    assert_close(spikes.mean(0), "vqsvae.eval.encoder_rate")
-    assert torch.equal(quantized.codes, golden("vqsvae.eval.codes"))
-    assert torch.equal(vqsvae.encode(images), golden("vqsvae.eval.codes"))
-    assert_close(quantized.quantized.mean(0), "vqsvae.eval.generated_spike_rate")
-    assert_close(vqsvae.decoder(quantized.quantized), "vqsvae.eval.recon")
+def test_autoencoder_in_evaluation_mode(by, vqsvae, images):
+    quantizer, codes = vqsvae.eval().vq_layer, golden("vqsvae.eval.codes")
+    assert_close(by.encoder(vqsvae, images).mean(0), "vqsvae.eval.encoder_rate")
+    assert torch.equal(by.encode(vqsvae, images), codes) and torch.equal(by.reconstruct(vqsvae, images).codes, codes)
+    generated = by.spike_generator(quantizer, by.embed(quantizer, codes))
+    assert_close(generated.mean(0), "vqsvae.eval.generated_spike_rate")
+    assert_close(by.decoder(vqsvae, generated), "vqsvae.eval.recon")
     expected = (golden("vqsvae.eval.recon") + 0.5).clamp(0, 1)
-    torch.testing.assert_close(vqsvae.decode(quantized.codes), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(by.decode(vqsvae, codes), expected, rtol=0, atol=1e-9)
 
 
-def test_autoencoder_in_training_mode(vqsvae, images):
-    out = vqsvae.train()(images, variance=float(golden("data_variance")))
+def test_autoencoder_in_training_mode(by, vqsvae, images):
+    out = by.reconstruct(vqsvae.train(), images, float(golden("data_variance")))
     assert_close(out.quantizer_loss, "vqsvae.train.vq_loss")
     assert_close(out.mse, "vqsvae.train.mse")
     assert_close(out.loss - out.quantizer_loss, "vqsvae.train.recon_loss")
@@ -100,15 +96,15 @@ def test_autoencoder_in_training_mode(vqsvae, images):
     assert_gradients(vqsvae, "vqsvae.train.gradnorm.")
 
 
-def test_denoiser_and_losses(sdid):
-    diffusion = AbsorbingDiffusion(128, 49)
+def test_denoiser_and_losses(by, sdid):
     tokens, codes, mask, t = masked_tokens()
-    logits = sdid.train()(tokens, t)
+    fresh = {name: value.clone() for name, value in sdid.train().state_dict().items()}
+    logits = by.sdid(sdid, tokens, t)
     assert_close(logits, "sdid.train.logits")
-    cross_entropy = diffusion.cross_entropy(logits, codes, mask)
-    assert_close(cross_entropy, "sdid.cross_entropy")
+    assert_close(by.cross_entropy(logits, codes, mask), "sdid.cross_entropy")
     for kind in ("elbo", "reweighted_elbo"):
-        loss = diffusion.weighted_loss(cross_entropy, t, kind)
+        sdid.load_state_dict(fresh)
+        loss = by.diffusion_loss(sdid, codes, t, mask, kind)
         assert_close(loss, f"sdid.loss.{kind}")
     loss.backward()
     assert_gradients(sdid, "sdid.train.gradnorm.")
@@ -116,4 +112,4 @@ def test_denoiser_and_losses(sdid):
     for name in (name for name in GOLDEN if name.startswith("sdid.after_train.")):
         assert_close(buffers[name.removeprefix("sdid.after_train.")], name)
     with torch.no_grad():
-        assert_close(sdid.eval()(tokens, t), "sdid.eval.logits")
+        assert_close(by.sdid(sdid.eval(), tokens, t), "sdid.eval.logits")

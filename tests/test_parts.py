@@ -10,7 +10,7 @@ from helpers import ROOT
 import parts
 from parts import find_part
 
-TABLES = ("DATASETS", "AUTOENCODERS", "DENOISERS", "NEURONS", "REVEAL_ORDERS")
+TABLES = ("DATASETS", "AUTOENCODERS", "DENOISERS", "NEURONS", "REVEAL_ORDERS", "SAMPLE_METRICS")
 HEAVY = {"torch", "numpy", "scipy", "PIL", "sklearn", "joblib", "torchvision", "spikingjelly", "tqdm"}
 
 

@@ -1,1 +1,1 @@
-"""Metrics: which can be computed, and how."""
+"""The evaluation of images and models: metrics, by their protocols, as records."""

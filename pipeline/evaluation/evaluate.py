@@ -1,12 +1,13 @@
 """The evaluation of a run: draw images if needed, compute the metrics, write metrics.json."""
 
 from errors import UserError, say_on_stderr
-from pipeline.evaluation.metrics import Evaluation
-from pipeline.evaluation.model_metrics import autoencoder_records, energy_records, floor_records, reconstructions
+from parts import SAMPLE_METRICS
+from pipeline.evaluation.image_records import Evaluation
+from pipeline.evaluation.model_records import autoencoder_records, energy_records, floor_records, reconstructions
 from pipeline.evaluation.records import write_records
 from pipeline.evaluation.temperature import check_held_out, with_temperature
-from pipeline.options import METRICS, SAMPLE_METRICS
-from pipeline.sampling.draw import draw
+from pipeline.options.sections import METRICS
+from pipeline.samples import draw_samples
 from pipeline.sampling.sample_files import GRID_IMAGES
 from pipeline.session import Session
 from pipeline.start import announce_model
@@ -29,8 +30,8 @@ def evaluate(session: Session) -> None:
         announce_model(session, model, data=session.data)
     evaluation = prepare_evaluation(session)
     model = with_temperature(session, model) if draws else model
-    count = o.sampling.num_samples or evaluation.images_needed or GRID_IMAGES
-    images = draw(session, model, count, reuse=True) if of_samples else None
+    count = o.drawing.num_samples or evaluation.images_needed or GRID_IMAGES
+    images = draw_samples(session, model, count, reuse=True) if of_samples else None
     # what all processes compute comes first, so that none waits for metrics of images, which rank 0 alone computes
     reconstructed = reconstructions(model, evaluation, wanted)
     records = autoencoder_records(model, reconstructed, session.data, o.run.seed, wanted)
@@ -40,7 +41,7 @@ def evaluate(session: Session) -> None:
         records = floor_records(reconstructed, evaluation) + records
     if images is not None:
         labels = model.labels_of(range(count))
-        records = evaluation.compute(images, model.drawn, model.settings, labels=labels) + records
+        records = evaluation.compute(images, model.drawn, model.record, labels=labels) + records
     if change := session.data_change(session.data):
         say_on_stderr(f"warning: {change}")
         records = [record | {"data_change": change} for record in records]
@@ -54,7 +55,7 @@ def prepare_evaluation(session: Session) -> Evaluation:
     o = session.options
     if "codebook" in (o.evaluation.metrics or ()) and not session.has_codes:
         raise UserError(f"--metrics codebook: {o.autoencoder.model} has no codes")
-    return Evaluation(o.evaluation, session.data, session.machine, o.run.seed, o.sampling.num_samples)
+    return Evaluation(o.evaluation, session.data, session.machine, o.run.seed, o.drawing.num_samples)
 
 
 def check_evaluation(session: Session) -> None:

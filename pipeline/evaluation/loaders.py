@@ -14,7 +14,7 @@ from metrics.fad import SIDE as FSVAE_SIDE
 from metrics.fad import FadAutoencoder, fad_features
 from metrics.inception import clean_features, inception_features, load_inception, load_paper_inception
 from pipeline.evaluation.feature_networks import Extract, classifier, fad_network
-from pipeline.options import EvaluationOptions
+from pipeline.options.sections import EvaluationOptions
 from pipeline.runtime.device import Machine, Network
 from pipeline.runtime.seeds import seeded
 

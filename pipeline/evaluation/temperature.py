@@ -1,7 +1,7 @@
 """Choosing a sampling temperature on held-out training images, never on the test split."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -75,14 +75,14 @@ def choose_temperature(
     check_held_out(data)
     held_out = _HeldOut(data, fad_weights, model.machine)
     path = run.path / "temperature.json"
-    settings = {"weights": weights, **model.settings, "temperatures": list(TEMPERATURES), "images": IMAGES}
+    settings = {"weights": weights, **model.record, "temperatures": list(TEMPERATURES), "images": IMAGES}
     depends_on = from_rank_0(lambda: settings | held_out.identity())
     chosen = from_rank_0(lambda: _chosen_before(path, depends_on))
     if chosen is not None:
         return chosen
     distances = {}
     for temperature in TEMPERATURES:
-        images = replace(model, temperature=temperature).draw(range(IMAGES))
+        images = model.asked(temperature=temperature).draw_images(range(IMAGES))
         distances[temperature] = from_rank_0(partial(held_out.distance, images))
         print(f"temperature {temperature:g}: distance to held-out images {distances[temperature]:.2f}", flush=True)
     best = min(distances, key=distances.__getitem__)
@@ -130,7 +130,7 @@ def at_recorded_temperature(session: Session, model: CodeDiffusion) -> CodeDiffu
     if session.options.sampling.temperature != "auto":
         return model
     temperature = recorded_temperature(session.run, session.networks.digest())
-    return replace(model, temperature=temperature, chosen=True)
+    return model.asked(temperature=temperature, temperature_chosen=True)
 
 
 def with_temperature(session: Session, model: ImageModel) -> ImageModel:
@@ -140,4 +140,4 @@ def with_temperature(session: Session, model: ImageModel) -> ImageModel:
         return model
     weights = session.networks.digest()
     temperature = choose_temperature(model, session.data, o.evaluation.fad_weights, session.run, weights)
-    return replace(model, temperature=temperature, chosen=True)
+    return model.asked(temperature=temperature, temperature_chosen=True)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 from markupsafe import Markup
 
 from pipeline.checkpoints import write_file
-from pipeline.declaration import Role
-from pipeline.options import DECLARATIONS, DEFAULTS, with_role
-from pipeline.parser import option_in_words
+from pipeline.options.declaration import Role
+from pipeline.options.parser import option_in_words
+from pipeline.options.sections import DECLARATIONS, DEFAULTS, with_role
 from pipeline.report.plots import Curve, Plot, line_plot
 from pipeline.report.run_view import Missing, RunView, Shown, attempt
 from pipeline.runtime import processes

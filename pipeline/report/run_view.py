@@ -134,9 +134,9 @@ class RunView:
             return Drawn(images[:GRID_IMAGES], settings["drawn"], trajectory, len(settings.get("labels", ())))
         model = self.model()
         if not isinstance(model, CodeDiffusion):
-            return Drawn(model.draw(range(GRID_IMAGES)), model.drawn, None)
+            return Drawn(model.draw_images(range(GRID_IMAGES)), model.drawn, None)
         model = at_recorded_temperature(self.session, model)
-        return Drawn(model.draw(range(GRID_IMAGES)), model.drawn, model.trajectory())
+        return Drawn(model.draw_images(range(GRID_IMAGES)), model.drawn, model.trajectory())
 
     def curves(self) -> dict[tuple[int, str, str], Curve]:
         """Each logged value against the images seen, by stage number, name, and what it is comparable within."""

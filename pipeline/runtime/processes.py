@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from errors import UserError
-from models import fused_lif
+from models.kernels import compiled
 from models.quantizer import Codebook
 from models.reduction import Reduction
 from pipeline.runtime.seeds import own_seed
@@ -217,7 +217,7 @@ def share_training(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     network = nn.parallel.DistributedDataParallel(model)
     has_norm = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
-    if has_norm and device.type == "cpu" and not fused_lif.available():
+    if has_norm and device.type == "cpu" and not compiled.available():
         raise UserError("several processes on the CPU need a C++ compiler for their batch norm: install g++ or clang++")
     nn.SyncBatchNorm.convert_sync_batchnorm(model)  # later, since the wrapper refuses it on the CPU: see fused_lif
     for layer in model.modules():

@@ -4,7 +4,7 @@ Each epoch and step has a seed of its own, so that resuming needs no random stat
 a range of its own within the 32 bits that torch's generator on the CPU reads of a seed, and counts on from a place in
 it that depends on the run's seed. (Hashes of all steps would meet by chance: a long training has 400,000.)
 
-The noise of samples is not derived here: see `AbsorbingDiffusion.noise`, `FSVAE.noise` and `Conditions.draw`.
+The noise of samples is not derived here: see `AbsorbingDiffusion.noise`, `FSVAE.noise` and `Conditions.of_samples`.
 """
 
 import hashlib

@@ -10,6 +10,7 @@ from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from models import Denoiser, VQAutoencoder
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine
+from pipeline.sampling.settings import Settings
 from pixels import to_float, to_uint8
 from progress import progress_bar
 
@@ -67,28 +68,26 @@ def draw_codes(
     denoiser: Denoiser,
     diffusion: AbsorbingDiffusion,
     noise: SamplingNoise,
+    settings: Settings,
     machine: Machine,
     batch_size: int = 64,
     given: Tensor | None = None,
     condition: Tensor | None = None,
-    guidance: float = 0.0,
-    temperature: float = 1.0,
-    final_temperature: float | None = None,
 ) -> Tensor:
     """Codes int64 `[N,h,w]` on the CPU, one grid for each of the N samples of `noise`.
 
     Tokens of `given [N,h,w]` that are not masked are kept. For `condition` and temperatures see
-    `AbsorbingDiffusion.sample`, for `guidance`, which is of no effect without a condition, `Denoiser.guided_logits_at`.
+    `AbsorbingDiffusion.sample`, for guidance, which is of no effect without a condition, `Denoiser.guided_logits_at`.
     """
     denoiser.eval()
-    is_guided = guidance and condition is not None
-    logits_at = partial(denoiser.guided_logits_at, guidance) if is_guided else denoiser.logits_at
+    is_guided = settings.guidance and condition is not None
+    logits_at = partial(denoiser.guided_logits_at, settings.guidance) if is_guided else denoiser.logits_at
 
-    def draw(part: Tensor) -> Tensor:
+    def codes_of(part: Tensor) -> Tensor:
         here = SamplingNoise(*(values[part].to(machine.device) for values in noise))
         kept = None if given is None else given[part].to(machine.device)
         conditions = None if condition is None else condition[part].to(machine.device)
-        return diffusion.sample(logits_at, here, temperature, kept, final_temperature, conditions)
+        return diffusion.sample(logits_at, here, settings.temperature, kept, settings.final_temperature, conditions)
 
     with computing(denoiser, machine):
-        return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", draw)
+        return in_batches(torch.arange(len(noise.uniforms)), batch_size, "sampling", codes_of)

@@ -6,7 +6,6 @@ from typing import Any
 
 from metrics.energy import Operations, count_layers, firing_rates
 from models import Autoencoder, Denoiser
-from models.spiking import use_backend
 
 Parts = dict[str, tuple[Autoencoder | Denoiser, Callable[[], Any]]]
 """Parts of a model that are counted: a network, and a function that runs it."""
@@ -28,7 +27,7 @@ class Cost:
 
 
 def count_parts(parts: Parts, images: int) -> tuple[dict[str, dict[str, Operations]], dict[str, float]]:
-    """Operations of each call per image and layer, and firing rates; in float32, on the reference backend."""
+    """Operations of each call per image and layer, and firing rates; in float32."""
     measured = {name: _measure(*part, images) for name, part in parts.items()}
     layers = {name: counted for name, (counted, _) in measured.items()}
     rates = {f"{name}: {layer}": rate for name, (_, own) in measured.items() for layer, rate in own.items()}
@@ -46,6 +45,5 @@ def _measure(
     """Operations and firing rates in one run, as neurons are not counted."""
     counted: list[dict[str, Operations]] = []
     model.eval()
-    with use_backend("reference"):
-        rates = firing_rates(model, lambda: counted.append(count_layers(model, call, images, model.spike_steps)))
+    rates = firing_rates(model, lambda: counted.append(count_layers(model, call, images, model.spike_steps)))
     return counted[0], rates

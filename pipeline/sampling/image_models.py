@@ -13,13 +13,15 @@ from diffusion.absorbing import AbsorbingDiffusion, SamplingNoise
 from errors import UserError
 from models import FSVAE, Denoiser, VQAutoencoder
 from models.conditions import NOT_GIVEN
+from pipeline.options.sections import ANY
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import is_rank_0
 from pipeline.sampling.batches import decode_codes, draw_codes, encode_images, in_batches
 from pipeline.sampling.cost import Cost, Parts, count_parts, sums
 from pipeline.sampling.grids import trajectory_images
-from pipeline.sampling.labels import ANY, find_labels
+from pipeline.sampling.labels import find_labels
 from pipeline.sampling.masks import nearest_visible
+from pipeline.sampling.settings import Settings, check_sample_steps
 from pixels import to_float, to_uint8
 from progress import progress_bar
 
@@ -31,13 +33,13 @@ class ImageModel(Protocol):
     """Interface of the two models below. Images are uint8 `[N,C,H,W]`; sample i does not depend on its batch."""
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """What samples depend on besides the weights, as JSON values."""
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images through the autoencoder."""
 
-    def draw(self, samples: range) -> Tensor:
+    def draw_images(self, samples: range) -> Tensor:
         """The samples with these numbers."""
 
     def labels_of(self, samples: range) -> Tensor | None:
@@ -60,14 +62,8 @@ class CodeDiffusion:
     grid: tuple[int, int]
     machine: Machine
     seed: int
-    temperature: float = 1.0
-    final_temperature: float | None = None
-    sample_steps: int | None = None
-    reveal_order: str = "random"
+    settings: Settings
     batch_size: int = 64
-    chosen: bool = False  # whether the temperature was chosen on held-out images
-    guidance: float = 0.0
-    labels: tuple[int, ...] = ()  # what is asked for: sample i is of labels[i % len(labels)]; empty: of any
     class_names: tuple[str, ...] | None = None  # of all labels, in their order
 
     @property
@@ -83,20 +79,13 @@ class CodeDiffusion:
         return AbsorbingDiffusion(self.autoencoder.codebook_size, math.prod(self.grid))
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """See ImageModel."""
-        spike_steps = [self.autoencoder.spike_steps, self._denoiser.spike_steps]
         return {
             "seed": self.seed,
             "grid": list(self.grid),
-            "temperature": self.temperature,
-            "final_temperature": self.final_temperature,
-            "temperature_chosen": self.chosen,
-            "sample_steps": self.sample_steps or self.diffusion.num_timesteps,
-            "reveal_order": self.reveal_order,
-            "guidance": self.guidance,
-            "labels": list(self.labels),
-            "spike_steps": spike_steps,
+            **self.settings.record(self.diffusion.num_timesteps),
+            "spike_steps": [self.autoencoder.spike_steps, self._denoiser.spike_steps],
             "spike_generator": getattr(self.autoencoder.vq_layer, "spike_generator", None),
             "precision": self.machine.precision,
         }
@@ -106,24 +95,33 @@ class CodeDiffusion:
         """Whether a class can be asked for."""
         return self._denoiser.labels is not None
 
-    def asked(self, labels: Sequence[int | str] | None, guidance: float | None = None) -> "CodeDiffusion":
-        """The same model, set to draw these classes (see `find_labels`), with this guidance.
+    def asked(self, labels: Sequence[int | str] | None = None, **settings: Any) -> "CodeDiffusion":
+        """The same model, set to draw these classes (see `find_labels`) at settings by the names of `Settings`.
 
-        None keeps its own; the word "any" alone stands for no class in particular. Raises UserError if it lacks the
-        conditions, or has no such class.
+        None keeps its own labels; the word "any" alone stands for no class in particular. A temperature that is named
+        counts as not chosen, unless it is said. Raises UserError if the model lacks the conditions or the timesteps, or
+        has no such class.
         """
-        conditions = self._denoiser.conditions
-        guidance = self.guidance if guidance is None else guidance
-        if guidance and not conditions:
+        if "temperature" in settings:
+            settings = {"temperature_chosen": False, **settings}
+        if labels is not None:
+            settings["labels"] = self._numbers_of(labels)
+        chosen = replace(self.settings, **settings)
+        check_sample_steps(chosen.sample_steps, self.diffusion.num_timesteps)
+        if chosen.guidance and not self._denoiser.conditions:
             raise UserError("guidance needs a denoiser with a condition, and this one has none: leave it out")
-        if labels is None or list(labels) == [ANY]:
-            return replace(self, guidance=guidance, labels=self.labels if labels is None else ())
-        if conditions.labels is None:
+        return replace(self, settings=chosen)
+
+    def _numbers_of(self, labels: Sequence[int | str]) -> tuple[int, ...]:
+        """The numbers of classes."""
+        if list(labels) == [ANY]:
+            return ()
+        known = self._denoiser.labels
+        if known is None:
             raise UserError(
                 "this denoiser is not conditioned on labels: omit them, or train a run with --preset improved"
             )
-        chosen = find_labels(labels, conditions.labels.present, self.class_names)
-        return replace(self, guidance=guidance, labels=chosen)
+        return find_labels(labels, known.present, self.class_names)
 
     def name_of(self, label: int) -> str:
         """Name of a class."""
@@ -140,7 +138,7 @@ class CodeDiffusion:
         """See ImageModel."""
         return self._decode(self.encode(images))
 
-    def draw(self, samples: range) -> Tensor:
+    def draw_images(self, samples: range) -> Tensor:
         """See ImageModel."""
         return self._decode(self._draw_codes(samples)[0])
 
@@ -152,14 +150,8 @@ class CodeDiffusion:
     @property
     def drawn(self) -> str:
         """See ImageModel."""
-        final = f" changing to {self.final_temperature:g}" if self.final_temperature else ""
-        chosen = " chosen on held-out training images" if self.chosen else ""
-        order = ", spread order" if self.reveal_order == "spread" else ""
-        guided = f", guidance {self.guidance:g}" if self.guidance else ""
-        asked = f", classes {', '.join(map(self.name_of, self.labels))}" if self.labels else ""
-        evenly = ", evenly spaced conditions" if self._denoiser.conditions else ""
-        steps = f"{self.sample_steps or 'all'} timesteps{order}{evenly}"
-        return f"temperature {self.temperature:g}{chosen}{final}, {steps}{guided}{asked}"
+        evenly = ["evenly spaced conditions"] if self._denoiser.conditions else []
+        return self.settings.in_words(self.name_of, *evenly)
 
     def trajectory(self) -> Tensor:
         """Trajectory of sample 0, uint8 `[2,L,3,H,W]`: its codes, and the image determined so far, at L moments."""
@@ -183,30 +175,30 @@ class CodeDiffusion:
         return torch.where(hidden, self.reconstruct(completed), images)
 
     def _draw_codes(self, samples: range, given: Tensor | None = None) -> tuple[Tensor, SamplingNoise]:
-        noise = self.diffusion.noise(self.seed, samples, self.grid, self.sample_steps, self.reveal_order)
+        settings = self.settings
+        noise = self.diffusion.noise(self.seed, samples, self.grid, settings.sample_steps, settings.reveal_order)
         condition = self.condition_of(samples) if given is None else self._condition_of_given(samples)
         codes = draw_codes(
             self._denoiser,
             self.diffusion,
             noise,
+            settings,
             self.machine,
             self.batch_size,
             given=given,
             condition=condition,
-            guidance=self.guidance,
-            temperature=self.temperature,
-            final_temperature=self.final_temperature,
         )
         return codes, noise
 
     def condition_of(self, samples: range) -> Tensor | None:
         """The conditions `[N,J]` of the samples with these indices; None without any. See `Conditions`."""
-        labels = [self.labels[i % len(self.labels)] for i in samples] if self.labels else None
-        return self._denoiser.conditions.draw(self.seed, samples, labels)
+        labels = self.settings.labels
+        each = [labels[i % len(labels)] for i in samples] if labels else None
+        return self._denoiser.conditions.of_samples(self.seed, samples, each)
 
     def _condition_of_given(self, samples: range) -> Tensor | None:
         """The same where some codes are given: those belong to another prototype, but may have the label."""
-        condition = self.condition_of(samples) if self.labels else None
+        condition = self.condition_of(samples) if self.settings.labels else None
         if condition is not None:
             condition[:, :-1] = NOT_GIVEN
         return condition
@@ -250,9 +242,10 @@ class CodeDiffusion:
         diffusion, device, condition = self.diffusion, self.machine.device, self.condition_of(samples)
         condition = None if condition is None else condition.to(device)
         conditions = [condition]
-        if self.guidance and condition is not None:
+        if self.settings.guidance and condition is not None:
             conditions.append(self._denoiser.conditions.without_last(condition))
-        timesteps = torch.tensor(diffusion.timesteps(self.sample_steps, self.reveal_order), device=device)
+        schedule = diffusion.timesteps(self.settings.sample_steps, self.settings.reveal_order)
+        timesteps = torch.tensor(schedule, device=device)
         return [
             (diffusion.trajectory(codes, noise, int(t) + 1).to(device), t.expand(len(codes)), each)
             for t in timesteps
@@ -271,7 +264,7 @@ class PriorSampling:
     drawn = "drawn from its prior"
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """See ImageModel."""
         return {"seed": self.seed, "spike_steps": self.autoencoder.spike_steps, "precision": self.machine.precision}
 
@@ -284,7 +277,7 @@ class PriorSampling:
 
         return self._by_sample(range(len(images)), compute_images, "reconstructing")
 
-    def draw(self, samples: range) -> Tensor:
+    def draw_images(self, samples: range) -> Tensor:
         """See ImageModel."""
         model = self.autoencoder
         return self._by_sample(samples, lambda _, picks: model.decode(model.sample(picks)), "sampling")

@@ -4,9 +4,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from errors import UserError
-
-ALL, ANY, OWN = "all", "any", "own"
-"""Words for every class in turn; for no class in particular; and, where test images are inpainted, for that of each."""
+from pipeline.options.sections import ALL, ANY
 
 
 def find_labels(

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from datasets import digest
 from errors import UserError
 from pipeline.checkpoints import save_weights
+from pipeline.resuming import write_last
 from pipeline.run_folder import RunFolder
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine, Network
@@ -31,7 +32,7 @@ CALIBRATION_IMAGES = 10_000  # of batch-norm recalibration
 Losses = dict[str, Tensor]
 LossFunction = Callable[..., Losses]
 Batch = tuple[Tensor, ...]
-DrawFunction = Callable[[Batch, torch.Generator], Batch]
+NoiseFunction = Callable[[Batch, torch.Generator], Batch]
 Values = dict[str, float]
 
 
@@ -71,14 +72,14 @@ class Trainer(Generic[Network]):
         stage: its number (1 or 2) and name, for seeds, log and progress bar.
         model: trained in place.
         examples: tensors `[N,...]` of what belongs to each example; kept on the machine's device as a whole.
-        losses: the network, a generator of this process's own, and this process's share of a batch, as `draw` returns
-            it, to mean losses by name; the one called "loss" is minimised, all are logged.
+        losses: the network, a generator of this process's own, and this process's share of a batch, as `with_noise`
+            returns it, to mean losses by name; the one called "loss" is minimised, all are logged.
         preview: called after each epoch, with the network that is kept and the epoch's number; returns values for
             the log.
         place: run folder, schedule and machine.
         checkpoint: where the weights of the network that is kept go whenever they are saved.
-        draw: a whole batch, in such tensors, and a generator to tensors of examples and their noise, which are the same
-            for any number of processes; by default, the batch alone.
+        with_noise: a whole batch, in such tensors, and a generator to tensors of examples and their noise, which are
+            the same for any number of processes; by default, the batch alone.
         held_out: the same tensors of examples that are not trained on; their loss is logged after each epoch.
 
     Attributes:
@@ -98,11 +99,11 @@ class Trainer(Generic[Network]):
         preview: Callable[[Network, int], Values],
         place: Place,
         checkpoint: Path,
-        draw: DrawFunction = lambda batch, _: batch,
+        with_noise: NoiseFunction = lambda batch, _: batch,
         held_out: Batch | None = None,
     ):
         self.number, self.name = stage
-        self.model, self.draw, self.losses, self.preview = model, draw, losses, preview
+        self.model, self.with_noise, self.losses, self.preview = model, with_noise, losses, preview
         self.run, self.schedule, self.machine, self.record = place
         schedule, machine = self.schedule, self.machine
         self.checkpoint = checkpoint
@@ -151,7 +152,7 @@ class Trainer(Generic[Network]):
             states["average"] = self.average.state_dict()
         sums = {name: value.item() for name, value in progress.sums.items()}
         where = {"epoch": progress.epoch, "step": progress.step, "seconds": progress.seconds, "sums": sums}
-        self.run.write_last({"stage": self.name, **where, **states})
+        write_last(self.run, {"stage": self.name, **where, **states})
 
     def _save_kept(self) -> None:
         """Write the weights that are kept."""
@@ -358,5 +359,5 @@ class Trainer(Generic[Network]):
         """The losses of this process's share of a batch, and the weight of that share in the mean of the batch."""
         part, weight = processes.share_of_batch(len(batch[0]))
         with self.machine.autocast():
-            share = [values[part] for values in self.draw(batch, generator)]
+            share = [values[part] for values in self.with_noise(batch, generator)]
             return self.losses(network, processes.own_noise(generator), *share), weight

@@ -73,7 +73,7 @@ def fsvae_trainer(model: FSVAE, data: ImageData, place: Place) -> Trainer:
         prior = PriorSampling(model, place.machine, schedule.seed)
         rows = torch.cat((shown, prior.reconstruct(shown)))
         show(run, "vae", "reconstructions", grid(rows, len(shown)), epoch)
-        show(run, "vae", "samples", grid(prior.draw(range(PREVIEW_IMAGES)), PREVIEW_IMAGES // 2), epoch)
+        show(run, "vae", "samples", grid(prior.draw_images(range(PREVIEW_IMAGES)), PREVIEW_IMAGES // 2), epoch)
         return {}
 
     trainer = Trainer(
@@ -93,7 +93,7 @@ def sdid_trainer(
     """
     run, diffusion = place.run, model.diffusion
 
-    def draw(batch: Batch, random: torch.Generator) -> Batch:
+    def with_noise(batch: Batch, random: torch.Generator) -> Batch:
         codes, *told = batch
         known = [_dropped_out(each, random) for each in told]
         return codes.long(), *diffusion.training_noise(len(codes), model.grid, random, loss), *known
@@ -105,11 +105,11 @@ def sdid_trainer(
         return {"loss": diffusion.loss(lambda tokens, t: network(tokens, t, condition), codes, noise, loss)}
 
     def preview(denoiser: Denoiser, epoch: int) -> Values:
-        images = replace(model, denoiser=denoiser).draw(range(PREVIEW_IMAGES))
+        images = replace(model, denoiser=denoiser).draw_images(range(PREVIEW_IMAGES))
         show(run, "sdid", "samples", grid(images, PREVIEW_IMAGES // 2), epoch)
         return {}
 
-    return Trainer((2, "sdid"), denoiser, examples, losses, preview, place, run.denoiser, draw, held_out)
+    return Trainer((2, "sdid"), denoiser, examples, losses, preview, place, run.denoiser, with_noise, held_out)
 
 
 def _dropped_out(conditions: Tensor, random: torch.Generator) -> Tensor:

@@ -1,15 +1,8 @@
 """The schedule of one stage: epochs, learning rates, and when batch norm is frozen."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
-WARM_UP = 0.02  # fraction of the steps
-LR_SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "cosine": lambda done: min(1, done / WARM_UP) * (1 + math.cos(math.pi * done)) / 2,
-}
-"""Factor of the learning rate when this fraction of all steps is done."""
+from parts import LR_SCHEDULES
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def train_denoiser(session: Session) -> bool:
 
 
 def _encode(session: Session, autoencoder: VQAutoencoder, images: Tensor) -> Tensor:
-    return encode_images(autoencoder, images, session.machine, session.options.sampling.eval_batch_size)
+    return encode_images(autoencoder, images, session.machine, session.options.drawing.eval_batch_size)
 
 
 def _batch(codes: Tensor, conditions: Tensor | None) -> Batch:

@@ -8,10 +8,11 @@ import torch
 from diffusion.absorbing import (
     AbsorbingDiffusion,
     TrainingNoise,
-    draw,
+    codes_from_logits,
     spread_groups,
     spread_order,
 )
+from models import reference
 from parts import LOSSES, REVEAL_ORDERS
 
 K, SIDE = 12, 6
@@ -144,9 +145,8 @@ def test_skipping_sampler_equals_every_timestep(diffusion):
         return torch.stack([torch.sin(field * (k + 1.0)) for k in range(K)], 1)
 
     noise = diffusion.noise(5, range(20), (SIDE, SIDE))
-    for temperatures in ({"temperature": 0.5}, {"temperature": 0.9, "final_temperature": 0.2}):
-        skipping = diffusion.sample(lambda x, t, where: logits(x, t).permute(0, 2, 3, 1)[where], noise, **temperatures)
-        assert torch.equal(skipping, diffusion.sample_every_timestep(logits, noise, **temperatures))
+    skipping = diffusion.sample(lambda x, t, where: logits(x, t).permute(0, 2, 3, 1)[where], noise, temperature=0.5)
+    assert torch.equal(skipping, reference.sample(logits, *noise, K, temperature=0.5))
 
 
 def test_temperature_changes_while_tokens_are_revealed(diffusion):
@@ -251,10 +251,10 @@ def test_trajectory_goes_from_all_masked_to_finished(diffusion):
 def test_draw_inverts_the_cumulative_sum():
     logits = torch.tensor([[0.2, 0.3, 0.5]]).log().repeat(5, 1)
     uniforms = torch.tensor([0.0, 0.19, 0.21, 0.51, 0.999999], dtype=torch.float64)
-    assert draw(logits, uniforms, torch.ones(5)).tolist() == [0, 0, 1, 2, 2]
+    assert codes_from_logits(logits, uniforms, torch.ones(5)).tolist() == [0, 0, 1, 2, 2]
 
 
 def test_low_temperature_takes_the_likeliest():
     logits = torch.randn(50, K, generator=torch.Generator().manual_seed(0))
     uniforms = torch.rand(50, generator=torch.Generator().manual_seed(1)).double()
-    assert torch.equal(draw(logits, uniforms, torch.full((50,), 1e-3)), logits.argmax(1))
+    assert torch.equal(codes_from_logits(logits, uniforms, torch.full((50,), 1e-3)), logits.argmax(1))

@@ -1,13 +1,16 @@
 """The ReLU and the FSVAE baseline, and the ablations of the VQ-SVAE."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import as_modules
 
 from models import FSVAE, VQSVAE, VQVAE
 from models.neurons import LIF
 from models.quantizer import Codebook, SpikingQuantizer, poisson_spikes
-from models.spiking import postsynaptic_potential, use_backend
+from models.spiking import postsynaptic_potential
 from parts import SPIKE_GENERATORS
 
 DOUBLE = {"dtype": torch.float64}
@@ -182,20 +185,20 @@ def test_repeated_embeddings():
 
 
 @pytest.mark.parametrize("kind", SPIKE_GENERATORS)
-def test_backends_agree_on_each_spike_generator(kind):
+def test_layers_called_as_modules_agree_on_each_spike_generator(kind):
     """Same losses and gradients in float64, and decoding the codes gives the reconstruction."""
     model, images = ablated(spike_generator=kind), torch.rand(5, 1, 12, 12, **DOUBLE)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     assert any("vq_layer.poisson" in name for name in state) == (kind == "adaptive")
     results = []
-    for backend in ("reference", "fast"):
+    for context in (as_modules, nullcontext):
         model.load_state_dict(state)
-        with use_backend(backend):
+        with context(model):
             out = model.train()(images, 0.1, seeded())
         first = model.encoder.snn_convs[0].weight
         assert torch.autograd.grad(out.mse, first, retain_graph=True)[0].any(), "the error reaches the encoder"
         results.append([out.loss.detach(), *gradients_of(model, out.loss)])
-        with torch.no_grad(), use_backend(backend):
+        with torch.no_grad(), context(model):
             torch.testing.assert_close(model.eval().decode(model.encode(images)), model(images).images)
             torch.testing.assert_close(model.decode(model.encode(images[1:2])), model(images).images[1:2])
     torch.testing.assert_close(*results)
@@ -340,14 +343,14 @@ def test_own_latents_of_the_prior_are_what_most_candidates_say():
     torch.testing.assert_close(own, run_from_rest(model.prior, inputs).mean(3))
 
 
-def test_backends_agree_on_fsvae():
+def test_layers_called_as_modules_agree_on_fsvae():
     """Same loss and gradients in float64; each parameter but the biases before batch norm has a gradient."""
     model, images = small_fsvae(), torch.rand(6, 1, 12, 12, **DOUBLE)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     results = []
-    for backend in ("reference", "fast"):
+    for context in (as_modules, nullcontext):
         model.load_state_dict(state)
-        with use_backend(backend):
+        with context(model):
             loss = model.train()(images, seeded(), 0.3).loss
         results.append([loss.detach(), *gradients_of(model, loss)])
     torch.testing.assert_close(*results)

@@ -14,14 +14,13 @@ from PIL import Image
 from datasets import load_dataset
 from diffusion.absorbing import AbsorbingDiffusion
 from errors import UserError
-from models import ResidualSDID
+from models import ResidualSDID, reference
 from models.conditions import NOT_GIVEN
 from models.labels import Labels
 from models.quantizer import Codebook
-from models.spiking import use_backend
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights, write_json
-from pipeline.configuration import DEFAULTS, resolve
-from pipeline.declaration import comma_separated
+from pipeline.options.configuration import DEFAULTS, resolve
+from pipeline.options.declaration import comma_separated
 from pipeline.run_folder import RunFolder
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine
@@ -29,6 +28,7 @@ from pipeline.sampling.batches import draw_codes
 from pipeline.sampling.grids import GREY, ZOOM, class_grid, grid
 from pipeline.sampling.image_models import CodeDiffusion
 from pipeline.sampling.labels import find_labels
+from pipeline.sampling.settings import Settings
 from pipeline.training.loop import Place
 from pipeline.training.objectives import sdid_trainer
 from pipeline.training.schedules import Schedule
@@ -73,8 +73,7 @@ def test_step_by_step_is_the_same(shape):
         :, -len(denoiser.conditions) :
     ]
     fast, untold = denoiser(tokens, t, told), denoiser(tokens, t)
-    with use_backend("reference"):
-        torch.testing.assert_close(denoiser(tokens, t, told), fast)
+    torch.testing.assert_close(reference.residual_sdid(denoiser, tokens, told), fast)
     same = [torch.equal(one, other) for one, other in zip(fast, untold, strict=True)]
     assert same == (told == NOT_GIVEN).all(1).tolist()
 
@@ -107,30 +106,30 @@ def frequencies(drawn):
 
 def test_a_sample_has_the_conditions_of_a_training_image():
     conditions = denoiser_of("both").conditions
-    drawn = conditions.draw(0, range(4000))
+    drawn = conditions.of_samples(0, range(4000))
     torch.testing.assert_close(frequencies(drawn), COUNTS / COUNTS.sum(), atol=EVENLY, rtol=0)
-    assert torch.equal(conditions.draw(0, [7, 3]), drawn[[7, 3]]), "whatever it is drawn together with"
-    asked = conditions.draw(0, range(4000), [i % 2 for i in range(4000)])
+    assert torch.equal(conditions.of_samples(0, [7, 3]), drawn[[7, 3]]), "whatever it is drawn together with"
+    asked = conditions.of_samples(0, range(4000), [i % 2 for i in range(4000)])
     assert torch.equal(asked[:, 1], torch.arange(4000) % 2)
     shares = torch.stack([asked[label::2, 0].bincount(minlength=4) for label in (0, 1)], 1) / 2000
     torch.testing.assert_close(shares, COUNTS[:, :2] / COUNTS.sum(0)[:2], atol=EVENLY, rtol=0)
-    assert torch.equal(conditions.draw(0, [8, 3], [0, 1]), asked[[8, 3]])
+    assert torch.equal(conditions.of_samples(0, [8, 3], [0, 1]), asked[[8, 3]])
     with pytest.raises(ValueError):
-        conditions.draw(0, [0], [2])
+        conditions.of_samples(0, [0], [2])
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_even_a_few_samples_have_each_condition_about_as_often_as_it_occurs(seed):
     """Independent draws would miss by more: 20 of them, by 0.1 (one standard deviation of a condition of 0.3)."""
     for count in (20, 100):
-        drawn = denoiser_of("both").conditions.draw(seed, range(count))
+        drawn = denoiser_of("both").conditions.of_samples(seed, range(count))
         torch.testing.assert_close(frequencies(drawn), COUNTS / COUNTS.sum(), atol=2 / count, rtol=0)
 
 
 def test_labels_alone():
     conditions = denoiser_of("label").conditions
-    assert torch.equal(conditions.draw(0, range(5), [1, 0, 1, 1, 0]), torch.tensor([[1], [0], [1], [1], [0]]))
-    drawn = conditions.draw(0, range(4000))
+    assert torch.equal(conditions.of_samples(0, range(5), [1, 0, 1, 1, 0]), torch.tensor([[1], [0], [1], [1], [0]]))
+    drawn = conditions.of_samples(0, range(4000))
     assert drawn.double().mean() == pytest.approx(14 / 19, abs=EVENLY)
 
 
@@ -153,7 +152,7 @@ def test_what_occurs_together_is_counted():
 @torch.no_grad()
 def test_guidance_strengthens_the_last_condition(shape):
     denoiser = denoiser_of(shape).double()
-    told = denoiser.conditions.draw(0, range(4))
+    told = denoiser.conditions.of_samples(0, range(4))
     tokens, t, where = torch.full((4, *GRID), K), torch.ones(4), torch.rand(4, *GRID) < 0.5
     without = denoiser.conditions.without_last(told)
     assert (without[:, -1] == NOT_GIVEN).all() and torch.equal(without[:, :-1], told[:, :-1])
@@ -168,8 +167,8 @@ def test_guidance_takes_two_passes_and_none_takes_one(guidance, passes, monkeypa
     forward = denoiser.logits_at
     monkeypatch.setattr(denoiser, "logits_at", lambda *told: calls.append(told) or forward(*told))
     diffusion, machine = AbsorbingDiffusion(K, 16), Machine(torch.device("cpu"), bf16=False)
-    noise, condition = diffusion.noise(0, range(2), GRID, 1), denoiser.conditions.draw(0, range(2))
-    draw_codes(denoiser, diffusion, noise, machine, condition=condition, guidance=guidance)
+    noise, condition = diffusion.noise(0, range(2), GRID, 1), denoiser.conditions.of_samples(0, range(2))
+    draw_codes(denoiser, diffusion, noise, Settings(guidance=guidance), machine, condition=condition)
     assert len(calls) == passes
 
 
@@ -254,7 +253,7 @@ def test_each_condition_is_dropped_by_itself(tmp_path, monkeypatch):
     """For a tenth of the images, in whatever part of the batch a process computes; the others are told their own."""
     denoiser, codebook, seen = denoiser_of("both"), Codebook(K, 2), []
     machine = Machine(torch.device("cpu"), bf16=False)
-    model = CodeDiffusion(SimpleNamespace(vq_layer=codebook, codebook_size=K), denoiser, GRID, machine, seed=0)
+    model = CodeDiffusion(SimpleNamespace(vq_layer=codebook, codebook_size=K), denoiser, GRID, machine, 0, Settings())
     codes, labels = torch.randint(K, (1000, *GRID)).to(torch.int16), torch.arange(1000) % CLASSES
     told = denoiser.conditions.of(codes, labels, codebook=codebook)
     assert torch.equal(told, torch.stack((denoiser.prototypes.nearest(codes, codebook), labels), 1))
@@ -322,7 +321,7 @@ def test_rows_of_classes(trained, cli, tmp_path, float64):
     assert (theirs.transpose(0, 2, 3, 1) == images[0]).all()
     assert (model.sample(5, labels="sea", guidance=1)[[0, 2]] == theirs[[0, 2]]).all()
     any_class = SpikingDiffusion.load(trained, device="cpu", precision="float32", labels="any")
-    assert (any_class.sample(5) == model.sample(5, labels="any")).all() and any_class.model.labels == ()
+    assert (any_class.sample(5) == model.sample(5, labels="any")).all() and any_class.model.settings.labels == ()
     asked = SpikingDiffusion.load(trained, device="cpu", precision="float32", labels="sea", guidance=1.0)
     assert (asked.sample(5, labels="any", guidance=0) == model.sample(5)).all()
     assert (asked.sample(5) == model.sample(5, labels=np.int64(1), guidance=1)).all()
@@ -362,7 +361,7 @@ def test_inpainting_each_image_as_its_own_class(options, trained, classes, cli, 
     assert re.search(r"3, each completed 4 times: .*, each as its own class\n", outcome.out)
     own = load_dataset("ImageFolder", classes[3], image_size=16).test_labels[:3]
     assert set(own.tolist()) == {0, 1} and asked[0].labels_of(range(12)).tolist() == own.repeat(4).tolist()
-    assert asked[0].guidance == (2 if "--guidance" in options else 0)
+    assert asked[0].settings.guidance == (2 if "--guidance" in options else 0)
     page = Image.open(tmp_path / "samples" / "inpainted.png")
     assert page.width > 4 + 3 * 51 and page.height == 3 + 6 * 51, "six rows, with names before them"
 
@@ -380,14 +379,14 @@ def test_own_classes_are_found_by_name(trained, cli, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "data" / "test" / "black")
     assert cli(*call).status == 0
     numbers = load_dataset("ImageFolder", tmp_path / "data", image_size=16).test_labels
-    assert set(numbers.tolist()) == {1, 2} and asked[0].labels == tuple((numbers - 1).tolist())
+    assert set(numbers.tolist()) == {1, 2} and asked[0].settings.labels == tuple((numbers - 1).tolist())
 
 
 def test_own_classes_of_images_without_any(trained, grey, cli, tmp_path, monkeypatch):
     asked, inpaint = [], CodeDiffusion.inpaint
     monkeypatch.setattr(CodeDiffusion, "inpaint", lambda self, *inputs: asked.append(self) or inpaint(self, *inputs))
     call = ("--checkpoint", trained, "--stage", "inpaint", "--data_path", grey[3], "--result_path", tmp_path)
-    assert cli(*call).status == 0 and asked[0].labels == ()
+    assert cli(*call).status == 0 and asked[0].settings.labels == ()
     outcome = cli(*call, "--labels", "own")
     assert outcome.status == 2 and "--labels own: ImageFolder has no labels" in outcome.err
 

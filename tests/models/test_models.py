@@ -1,10 +1,12 @@
-"""Properties of the networks: no state between calls, gradients, and the fast backend against the reference."""
+"""Properties of the networks: no state between calls, gradients, what is computed where, and in which type."""
 
 import warnings
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
-from helpers import with_steady_current
+from helpers import as_modules, with_steady_current
 from torch import nn
 
 from diffusion.absorbing import AbsorbingDiffusion
@@ -19,15 +21,15 @@ from models import (
     build_denoiser,
     build_model,
     denoiser_options,
-    fused_lif,
     model_options,
+    reference,
 )
+from models.kernels import compiled
 from models.neurons import IF, LIF, PLIF
 from models.quantizer import Codebook
-from models.spiking import BACKENDS, SpikingStack, is_reference, membrane_weights, use_backend
 from parts import AUTOENCODERS, DENOISERS, find_part
 
-KERNELS = pytest.mark.skipif(not fused_lif.available(), reason="no C++ compiler")
+KERNELS = pytest.mark.skipif(not compiled.available(), reason="no C++ compiler")
 
 
 def small_autoencoder(channels=1):
@@ -137,37 +139,11 @@ def test_older_weights_have_no_margin_until_they_are_trained_further(grid):
     torch.testing.assert_close(wider(tokens, t), older(tokens, t))
 
 
-@pytest.mark.parametrize("grid", [(4, 6), (5, 3)], ids=["squares of tokens", "single tokens"])
-@pytest.mark.parametrize("training", [True, False])
-def test_backends_agree_on_the_residual_denoiser(grid, training):
-    torch.manual_seed(0)
-    model = ResidualSDID(codebook_size=10, spike_steps=3, denoiser_channels=32, denoiser_blocks=2, grid=grid).double()
-    tokens, t = torch.randint(0, 11, (6, *grid)), torch.ones(6, dtype=torch.int64)
-    model(tokens, t)  # running statistics that have seen data
-    state, results = {key: value.clone() for key, value in model.state_dict().items()}, []
-    for backend in ("reference", "fast"):
-        model.train(training).load_state_dict(state)
-        model.zero_grad()
-        with use_backend(backend):
-            logits = model(tokens, t)
-        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
-        buffers = [buffer.double().clone() for buffer in model.buffers()]
-        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters()), *buffers])
-    for reference, fast in zip(*results, strict=True):
-        torch.testing.assert_close(fast, reference, rtol=1e-9, atol=1e-9)
-    assert logits.shape == (6, 10, *grid) and logits.std() > 0
-    if not training:
-        where = torch.rand(tokens.shape) < 0.3
-        expected = logits.permute(0, 2, 3, 1)[where]
-        torch.testing.assert_close(model.logits_at(tokens, t, where), expected)
-
-
 def test_every_weight_of_the_residual_denoiser_meets_spikes():
     """Operations are accumulates alone; a width that its heads cannot share is refused."""
     model = ResidualSDID(codebook_size=10, spike_steps=3, denoiser_channels=32, denoiser_blocks=2, grid=(4, 4)).eval()
     tokens = torch.randint(0, 11, (6, 4, 4))
-    with use_backend("reference"):
-        layers = count_layers(model, lambda: model(tokens, torch.ones(6).long()), 6, 3)
+    layers = count_layers(model, lambda: model(tokens, torch.ones(6).long()), 6, 3)
     assert all(each.macs == 0 < each.acs for each in layers.values())
     assert all(each.acs < 3 * each.dense_macs for name, each in layers.items() if name != "embed"), "that is looked up"
     with pytest.raises(ValueError, match="multiple of 16"):
@@ -259,14 +235,14 @@ def test_lif_in_bfloat16_has_a_float32_membrane():
     assert torch.equal(spikes.float(), LIF()(current.float()))
 
 
-@pytest.mark.parametrize("path", ["fused", "plain", "reference"])
+@pytest.mark.parametrize("path", ["fused", "plain", "modules"])
 @torch.no_grad()
 def test_bfloat16_does_not_silence_a_neuron_just_above_its_threshold(path, monkeypatch):
     """A steady current x charges a neuron at rest to x (1 - 2^-s); in bfloat16, 1.003 is 1, which is never reached."""
     stack = with_steady_current(1.003)
     if path == "plain":  # as on a GPU, or without a compiler
-        monkeypatch.setattr(fused_lif, "available", lambda: False)
-    with use_backend("reference" if path == "reference" else "fast"), torch.autocast("cpu", torch.bfloat16):
+        monkeypatch.setattr(compiled, "available", lambda: False)
+    with as_modules(stack) if path == "modules" else nullcontext(), torch.autocast("cpu", torch.bfloat16):
         spikes = stack(torch.ones(16, 1, 1, 1, 1))
     assert torch.tensor(1.003, dtype=torch.bfloat16) == 1
     assert spikes.flatten().nonzero().tolist() == [[8]]  # 2^-9 < 0.003 / 1.003 < 2^-8
@@ -280,9 +256,8 @@ def test_lif_surrogate_gradient():
     torch.testing.assert_close(x.grad, 0.5 / (1 + (torch.pi * (h - 1)) ** 2))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_no_state_survives_a_call(backend):
+def test_no_state_survives_a_call():
     model, denoiser = small_autoencoder().eval(), small_denoiser()
     images, (tokens, t) = torch.rand(6, 1, 12, 12), random_tokens()
     codes = model.encode(images)
@@ -293,8 +268,7 @@ def test_no_state_survives_a_call(backend):
         lambda: denoiser(tokens, t),
         lambda: denoiser.logits_at(tokens, t, tokens == 10),
     ):
-        with use_backend(backend):
-            assert torch.equal(call(), call())
+        assert torch.equal(call(), call())
 
 
 @torch.no_grad()
@@ -317,39 +291,6 @@ def test_reconstruction_is_the_decoding_of_the_codes():
     assert out.images.min() >= 0 and out.images.max() <= 1
 
 
-@KERNELS
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("constant", [True, False], ids=["constant", "spikes"])
-@pytest.mark.parametrize("readout", [True, False], ids=["readout", "all_steps"])
-@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", "convolution"])
-def test_backends_agree_on_each_block(training, constant, readout, transposed):
-    """Forward, backward and running statistics of each kind of block, in float64."""
-    torch.manual_seed(1)
-    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
-    stack = SpikingStack(kind(3, 33, 3, padding=1), kind(33, 7, 3, padding=1), spike_steps=5).double()
-    stack.train(training)
-    for norm in (stack[1], stack[4]):
-        nn.init.uniform_(norm.weight, 1, 3)
-        nn.init.uniform_(norm.bias, 0.5, 1.5)
-    x = torch.rand(4, 3, 9, 8, dtype=torch.float64)
-    x = x if constant else (torch.rand(5, *x.shape) < 0.4).double()
-    weights = membrane_weights(5, like=x) if readout else None
-    state = {name: value.clone() for name, value in stack.state_dict().items()}
-    results = []
-    for backend in ("reference", "fast"):
-        stack.load_state_dict(state)
-        stack.zero_grad()
-        inputs = x.clone().requires_grad_()
-        with use_backend(backend):
-            out = stack(inputs, weights)
-        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
-        gradients = [inputs.grad, *(p.grad.clone() for p in stack.parameters())]
-        results.append([out.detach(), *gradients, *(b.double().clone() for b in stack.buffers())])
-    for reference, fast in zip(*results, strict=True):
-        torch.testing.assert_close(fast, reference, rtol=1e-6, atol=1e-6 * max(1.0, reference.abs().max()))
-    assert results[0][0].any(), "the block fires"
-
-
 @torch.no_grad()
 def test_logits_at_chosen_positions():
     """Only part of the grid is computed, and the logits there are the same; including corners and empty samples."""
@@ -364,13 +305,12 @@ def test_logits_at_chosen_positions():
 
 
 @pytest.mark.parametrize("make", [exact_denoiser, lambda: small_denoiser().double()], ids=["float32", "float64"])
-def test_fast_sampler_gives_the_codes_of_the_reference(make):
+def test_fast_sampler_gives_the_codes_of_every_timestep(make):
     """Same reveal times, same uniform numbers, same codes: only part of the grid at only some timesteps, or all."""
     denoiser, diffusion = make(), AbsorbingDiffusion(10, 49)
     noise = diffusion.noise(0, range(24), (7, 7))
     fast = diffusion.sample(denoiser.logits_at, noise)
-    with use_backend("reference"):
-        assert torch.equal(diffusion.sample_every_timestep(denoiser, noise), fast)
+    assert torch.equal(reference.sample(partial(reference.sdid, denoiser), *noise, 10), fast)
     assert len(fast.unique()) > 5
 
 
@@ -385,8 +325,8 @@ def test_falls_back_to_spikingjelly_where_nothing_compiles(monkeypatch):
     model = small_autoencoder().double().eval()
     images = torch.rand(4, 1, 12, 12, dtype=torch.float64)
     expected = model(images).images
-    fused_lif._library.cache_clear()
-    monkeypatch.setattr(fused_lif, "_load", lambda: (_ for _ in ()).throw(OSError("no C++ compiler found")))
+    compiled._library.cache_clear()
+    monkeypatch.setattr(compiled, "_load", lambda: (_ for _ in ()).throw(OSError("no C++ compiler found")))
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -394,7 +334,7 @@ def test_falls_back_to_spikingjelly_where_nothing_compiles(monkeypatch):
             model(images)
         assert [str(w.message) for w in caught if "fused LIF" in str(w.message)] == [str(caught[0].message)]
     finally:
-        fused_lif._library.cache_clear()
+        compiled._library.cache_clear()
 
 
 @KERNELS
@@ -423,18 +363,6 @@ def test_the_local_denoiser_multiplies_few_sizes(monkeypatch):
         logits = denoiser.logits_at(torch.zeros(samples, 5, 5).long(), torch.full((samples,), 3), where)
         assert logits.shape == (where.sum(), 5)
     assert sizes <= {64, 128, 192}
-
-
-def test_a_backend_is_chosen_for_a_context():
-    """Also where an error ends it; what was chosen before holds again after it."""
-    with use_backend("reference"):
-        with pytest.raises(ZeroDivisionError), use_backend("fast"):
-            assert not is_reference()
-            _ = 1 / 0
-        assert is_reference()
-    assert not is_reference()
-    with pytest.raises(ValueError, match="choose one of fast, reference"), use_backend("plain"):
-        pass
 
 
 @pytest.mark.parametrize("kind", [SDID, ResidualSDID])

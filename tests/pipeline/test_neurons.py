@@ -3,17 +3,17 @@
 import json
 import re
 import shutil
-from textwrap import dedent
+from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import IMPROVED, ROOT, SMALL, read_metrics, run_in, without
+from helpers import IMPROVED, ROOT, SMALL, as_modules, read_metrics, run_in, without
 from test_start import block
 
 import parts
 from models import build_denoiser, build_model, choose_neuron, model_options, neuron_options
 from models.neurons import IF, LIF, PLIF, FromRest
-from models.spiking import Firing, use_backend
+from models.spiking import Firing
 from parts import AUTOENCODERS, DENOISERS, NEURONS
 from pipeline.checkpoints import load_weights
 from scripts.pack import main as pack
@@ -23,10 +23,10 @@ SHORT = ("--epochs", 1, "--diffusion_epochs", 1)
 
 
 def of_the_documents():
-    """The neuron of one's own that docs/method.md shows."""
-    after = (ROOT / "docs" / "method.md").read_text(encoding="utf-8").split("One of your own is")[1]
+    """The neuron of one's own that docs/extending.md shows."""
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     found = {"__name__": __name__}
-    exec(dedent(re.search(r"\n\n((?: {4}.*\n|\n)+)", after)[1]), found)
+    exec(re.search(r"```python\n(# quadratic.py.*?)```", page, re.DOTALL)[1], found)
     return found["Quadratic"]
 
 
@@ -73,7 +73,7 @@ def test_the_default_is_the_papers_neuron_and_has_no_weights():
 
 @pytest.mark.parametrize("name", [*NEURONS, "own"])
 @torch.no_grad()
-def test_both_backends_agree_and_no_state_survives(name):
+def test_layers_called_as_modules_agree_and_no_state_survives(name):
     chosen = Quadratic if name == "own" else choose_neuron(name, tau=1.7)
     generator = torch.Generator().manual_seed(0)
     images, tokens = torch.rand(5, 1, 28, 28, generator=generator).double(), torch.randint(9, (5, 14, 14))
@@ -84,8 +84,8 @@ def test_both_backends_agree_and_no_state_survives(name):
         for norm in (layer for layer in made.modules() if isinstance(layer, torch.nn.BatchNorm2d)):
             torch.nn.init.normal_(norm.bias, 2, 2)
         found = []
-        for backend in ("fast", "reference", "fast"):
-            with use_backend(backend):
+        for context in (nullcontext(), as_modules(made), nullcontext()):
+            with context:
                 if network in DENOISERS:
                     found.append(made(tokens, t))
                     at = made.logits_at(tokens, t, tokens == 8)

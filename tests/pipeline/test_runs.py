@@ -18,9 +18,9 @@ from datasets import load_dataset
 from errors import UserError
 from models import SDID, build_model
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
-from pipeline.evaluation import metrics as evaluation
+from pipeline.evaluation import image_records
 from pipeline.evaluation.loaders import FeatureNetwork
-from pipeline.evaluation.metrics import Metric
+from pipeline.evaluation.protocols import Metric
 from pipeline.runtime import processes
 from pipeline.training import loop as training
 from pipeline.training import objectives as trainers
@@ -153,8 +153,10 @@ def test_a_metric_that_needs_no_samples_leaves_them_alone(metrics, cli, run):
 
 def test_samples_are_used_again_if_they_were_drawn_alike(cli, run, monkeypatch):
     """And drawn anew with other settings, of other weights, or where there are too few or the file is damaged."""
-    monkeypatch.setattr(evaluation, "GENERATED_METRICS", {"is": Metric("none", 3, 0, lambda _: {"is": 0.0})})
-    monkeypatch.setattr(evaluation, "LOADERS", {"none": lambda *_: FeatureNetwork(torch.nn.Identity(), None, "none")})
+    monkeypatch.setattr(image_records, "GENERATED_METRICS", {"is": Metric("none", 3, 0, lambda _: {"is": 0.0})})
+    monkeypatch.setattr(
+        image_records, "LOADERS", {"none": lambda *_: FeatureNetwork(torch.nn.Identity(), None, "none")}
+    )
     evaluate = ("--checkpoint", run, "--metrics", "is", "--num_samples")
     archive = run / "samples" / "images.npz"
 
@@ -409,10 +411,10 @@ def test_a_model_without_second_stage(cli, grey, tmp_path):
 
 def test_nothing_is_shared_after_the_metrics_of_images(cli, run, monkeypatch):
     """Rank 0 alone computes these, for an hour maybe, and the other processes would give up on it."""
-    calls, gather, compute = [], processes.gather, evaluation.Evaluation.compute
+    calls, gather, compute = [], processes.gather, image_records.Evaluation.compute
     monkeypatch.setattr(processes, "gather", lambda parts: calls.append("gather") or gather(parts))
     monkeypatch.setattr(
-        evaluation.Evaluation, "compute", lambda *given, **more: calls.append("compute") or compute(*given, **more)
+        image_records.Evaluation, "compute", lambda *given, **more: calls.append("compute") or compute(*given, **more)
     )
     assert cli("--checkpoint", run, "--num_samples", 2).status == 0
     assert calls.count("compute") == 2 and calls.count("gather") > 3

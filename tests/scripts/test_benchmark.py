@@ -90,7 +90,6 @@ def test_idle_threads_sleep_unless_the_user_says_otherwise():
         "scripts.evaluate",
         "scripts.export_nir",
         "scripts.report",
-        "scripts.soak",
     ),
 )
 def test_it_is_set_before_torch_is_there(module):

@@ -14,9 +14,9 @@ from datasets import load_dataset
 from errors import UserError
 from metrics.extraction import extract
 from metrics.frechet import feature_statistics, frechet_distance
-from pipeline.evaluation import metrics as evaluation
+from pipeline.evaluation import image_records
 from pipeline.evaluation.loaders import FeatureNetwork
-from pipeline.evaluation.metrics import Metric
+from pipeline.evaluation.protocols import Metric
 from scripts import evaluate
 
 
@@ -60,9 +60,9 @@ def distance(generated, real):
 def table(monkeypatch, tmp_path):
     """One metric on the stand-in, as the FID is on Inception."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(evaluation, "LOADERS", {"pixels": lambda *_: FeatureNetwork(Pixels(), pixels, "pixels")})
+    monkeypatch.setattr(image_records, "LOADERS", {"pixels": lambda *_: FeatureNetwork(Pixels(), pixels, "pixels")})
     metric = Metric("pixels", 5, 5, lambda seen: {"fid": distance(seen.generated, seen.real)}, at_least=True)
-    monkeypatch.setattr(evaluation, "GENERATED_METRICS", {"fid": metric})
+    monkeypatch.setattr(image_records, "GENERATED_METRICS", {"fid": metric})
 
 
 def records(*arguments):

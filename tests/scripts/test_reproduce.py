@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from pipeline.evaluation.metrics import GENERATED_METRICS
-from pipeline.options import DEFAULTS
-from pipeline.parser import as_written, build_parser
+from parts import SAMPLE_METRICS
+from pipeline.options.parser import as_written, build_parser
+from pipeline.options.sections import DEFAULTS
 from scripts import reproduce, results_table
 
 RECORD = {"drawn": "temperature 1", "split": "test", "num_generated": 5000, "num_real": 10000, "dataset": "MNIST"}
@@ -224,7 +224,7 @@ def test_each_setting_of_sampling_has_a_row(tmp_path, capsys):
 
 def test_columns_are_metrics_that_runs_have(finished):
     known = {"paper_fid", "fid", "kid", "fad"}
-    assert known <= results_table.COLUMNS.keys() and known <= GENERATED_METRICS.keys()
+    assert known <= results_table.COLUMNS.keys() and known <= SAMPLE_METRICS.keys()
     named = {record["name"] for record in json.loads((finished.path / "metrics.json").read_text())}
     assert {"mse", "ssim", "energy_sample"} <= named & results_table.COLUMNS.keys()
 

@@ -15,18 +15,20 @@ from errors import UserError
 from metrics.extraction import extract
 from metrics.frechet import feature_statistics, frechet_distance
 from models import FSVAE, SDID, VQSVAE, VQVAE
-from pipeline.evaluation import loaders, temperature
-from pipeline.evaluation import metrics as evaluation
+from parts import SAMPLE_METRICS
+from pipeline.evaluation import image_records, loaders, protocols, temperature
 from pipeline.evaluation.feature_networks import FadNetwork
+from pipeline.evaluation.image_records import Evaluation
 from pipeline.evaluation.loaders import LOADERS, FeatureNetwork
-from pipeline.evaluation.metrics import Evaluation, Metric
-from pipeline.evaluation.model_metrics import energy_records, floor_records, reconstructions
-from pipeline.options import SAMPLE_METRICS, EvaluationOptions
+from pipeline.evaluation.model_records import energy_records, floor_records, reconstructions
+from pipeline.evaluation.protocols import Metric
+from pipeline.options.sections import EvaluationOptions
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
 from pipeline.sampling.image_models import CodeDiffusion, PriorSampling
+from pipeline.sampling.settings import Settings
 
-TABLE = evaluation.GENERATED_METRICS  # of the program, which tests replace
+TABLE = image_records.GENERATED_METRICS  # of the program, which tests replace
 CPU = Machine(torch.device("cpu"), bf16=False)
 
 
@@ -68,7 +70,7 @@ def pooling(monkeypatch, tmp_path):
         raise UserError("it cannot be downloaded")
 
     networks = {"free": load("free"), "fixed": load("fixed"), "missing": refuse}
-    monkeypatch.setattr(evaluation, "LOADERS", networks)
+    monkeypatch.setattr(image_records, "LOADERS", networks)
 
     def distance(seen):
         return {"distance": frechet_distance(*feature_statistics(seen.generated), *feature_statistics(seen.real))}
@@ -82,7 +84,7 @@ def pooling(monkeypatch, tmp_path):
         "both": Metric("missing", 2, 0, distance),
         "more": Metric("missing", 2, 0, distance),
     }
-    monkeypatch.setattr(evaluation, "GENERATED_METRICS", table)
+    monkeypatch.setattr(image_records, "GENERATED_METRICS", table)
     return loaded
 
 
@@ -151,7 +153,7 @@ def few(monkeypatch):
         "distance": Metric("free", 6, 7, distance, fewest=3),
         "long": Metric("free", 9, 7, lambda seen: {"long": len(seen.real)}, "train+held_out", fewest=3, by_name=True),
     }
-    monkeypatch.setattr(evaluation, "GENERATED_METRICS", table)
+    monkeypatch.setattr(image_records, "GENERATED_METRICS", table)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,7 @@ def test_the_network_is_recorded_by_its_weights(data, monkeypatch):
     def digests(scale):
         network = Pooling()
         network.scale.data *= scale
-        monkeypatch.setitem(evaluation.LOADERS, "free", lambda *_: FeatureNetwork(network, pooled, "so"))
+        monkeypatch.setitem(image_records.LOADERS, "free", lambda *_: FeatureNetwork(network, pooled, "so"))
         return {each["network"] for each in prepared(data, metrics=["distance"]).compute(noise(6), "so")}
 
     assert digests(1) == digests(1) != digests(2) and len(digests(1)) == 1
@@ -208,8 +210,8 @@ def test_weights_without_the_last_layer_give_no_inception_score(data, monkeypatc
     network = Pooling()
     network.register_buffer("class_weight", torch.full((3, 4), torch.nan), persistent=False)
     monkeypatch.setattr(loaders, "load_inception", lambda *_: network)
-    monkeypatch.setattr(evaluation, "LOADERS", LOADERS)
-    monkeypatch.setattr(evaluation, "GENERATED_METRICS", {name: TABLE[name] for name in ("fid", "is")})
+    monkeypatch.setattr(image_records, "LOADERS", LOADERS)
+    monkeypatch.setattr(image_records, "GENERATED_METRICS", {name: TABLE[name] for name in ("fid", "is")})
     with pytest.raises(UserError, match="no is: fid_weights has no weights of the last layer"):
         prepared(data, 2000, metrics=["is"], fid_weights="fid_weights")
     network.class_weight.zero_()
@@ -260,10 +262,13 @@ class Stub:
     temperature: float = 1.0
 
     @property
-    def settings(self):
+    def record(self):
         return {"seed": self.seed}
 
-    def draw(self, samples):
+    def asked(self, temperature):
+        return replace(self, temperature=temperature)
+
+    def draw_images(self, samples):
         shift = abs(self.temperature - 0.8) * 300
         return (self.target[: len(samples)].float() + shift).clamp(0, 255).byte()
 
@@ -286,8 +291,8 @@ def test_the_temperature_is_that_nearest_to_the_held_out_images(data, tmp_path, 
 
 def test_a_temperature_is_chosen_once(data, tmp_path, pooled_fad, monkeypatch, capsys):
     """And anew where weights, sampling, held-out images or the FAD network are others, or the file is damaged."""
-    drawn, draw = [], Stub.draw
-    monkeypatch.setattr(Stub, "draw", lambda self, samples: drawn.append(1) or draw(self, samples))
+    drawn, draw = [], Stub.draw_images
+    monkeypatch.setattr(Stub, "draw_images", lambda self, samples: drawn.append(1) or draw(self, samples))
     stub, run = Stub(data.held_out), RunFolder(tmp_path / "run")
 
     def images_drawn(generator=stub, data=data, weights="weights"):
@@ -311,16 +316,18 @@ def test_a_temperature_is_chosen_once(data, tmp_path, pooled_fad, monkeypatch, c
 
 
 def test_settings_are_all_that_samples_depend_on():
-    """Whatever of a generator changes its samples changes its settings, weights aside."""
+    """Whatever of a generator changes its samples changes its record, weights aside."""
     generator = code_diffusion(VQSVAE(1, 5, 4, 3, 4))
-    changes = {"seed": 1, "grid": (2, 1), "sample_steps": 3, "reveal_order": "spread", "temperature": 2.0}
-    changes |= {"final_temperature": 0.5}
-    changes["machine"] = Machine(torch.device("cpu"), bf16=True)
-    settings = [replace(generator, **{name: value}).settings for name, value in changes.items()]
-    settings += [code_diffusion(VQSVAE(1, 5, 4, 2, 4)).settings, generator.settings]
-    settings.append(code_diffusion(VQSVAE(1, 5, 4, 3, 4, spike_generator="repeat")).settings)
-    assert len({json.dumps(each) for each in settings}) == len(settings)
-    assert replace(generator, batch_size=9, sample_steps=4).settings == generator.settings, "all four timesteps"
+    machine = Machine(torch.device("cpu"), bf16=True)
+    changes = {"seed": 1, "grid": (2, 1), "machine": machine}
+    settings = {"sample_steps": 3, "reveal_order": "spread", "temperature": 2.0, "final_temperature": 0.5}
+    records = [replace(generator, **{name: value}).record for name, value in changes.items()]
+    records += [generator.asked(**{name: value}).record for name, value in settings.items()]
+    records += [code_diffusion(VQSVAE(1, 5, 4, 2, 4)).record, generator.record]
+    records.append(code_diffusion(VQSVAE(1, 5, 4, 3, 4, spike_generator="repeat")).record)
+    assert len({json.dumps(each) for each in records}) == len(records)
+    whole = replace(generator, batch_size=9).asked(sample_steps=4)
+    assert whole.record == generator.record, "all four timesteps"
 
 
 def test_a_temperature_is_not_chosen_on_few_images_or_on_the_test_split(data, tmp_path):
@@ -332,8 +339,8 @@ def test_a_temperature_is_not_chosen_on_few_images_or_on_the_test_split(data, tm
 # ---- generators ----
 
 
-def code_diffusion(autoencoder, **changed):
-    return CodeDiffusion(autoencoder, SDID(5, 3, 4), (2, 2), CPU, 0, **{"batch_size": 3, **changed})
+def code_diffusion(autoencoder):
+    return CodeDiffusion(autoencoder, SDID(5, 3, 4), (2, 2), CPU, 0, Settings(), batch_size=3)
 
 
 def generators():
@@ -348,18 +355,18 @@ def generators():
 @pytest.mark.parametrize("name", ["snn-vq-vae", "vq-vae", "snn-vae"])
 def test_samples_do_not_depend_on_the_batch(name, float64):
     generator = generators()[name]
-    images = generator.draw(range(8))
+    images = generator.draw_images(range(8))
     assert images.shape == (8, 1, 8, 8) and images.dtype == torch.uint8
-    assert torch.equal(replace(generator, batch_size=8).draw(range(2, 7)), images[2:7])
+    assert torch.equal(replace(generator, batch_size=8).draw_images(range(2, 7)), images[2:7])
     assert torch.equal(replace(generator, batch_size=1).reconstruct(noise(4)), generator.reconstruct(noise(4)))
 
 
 @pytest.mark.parametrize("name", ["snn-vq-vae", "vq-vae", "snn-vae"])
 def test_cost_is_counted_and_leaves_the_model_as_it_was(name):
     generator = generators()[name]
-    before = generator.draw(range(4))
+    before = generator.draw_images(range(4))
     cost = generator.cost(noise(4))
-    assert torch.equal(generator.draw(range(4)), before)
+    assert torch.equal(generator.draw_images(range(4)), before)
     assert set(cost.operations) >= {"encode", "decode", "sample"} and cost.operations["encode"].macs > 0
     assert all(0 <= rate <= 1 for rate in cost.firing_rates.values()) and cost.firing_rates
     # 3x3 weights at stride 2 from 8 to 4 to 2 positions an axis, then 1x1: 3n-1 of them meet no padding
@@ -374,7 +381,7 @@ def test_cost_is_counted_and_leaves_the_model_as_it_was(name):
 
 def test_a_sample_costs_a_pass_of_the_denoiser_at_each_timestep_and_a_decoding():
     whole = generators()["snn-vq-vae"]
-    for generator, passes in ((whole, 4), (replace(whole, sample_steps=3), 3)):
+    for generator, passes in ((whole, 4), (whole.asked(sample_steps=3), 3)):
         parts = generator.cost(noise(4)).operations
         assert parts["sample"] == passes * parts["denoiser_pass"] + parts["decode"]
 
@@ -398,14 +405,14 @@ def test_reconstructions_are_scored_as_samples_are(data, monkeypatch):
         return {"distance": frechet_distance(*feature_statistics(seen.generated), *feature_statistics(seen.real))}
 
     floors = {name: Metric("free", 4, 3, distance) for name in ("fad", "fid", "clean_fid")}
-    monkeypatch.setattr(evaluation, "GENERATED_METRICS", {**floors, "kid": Metric("free", 4, 3, distance)})
+    monkeypatch.setattr(image_records, "GENERATED_METRICS", {**floors, "kid": Metric("free", 4, 3, distance)})
 
     def records_of(*names):
         ready = prepared(data, metrics=names)
         reconstructed = reconstructions(generator, ready, names)
         return [] if reconstructed is None else floor_records(reconstructed, ready)
 
-    records = records_of(*evaluation.GENERATED_METRICS)
+    records = records_of(*image_records.GENERATED_METRICS)
     assert len(records) == 3
     ours, real = (pooled(images, Pooling()) for images in (generator.reconstruct(data.test), data.test))
     expected = frechet_distance(*feature_statistics(ours), *feature_statistics(real))
@@ -414,7 +421,7 @@ def test_reconstructions_are_scored_as_samples_are(data, monkeypatch):
         assert record["num_generated"] == 7 and "reconstructions" in record["drawn"]
     assert records_of("fid") == [records[1]]
     too_few = {"fid": Metric("free", 8, 3, distance), "kid": Metric("free", 4, 3, distance)}
-    monkeypatch.setattr(evaluation, "GENERATED_METRICS", too_few)
+    monkeypatch.setattr(image_records, "GENERATED_METRICS", too_few)
     assert records_of("fid") == []
     monkeypatch.setattr(CodeDiffusion, "reconstruct", lambda *_: pytest.fail("in vain"))
     assert records_of("kid") == []
@@ -425,15 +432,15 @@ def test_images_drawn_with_labels_are_judged_class_by_class(data, monkeypatch):
     network = Pooling()
     network.head = torch.nn.Linear(4, 2)  # an image is a boot if it is brighter than grey
     network.head.weight.data, network.head.bias.data = torch.tensor([[-1.0], [1]]).repeat(1, 4), torch.tensor([1e3, 0])
-    monkeypatch.setitem(evaluation.LOADERS, "free", lambda *_: FeatureNetwork(network, pooled, "so"))
+    monkeypatch.setitem(image_records.LOADERS, "free", lambda *_: FeatureNetwork(network, pooled, "so"))
 
-    monkeypatch.setattr(evaluation, "classifier_distance", lambda *_: 1.0)  # of more images
-    monkeypatch.setattr(evaluation, "_prdc", lambda _: {})
+    monkeypatch.setattr(protocols, "classifier_distance", lambda *_: 1.0)  # of more images
+    monkeypatch.setattr(protocols, "_prdc", lambda _: {})
     table = {
-        "classifier": Metric("free", 6, 3, evaluation._classifier_metrics, at_least=True),
-        "recognition": Metric("free", 6, 3, evaluation._recognition, at_least=True),
+        "classifier": Metric("free", 6, 3, protocols._classifier_metrics, at_least=True),
+        "recognition": Metric("free", 6, 3, protocols._recognition, at_least=True),
     }
-    monkeypatch.setattr(evaluation, "GENERATED_METRICS", table)
+    monkeypatch.setattr(image_records, "GENERATED_METRICS", table)
     named = replace(data, test_labels=torch.tensor([0, 0, 0, 0, 0, 1, 1]), class_names=("bag", "boot"))
     labels, bright = torch.tensor([0, 1, 0, 0, 1, 0, 0]), torch.tensor([0, 1, 0, 0, 0, 0, 1], dtype=torch.uint8)
     images = noise(7) // 4 + 180 * bright.view(-1, 1, 1, 1)

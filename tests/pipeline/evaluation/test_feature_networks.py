@@ -19,7 +19,7 @@ from files import cache_folder
 from metrics.classifier import accuracy, classifier_features, classifier_logits
 from metrics.fad import FadAutoencoder, fad_features, to_fad_range, to_fad_size
 from metrics.frechet import feature_statistics
-from models import fused_lif
+from models.kernels import compiled
 from pipeline.evaluation import feature_networks
 from pipeline.evaluation.cache import cached
 from pipeline.evaluation.feature_networks import classifier, fad_network, kept_features
@@ -201,14 +201,14 @@ def test_what_a_killed_process_left_is_removed_later(cache):
 
 @pytest.fixture(scope="module")
 def compiler():
-    if not fused_lif.available():
+    if not compiled.available():
         pytest.skip("no C++ compiler")
 
 
 @pytest.fixture
 def kernels(compiler, monkeypatch):
     """Kernels that compile in a few seconds."""
-    monkeypatch.setattr(fused_lif, "FLAGS", tuple(flag for flag in fused_lif.FLAGS if flag != "-O3"))
+    monkeypatch.setattr(compiled, "FLAGS", tuple(flag for flag in compiled.FLAGS if flag != "-O3"))
 
 
 def no_compiler(command, run=subprocess.run, **options):
@@ -217,17 +217,17 @@ def no_compiler(command, run=subprocess.run, **options):
 
 
 def test_kernels_are_kept_and_damage_is_replaced(kernels, cache, monkeypatch, capsys):
-    fused_lif._load()
+    compiled._load()
     (path,) = cache.iterdir()
     whole = path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", no_compiler)
-        assert fused_lif._load().moments_float32 and capsys.readouterr().err == ""
+        assert compiled._load().moments_float32 and capsys.readouterr().err == ""
     damaged = bytearray(whole)
     damaged[len(whole) // 2] ^= 1
     path.unlink()  # this process has loaded the file: to change that one would end it
     path.write_bytes(damaged)
-    assert fused_lif._load().moments_float32
+    assert compiled._load().moments_float32
     assert capsys.readouterr().err == f"warning: {path} is damaged (ValueError): recreating it\n"
     assert len(path.read_bytes()) == len(whole) and path.read_bytes() != damaged
     assert list(cache.iterdir()) == [path]
@@ -236,8 +236,8 @@ def test_kernels_are_kept_and_damage_is_replaced(kernels, cache, monkeypatch, ca
 @pytest.mark.parametrize("obstacle", [without_home, below_a_file], ids=lambda obstacle: obstacle.__name__)
 def test_kernels_do_not_need_a_cache(kernels, obstacle, tmp_path, monkeypatch, capsys):
     obstacle(monkeypatch, tmp_path)
-    monkeypatch.setattr(fused_lif.tempfile, "tempdir", str(tmp_path))
-    assert fused_lif._load().moments_float32
+    monkeypatch.setattr(compiled.tempfile, "tempdir", str(tmp_path))
+    assert compiled._load().moments_float32
     assert capsys.readouterr().err.count("warning: cannot write to the cache in ") == 1
     assert not list(tmp_path.glob("tmp*"))
 

@@ -101,7 +101,7 @@ def test_metrics_of_other_weights_are_dropped_with_a_word(change, cli, run):
 
 @pytest.mark.parametrize("content", ["{", '{"name": 1}', '[{"name": "mse", "value": 1}]', "[3]"])
 def test_a_damaged_file_is_named_before_anything_is_drawn(content, cli, run, monkeypatch):
-    monkeypatch.setattr("pipeline.sampling.image_models.CodeDiffusion.draw", None)
+    monkeypatch.setattr("pipeline.sampling.image_models.CodeDiffusion.draw_images", None)
     (run / "metrics.json").write_text(content, encoding="utf-8")
     for arguments in (("--checkpoint", run), ("--resume", run, "--diffusion_epochs", 3)):
         outcome = cli(*arguments)

@@ -16,14 +16,14 @@ import pytest
 from helpers import IMPROVED, ROOT, run_in, without
 from jobs import perform
 
-from models import fused_lif
+from models.kernels import compiled
 from pipeline.checkpoints import load_checkpoint, load_weights
 from pipeline.run_folder import RunFolder
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 STOPPED = 20  # steps, of 14 an epoch
 
-pytestmark = pytest.mark.skipif(not fused_lif.available(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not compiled.available(), reason="no C++ compiler")
 
 
 def start(*arguments):

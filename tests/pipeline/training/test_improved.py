@@ -27,11 +27,12 @@ from datasets import digest, load_dataset
 from errors import UserError
 from models.neurons import LIF
 from models.spiking import fire
-from parts import MASKS
+from parts import LR_SCHEDULES, MASKS
 from pipeline.checkpoints import load_checkpoint, load_weights, save_weights
-from pipeline.declaration import Role
-from pipeline.options import with_role
-from pipeline.presets import PRESETS
+from pipeline.options.declaration import Role
+from pipeline.options.presets import PRESETS
+from pipeline.options.sections import with_role
+from pipeline.resuming import read_last
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.device import Machine
 from pipeline.sampling.image_models import CodeDiffusion
@@ -39,7 +40,7 @@ from pipeline.sampling.masks import hidden_pixels, nearest_visible
 from pipeline.training.averaging import moving_average
 from pipeline.training.interruption import Interruption
 from pipeline.training.loop import Place, Trainer
-from pipeline.training.schedules import LR_SCHEDULES, Schedule
+from pipeline.training.schedules import Schedule
 from scripts import pack
 from spiking_diffusion import SpikingDiffusion
 
@@ -132,10 +133,10 @@ def test_a_temperature_that_was_chosen_is_packed(improved, tmp_path):
     chosen = {"temperature": 0.7, "depends_on": {"weights": digest(*map(load_weights, (run.model, run.denoiser)))}}
     run.config.write_text(json.dumps(json.loads(run.config.read_text()) | {"temperature": "auto"}))
     (run.path / "temperature.json").write_text(json.dumps(chosen))
-    assert SpikingDiffusion.load(run.path).model.temperature == 0.7
+    assert SpikingDiffusion.load(run.path).model.settings.temperature == 0.7
     pack.pack(run, RunFolder(tmp_path / "packed"))
-    model = SpikingDiffusion.load(tmp_path / "packed").model
-    assert (model.temperature, model.final_temperature) == (0.7, None)
+    settings = SpikingDiffusion.load(tmp_path / "packed").model.settings
+    assert (settings.temperature, settings.final_temperature) == (0.7, None)
     for missing in (chosen | {"depends_on": {"weights": "others"}}, {"temperature": 0.7}, {}):
         (run.path / "temperature.json").write_text(json.dumps(missing))
         for use in (SpikingDiffusion.load, lambda path: pack.pack(RunFolder(path), RunFolder(tmp_path / "again"))):
@@ -422,7 +423,7 @@ def test_stopped_and_ended_at_once(tmp_path):
     kept = load_weights(tmp_path / "kept.pth")
     (tmp_path / "kept.pth").unlink()
     first.average.module[2].reset_running_stats()
-    last = RunFolder(tmp_path).read_last()
+    last = read_last(RunFolder(tmp_path))
     last["average"]["module.2.running_mean"].zero_()  # as they are written before statistics are taken
     first.restore(last)
     again = load_weights(tmp_path / "kept.pth")

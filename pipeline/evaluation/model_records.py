@@ -1,4 +1,4 @@
-"""Metrics of a model itself: reconstruction quality, codebook use, energy; each with its protocol."""
+"""Records of the metrics of a model itself: reconstruction quality, codebook use, energy; each with its protocol."""
 
 from collections.abc import Collection
 from functools import partial
@@ -10,7 +10,7 @@ from datasets import ImageData
 from metrics.codebook import perplexity, usage
 from metrics.energy import PICOJOULES_PER_AC, PICOJOULES_PER_MAC
 from metrics.reconstruction import mse, ssim
-from pipeline.evaluation.metrics import Evaluation
+from pipeline.evaluation.image_records import Evaluation
 from pipeline.evaluation.records import make_record
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel
 from pixels import to_float
@@ -63,7 +63,7 @@ def energy_records(model: ImageModel, data: ImageData, seed: int) -> list[dict]:
     cost = model.cost(images)
     record_of = partial(make_record, data=data, split="test", seed=seed)
     on_test = partial(record_of, real=len(images))
-    on_samples = partial(record_of, real=0, generated=len(images), drawn=model.drawn, sampling=model.settings)
+    on_samples = partial(record_of, real=0, generated=len(images), drawn=model.drawn, sampling=model.record)
     records = []
     for part, counted in cost.operations.items():
         record, on = on_test if part == "encode" else on_samples, cost.protocols[part]

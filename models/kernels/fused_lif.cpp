@@ -5,7 +5,7 @@
 // or does not (leak 0, gain 1).
 // Tensors are channels-last: x [S, P, C] with P = batch * height * width, or [P, C] when the input is the
 // same at every step. With `readout` weights [S] only sum_s readout[s] * spikes[s] is written, [P, C].
-// fused_lif.py compiles this file and is its only caller.
+// fused_lif.py is its only caller.
 #include <algorithm>
 #include <vector>
 

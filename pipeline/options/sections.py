@@ -15,16 +15,18 @@ from parts import (
     DATASETS,
     DENOISERS,
     LOSSES,
+    LR_SCHEDULES,
     MASKS,
     NEURONS,
     READOUTS,
     REVEAL_ORDERS,
+    SAMPLE_METRICS,
     SPIKE_GENERATORS,
     TAU,
     V_RESET,
     V_THRESHOLD,
 )
-from pipeline.declaration import (
+from pipeline.options.declaration import (
     POSITIVE,
     Declaration,
     Limits,
@@ -35,8 +37,7 @@ from pipeline.declaration import (
     parse_metrics,
     temperature_or_auto,
 )
-from pipeline.presets import PRESETS
-from pipeline.training.schedules import LR_SCHEDULES
+from pipeline.options.presets import PRESETS
 
 SPIKING_CODES = ("snn-vq-vae",)
 CODES = tuple(CODE_MODELS)
@@ -47,11 +48,11 @@ OF_STAGE_1, OF_STAGE_2 = ("all", "vqsvae"), ("all", "sdid")
 EVALUATING = (*TRAINING_STAGES, "evaluate")  # a training records what later evaluations do by default
 PRECISIONS = ("auto", "float32", "bf16")
 CONDITIONS = {"none": (), "prototype": ("prototype",), "label": ("label",), "both": ("prototype", "label")}
-INCEPTION_METRICS = ("fid", "fid_50k", "clean_fid", "clean_fid_5k", "kid", "is", "prdc", "paper_fid")
-SAMPLE_METRICS = (*INCEPTION_METRICS, "fad", "classifier", "recognition", "memorisation")
 AUTOENCODER_METRICS = ("mse", "ssim", "codebook")  # no denoiser is needed
 METRICS = (*SAMPLE_METRICS, *AUTOENCODER_METRICS, "energy")
 
+ALL, ANY, OWN = "all", "any", "own"
+"""Words of `--labels`: every class in turn; no class in particular; the class of each test image that is inpainted."""
 
 COUNT: Limits = {"low": 1, "high": 10**9, "metavar": "N"}
 WIDTH: Limits = {"low": 1, "high": 4096, "metavar": "N"}
@@ -365,7 +366,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How images are drawn."""
+    """How images are drawn: what samples depend on besides the networks and the seed."""
 
     temperature: float | str = option(
         0.65,
@@ -400,7 +401,7 @@ class SamplingOptions:
         metavar="W",
         of=("residual",),
     )
-    labels: tuple[str, ...] | None = option(
+    labels: tuple[int | str, ...] | None = option(
         None,
         "classes to draw in --stage sample and --stage inpaint: names or numbers, or all; any: no class in particular; "
         "own, to inpaint: the class of each test image",
@@ -411,6 +412,12 @@ class SamplingOptions:
         of=("residual",),
         stages=("sample", "inpaint"),
     )
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """Which images are drawn, and what is written."""
+
     num_samples: int | None = option(
         None,
         "images to draw; auto: as many as the metrics need, 64 for --stage sample",
@@ -481,6 +488,7 @@ class Options:
     neuron: NeuronOptions
     training: TrainingOptions
     sampling: SamplingOptions
+    drawing: DrawingOptions
     evaluation: EvaluationOptions
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -517,6 +525,7 @@ SECTIONS: dict[str, type] = {
     "neuron": NeuronOptions,
     "training": TrainingOptions,
     "sampling": SamplingOptions,
+    "drawing": DrawingOptions,
     "evaluation": EvaluationOptions,
 }
 

@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 
 from errors import UserError
 from parts import NEURONS
-from pipeline.declaration import Role
-from pipeline.options import (
+from pipeline.options.declaration import Role
+from pipeline.options.parser import as_read, as_typed, as_written, build_parser
+from pipeline.options.presets import PRESETS
+from pipeline.options.sections import (
+    ANY,
     CONDITIONS,
     DECLARATIONS,
     DEFAULTS,
@@ -21,10 +24,7 @@ from pipeline.options import (
     names,
     with_role,
 )
-from pipeline.parser import as_read, as_typed, as_written, build_parser
-from pipeline.presets import PRESETS
 from pipeline.run_folder import RunFolder
-from pipeline.sampling.labels import ANY
 
 RECORDED = ("image_shape", "data", "class_names")
 """What config.json has of a run's data besides the options."""

@@ -1,4 +1,4 @@
-"""The declaration of an option, and parsers of option values; the options themselves are in options.py."""
+"""The declaration of an option, and parsers of option values; the options themselves are in sections.py."""
 
 import argparse
 from collections.abc import Callable, Collection

@@ -9,8 +9,8 @@ from typing import Any, NoReturn, get_args
 
 from errors import UserError
 from files import expand
-from pipeline.declaration import number
-from pipeline.options import DECLARATIONS, DEFAULTS, KINDS, SECTIONS, names
+from pipeline.options.declaration import number
+from pipeline.options.sections import DECLARATIONS, DEFAULTS, KINDS, SECTIONS, names
 
 MOST_USED = "most used"
 TITLES = {"autoencoder": "autoencoder (stage 1)", "denoiser": "denoiser (stage 2)", "neuron": "neurons (both stages)"}

@@ -1,27 +1,23 @@
-"""Batch norm and neurons in one kernel: what it computes, what it leaves to torch, and how it is compiled and kept."""
+"""Batch norm and neurons in one kernel: what it computes, and what it leaves to torch."""
 
 import copy
-import os
-import shlex
-import shutil
-import stat
-import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from helpers import as_modules, layer_by_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
 
-from models import fused_lif
+from models.kernels import compiled, fused_lif
 from models.neurons import IF, LIF, PLIF, dynamics_of
-from models.spiking import Firing, SpikingStack, fire, membrane_weights, use_backend
+from models.spiking import Firing, SpikingStack, fire, membrane_weights
 
-pytestmark = pytest.mark.skipif(not fused_lif.available(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not compiled.available(), reason="no C++ compiler")
 
 
 @pytest.fixture
@@ -79,32 +75,31 @@ OTHERS = {
 
 
 def compare(stack, x, readout):
-    """That both backends compute the same, or fail alike: output, gradients, running statistics."""
+    """That a stack computes what its layers do, or fails alike: output, gradients, running statistics."""
     state, results = copy.deepcopy(stack.state_dict()), []
-    for backend in ("reference", "fast"):
+    for compute in (layer_by_layer, SpikingStack.__call__):
         stack.load_state_dict(state)
         stack.zero_grad()
         for layer in stack:
             if isinstance(layer, neuron.BaseNode):
                 layer.reset()
         inputs = x.detach().requires_grad_()
-        with use_backend(backend):
-            try:
-                out = stack(inputs, readout)
-            except (RuntimeError, ValueError) as error:
-                results.append(type(error))
-                continue
+        try:
+            out = compute(stack, inputs, readout)
+        except (RuntimeError, ValueError) as error:
+            results.append(type(error))
+            continue
         (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
         gradients = [inputs.grad, *(p.grad for p in stack.parameters() if p.grad is not None)]
         results.append([out.detach(), *gradients, *(b.double().clone() for b in stack.buffers())])
-    reference, fast = results
-    if isinstance(reference, type) or isinstance(fast, type):
-        assert reference is fast
+    literal, fast = results
+    if isinstance(literal, type) or isinstance(fast, type):
+        assert literal is fast
         return None
-    for theirs, ours in zip(reference, fast, strict=True):
+    for theirs, ours in zip(literal, fast, strict=True):
         scale = max([1.0, *theirs.abs().flatten().tolist()])
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7 * scale, equal_nan=True)
-    return reference[0]
+    return literal[0]
 
 
 @pytest.mark.parametrize("readout", [True, False], ids=["readout", "all_steps"])
@@ -205,11 +200,11 @@ def test_spikes_and_gradients_are_those_of_spikingjelly(kind, dtype, readout, co
     currents = torch.randint(-8, 24, (20, 3, 5, 5) if constant else (4 * 20, 3, 5, 5), generator=generator) / 8
     target = torch.linspace(-1, 1, (1 if readout else 4) * 20 * 3 * 25).to(parameters)
     weights = membrane_weights(4, like=target) if readout else None
-    for backend in ("reference", "fast"):
+    for context in (as_modules, nullcontext):
         norm, layer = nn.BatchNorm2d(3, eps=0).to(parameters).eval(), KINDS[kind]().to(parameters)
         nn.init.constant_(norm.bias, 0.01)
         x = currents.to(dtype).requires_grad_()
-        with use_backend(backend):
+        with context(layer):
             out = fire(norm, layer, x, 4, bias=torch.zeros(3, dtype=parameters), readout=weights, constant=constant)
         (out.flatten() * target).sum().backward()
         gradients = (x.grad, norm.weight.grad, norm.bias.grad, *(p.grad for p in layer.parameters()))
@@ -258,26 +253,6 @@ def test_several_threads_compute_at_once(with_threads):
     assert alone[0].any() and all(map(torch.equal, together, alone))
 
 
-def test_several_threads_compile_once(monkeypatch):
-    """And a machine without a compiler warns once."""
-    loads = []
-
-    def load():
-        loads.append(1)
-        time.sleep(0.2)
-        raise OSError("no C++ compiler found")
-
-    monkeypatch.setattr(fused_lif, "_load", load)
-    fused_lif._library.cache_clear()
-    try:
-        with warnings.catch_warnings(), ThreadPoolExecutor(4) as pool:
-            warnings.simplefilter("ignore")
-            assert not any(pool.map(lambda _: fused_lif.available(), range(4)))
-        assert len(loads) == 1
-    finally:
-        fused_lif._library.cache_clear()
-
-
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e6])
 def test_moments_far_from_zero(offset):
     x = (torch.randn(64, 5, 7, 7, generator=torch.Generator().manual_seed(0)) + offset).to(
@@ -292,12 +267,12 @@ def test_moments_far_from_zero(offset):
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 @torch.no_grad()
 def test_strange_currents_give_the_spikes_that_spikingjelly_gives(value, calls):
-    norm, x = nn.BatchNorm2d(1).eval(), torch.full((5, 1, 1, 1), 1.5)
+    norm, lif, x = nn.BatchNorm2d(1).eval(), LIF(), torch.full((5, 1, 1, 1), 1.5)
     x[1] = value
     found = []
-    for backend in ("reference", "fast"):
-        with use_backend(backend):
-            found.append(fire(norm, LIF(), x, 5, bias=torch.zeros(1)).flatten().tolist())
+    for context in (as_modules, nullcontext):
+        with context(lif):
+            found.append(fire(norm, lif, x, 5, bias=torch.zeros(1)).flatten().tolist())
     assert found[0] == found[1] and calls
 
 
@@ -377,60 +352,3 @@ def test_a_second_derivative_is_refused():
     out = fused_lif.norm_lif(x, torch.zeros(5), norm, 4, constant=False)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         torch.autograd.grad(out.sum(), norm.weight, create_graph=True)
-
-
-# ---- the library ----
-
-
-@pytest.fixture
-def compiler(tmp_path, monkeypatch):
-    """A function that makes CXX a compiler in a folder with a space, which adds arguments to its own."""
-    path = tmp_path / "my compilers" / "c++"
-    path.parent.mkdir()
-    found = shutil.which("g++") or shutil.which("clang++")
-
-    def install(*added, called_with=()):
-        path.write_text(f'#!/bin/sh\nexec "{found}" {shlex.join(added)} "$@"\n')
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setenv("CXX", shlex.join([str(path), *called_with]))
-
-    return install
-
-
-def test_the_compiler_may_be_named_with_arguments(compiler, monkeypatch, tmp_path):
-    """As build tools read CXX, for example with ccache before it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(fused_lif, "FLAGS", tuple(flag for flag in fused_lif.FLAGS if flag != "-O3"))
-    compiler(called_with=["-Dmoments_float32=renamed"])
-    monkeypatch.setenv("CXX", f"env {os.environ['CXX']}")
-    library = fused_lif._load()
-    assert library.renamed and not hasattr(library, "moments_float32")
-
-
-def test_a_library_is_of_one_compiler_and_one_processor(compiler, monkeypatch):
-    """Its name in the cache depends on whatever changes the code: version at the same place, features, arguments."""
-    monkeypatch.setattr(fused_lif, "from_cache", lambda name, read: name)
-    names = []
-    for added, called_with in (
-        ((), ()),
-        (("-U__VERSION__", '-D__VERSION__="99.1"'), ()),
-        (("-D__ANOTHER_FEATURE__=1",), ()),
-        ((), ("-fno-inline",)),
-    ):
-        compiler(*added, called_with=called_with)
-        names.append(fused_lif._load())
-        assert fused_lif._load() == names[-1]
-    monkeypatch.setattr(fused_lif, "FLAGS", (*fused_lif.FLAGS, "-fno-inline"))
-    names.append(fused_lif._load())
-    assert len(set(names)) == len(names)
-
-
-def test_a_compiler_that_cannot_be_run_is_none(monkeypatch):
-    for name in ("no-such-compiler", "g++ 'unbalanced", "false"):
-        monkeypatch.setenv("CXX", name)
-        fused_lif._library.cache_clear()
-        try:
-            with pytest.warns(UserWarning, match="not compiled"):
-                assert not fused_lif.available()
-        finally:
-            fused_lif._library.cache_clear()

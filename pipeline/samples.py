@@ -1,4 +1,4 @@
-"""Drawing images with a trained model, and writing them to the run folder."""
+"""The samples of a run: drawn with its model, or found in its folder, and written there."""
 
 from functools import partial
 
@@ -11,14 +11,14 @@ from pipeline.sampling.sample_files import read_samples, write_samples, write_si
 from pipeline.session import Session
 
 
-def draw(session: Session, model: ImageModel, count: int, reuse: bool = False) -> Tensor:
+def draw_samples(session: Session, model: ImageModel, count: int, reuse: bool = False) -> Tensor:
     """Draw `count` images, uint8 `[N,C,H,W]`, and write them; with a denoiser, also the trajectory of the first.
 
     If classes are requested, the samples cycle through them. With `reuse`, the images of an earlier call are
     returned if they were drawn with the same settings.
     """
     folder = session.run.samples
-    settings = model.settings | {"drawn": model.drawn, "weights": session.networks.digest()}
+    settings = model.record | {"drawn": model.drawn, "weights": session.networks.digest()}
     settings |= {"checkpoint": session.evaluated} if session.evaluated else {}
     images = from_rank_0(partial(read_samples, folder, settings, count)) if reuse else None
     if images is not None:
@@ -28,9 +28,9 @@ def draw(session: Session, model: ImageModel, count: int, reuse: bool = False) -
         if isinstance(model, CodeDiffusion):
             moments = model.trajectory()
             save_png(folder / "trajectory.png", grid(moments.flatten(0, 1), moments.shape[1]))
-            classes = [model.name_of(label) for label in model.labels]
-        images = model.draw(range(count))
+            classes = [model.name_of(label) for label in model.settings.labels]
+        images = model.draw_images(range(count))
         write_samples(folder, images, settings, classes)
-    if session.options.sampling.png:
+    if session.options.drawing.png:
         write_single_files(folder / "png", images)
     return images

@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from models.fused_lif import call, check_first_derivative, has, is_exactly, name_of, readable
+from models.kernels.compiled import call, check_first_derivative, has, is_exactly, name_of, readable
 
 TILE = 64  # columns, as in event_conv.cpp
 NARROWEST = 64  # input and output channels; in narrower layers, listing the spikes costs more than it saves

@@ -7,17 +7,19 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import layer_by_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 from diffusion.absorbing import AbsorbingDiffusion
-from models import event_conv, fused_lif
+from models import reference
+from models.kernels import compiled, event_conv
 from models.sdid import SDID
-from models.spiking import SpikingStack, convolve, convolve_at, convolve_spikes, use_backend
+from models.spiking import SpikingStack, convolve, convolve_at, convolve_spikes
 
-pytestmark = pytest.mark.skipif(not fused_lif.available(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not compiled.available(), reason="no C++ compiler")
 
 LAYERS = {
     "3x3": nn.Conv2d(70, 67, 3, padding=1),
@@ -309,15 +311,14 @@ def test_a_stack_computes_any_convolution_as_the_module_that_it_is(make, place, 
         nn.init.constant_(norm.bias, 1.0)
     x = spikes_of(0.3, *(() if constant else (4,)), 2, 3, 7, 8)
     weights, results, state = torch.linspace(0.5, 1, 4).double(), [], copy.deepcopy(stack.state_dict())
-    for backend in ("reference", "fast"):
+    for compute in (layer_by_layer, SpikingStack.__call__):
         stack.load_state_dict(state)
         stack.zero_grad()
-        with use_backend(backend):
-            out = stack(x, weights)
+        out = compute(stack, x, weights)
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         results.append([out.detach(), *(p.grad.clone() for p in stack.parameters() if p.dim() > 1)])
-    for reference, fast in zip(*results, strict=True):
-        torch.testing.assert_close(fast, reference, rtol=1e-8, atol=1e-8 * max(1.0, float(reference.abs().max())))
+    for literal, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, literal, rtol=1e-8, atol=1e-8 * max(1.0, float(literal.abs().max())))
     assert results[0][0].any()
 
 
@@ -350,8 +351,8 @@ def test_a_second_derivative_is_refused():
     conv, spikes = nn.Conv2d(3, 4, 3, padding=1), spikes_of(0.3, 2, 3, 5, 5, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         torch.autograd.grad(event_conv.convolve(conv, spikes).sum(), conv.weight, create_graph=True)
-    with use_backend("reference"):
-        torch.autograd.grad(SpikingStack(conv, spike_steps=2)(spikes).sum(), conv.weight, create_graph=True)
+    literal = reference.blocks(SpikingStack(conv, spike_steps=2), torch.stack((spikes, spikes)))
+    torch.autograd.grad(literal.sum(), conv.weight, create_graph=True)
 
 
 def test_several_threads_compute_at_once(with_threads):
@@ -389,7 +390,7 @@ def test_dense_where_it_is_faster_or_the_input_is_no_spikes(monkeypatch):
 
 def test_dense_without_a_compiler(monkeypatch):
     conv, spikes = nn.Conv2d(3, 4, 3, padding=1), spikes_of(0.1, 2, 3, 5, 5, dtype=torch.float32)
-    monkeypatch.setattr(fused_lif, "available", lambda: False)
+    monkeypatch.setattr(compiled, "available", lambda: False)
     assert event_conv.convolve(conv, spikes) is None
     assert torch.equal(convolve_spikes(conv, spikes), convolve(conv, spikes))
     with torch.no_grad():
@@ -408,12 +409,11 @@ def test_the_denoiser_computes_the_same_from_events(training, monkeypatch):
     kernels = []
     original = event_conv.call
     monkeypatch.setattr(event_conv, "call", lambda name, *rest: kernels.append(name) or original(name, *rest))
-    for backend in ("reference", "fast"):
+    for compute in (reference.sdid, SDID.__call__):
         model.load_state_dict(state)
         model.zero_grad()
-        with use_backend(backend):
-            logits = model(tokens, t)
-            F.cross_entropy(logits, tokens.clamp_max(9)).backward()
+        logits = compute(model, tokens, t)
+        F.cross_entropy(logits, tokens.clamp_max(9)).backward()
         results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
     for plain_value, fast_value in zip(*results, strict=True):
         torch.testing.assert_close(fast_value, plain_value, rtol=1e-9, atol=1e-12)
@@ -428,8 +428,7 @@ def test_the_sampler_draws_the_plain_codes_from_events():
         model(torch.randint(0, 11, (6, 5, 5)), torch.randint(1, 26, (6,)))
     noise = diffusion.noise(0, range(12), (5, 5))
     by_events = diffusion.sample(model.eval().logits_at, noise)
-    with use_backend("reference"):
-        assert torch.equal(diffusion.sample_every_timestep(model, noise), by_events)
+    assert torch.equal(reference.sample(partial(reference.sdid, model), *noise, 10), by_events)
     assert len(by_events.unique()) > 5
 
 

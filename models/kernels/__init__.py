@@ -1,0 +1,1 @@
+"""Native CPU kernels of the spiking layers, and when they are used."""
