@@ -43,7 +43,7 @@ EVALUATION = "--num_samples 10000"
 AVERAGED = "--lr_schedule cosine --ema_decay 0.999"
 
 REHEARSED_TRAINING = "--train_images 600 --held_out 100 --eval_batch_size 256"
-REHEARSED_EVALUATION = "--num_samples 64 --metrics mse,codebook,energy"
+REHEARSED_EVALUATION = "--num_samples 64 --metrics energy"
 """What --rehearse puts in the place of a recipe's images, samples and metrics; each stage has one epoch then."""
 
 
@@ -154,8 +154,8 @@ def differences(run: RunFolder, options: list[str]) -> list[str]:
     """The options of a run that are not those of these options for main.py, as far as they last."""
     saved, typed = run.read_config(), vars(build_parser("").parse_args(options))
     wanted = DEFAULTS | PRESETS[typed.get("preset", DEFAULTS["preset"])] | typed
-    lasting = [*with_role(Role.NETWORKS), "stage"]
-    names = [name for name in typed if name in lasting and name in saved]
+    lasting = [*with_role(Role.SETTING), "stage"]
+    names = [name for name in typed if name in lasting and name in saved and not name.endswith("_path")]
     other = [name for name in names if as_read(name, saved[name]) != wanted[name]]
     return [f"--{name} {option_in_words(name, as_read(name, saved[name]))}" for name in other]
 
@@ -187,13 +187,15 @@ def succeeds(call: list[str], log: Path | None) -> bool:
 
 
 def listed(name: str, job: Job) -> str:
-    """A recipe as commands, and what it cost where its weights were trained."""
+    """A recipe as commands, and what it cost, if the packed weights of this name are of it."""
     calls = [job.training(number) for number in range(len(job.recipe.trainings))]
     calls += [job.evaluation(seed) for seed in SEEDS]
-    packed = RunFolder(ROOT / "pretrained" / name)
-    spent = [f"{cost.stage}: {cost.images:,} images, {cost.time}" for cost in costs(packed.lineage)]
+    lineage = RunFolder(ROOT / "pretrained" / name).lineage
+    of_recipe = [entry for entry in lineage if "images" in entry and "note" not in entry]
+    spent = costs(lineage) if len(of_recipe) == len(job.recipe.trainings) else []
+    cost = "; ".join(f"{each.stage}: {each.images:,} images, {each.time}" for each in spent)
     lines = (f"    python -u main.py {shlex.join(call)}" for call in calls)
-    return "\n".join([f"{name}: {'; '.join(spent) or 'not trained yet'}", *lines])
+    return "\n".join([f"{name}: {cost or 'no weights yet'}", *lines])
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, tuple[str, ...]]:
@@ -235,7 +237,8 @@ def main(arguments: list[str] | None = None) -> None:
     finished = [jobs[name].run(-1) for name, outcome in outcomes.items() if outcome == "finished"]
     if finished:
         print(table(read_rows(finished)))
-    sys.exit(any(outcome.startswith("failed") for outcome in outcomes.values()) or None)
+    if any(outcome.startswith("failed") for outcome in outcomes.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

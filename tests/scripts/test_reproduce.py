@@ -1,15 +1,20 @@
-"""scripts/reproduce.py and scripts/results_table.py: the matrix of runs, and what is made of their records."""
+"""scripts/reproduce.py and scripts/results_table.py: rows from recipes, and what is made of their records."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
+from errors import UserError
 from parts import SAMPLE_METRICS
 from pipeline.options.parser import as_written, build_parser
 from pipeline.options.sections import DEFAULTS
+from pipeline.run_folder import RunFolder
 from scripts import reproduce, results_table
+from scripts.reproduce import RECIPES, SEEDS, Job, Recipe, short
 
 RECORD = {"drawn": "temperature 1", "split": "test", "num_generated": 5000, "num_real": 10000, "dataset": "MNIST"}
 TRAINING = "stage 1 (vqsvae): 3,600 images, 30 min; stage 2 (sdid): 7,200 images, 1 h 0 min"
@@ -17,87 +22,122 @@ TRAINING = "stage 1 (vqsvae): 3,600 images, 30 min; stage 2 (sdid): 7,200 images
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The calls of main.py that reproduce makes; those that name KMNIST fail."""
+    """The calls of main.py that reproduce makes, as lists of options; those of "broken" rows fail, nothing is run."""
     made = []
 
-    def call(arguments):
+    def call(arguments, **_):
         made.append(arguments[3:])
-        return SimpleNamespace(returncode=int("KMNIST" in arguments))
+        return SimpleNamespace(returncode=int("broken" in " ".join(arguments)))
 
     monkeypatch.setattr(reproduce.subprocess, "run", call)
     return made
 
 
-def test_the_matrix_is_run_and_a_failure_does_not_stop_it(calls, tmp_path, capsys):
-    place = ["--result_path", str(tmp_path), "--", "--device", "cpu"]
-    with pytest.raises(SystemExit) as exit_:
-        reproduce.main(
-            ["--datasets", "KMNIST", "MNIST", "--models", "vq-vae", "readout-rate", "--budget", "paper", *place]
-        )
-    assert exit_.value.code == 1 and "failed: KMNIST/vq-vae, KMNIST/readout-rate" in capsys.readouterr().err
-    assert len(calls) == 4
-    expected = ["--dataset_name", "MNIST", "--result_path", str(tmp_path / "paper" / "readout-rate")]
-    assert calls[3][:4] == expected and calls[3][-2:] == ["--device", "cpu"]
-    text = " ".join(calls[3])
-    assert "--readout rate" in text and "--epochs 100 --diffusion_epochs 200" in text and "--temperature auto" in text
+def leave(options, epochs, of=1):
+    """Leave what a training with these options of main.py leaves after some of its epochs."""
+    chosen = DEFAULTS | vars(build_parser("").parse_args(options))
+    run = RunFolder(Path(chosen["result_path"]) / chosen["dataset_name"] / chosen["model"])
+    run.path.mkdir(parents=True, exist_ok=True)
+    config = {key: as_written(value) for key, value in chosen.items()} | {"epochs": of, "diffusion_epochs": of}
+    run.config.write_text(json.dumps(config))
+    torch.save({"stage": chosen["stage"], "epoch": epochs}, run.last)
+    return run
 
 
 @pytest.fixture
-def begun(tmp_path):
-    """A function that leaves what a run of the matrix leaves, when it has begun or is finished."""
-
-    def begin(dataset, finished, *place):
-        args, passed_on = reproduce.parse(list(place))
-        (variant,) = args.models
-        options = build_parser("").parse_args(reproduce.command(args, dataset, variant, passed_on)[3:])
-        run = args.result_path / args.budget / variant / dataset / variant
-        run.mkdir(parents=True)
-        config = {key: as_written(value) for key, value in (DEFAULTS | vars(options)).items()}
-        (run / "config.json").write_text(json.dumps(config))
-        if finished:
-            (run / "metrics.json").touch()
-        return run
-
-    return begin
+def job(tmp_path):
+    recipe = Recipe("MNIST", ("--stage vqsvae --epochs 3", "--stage sdid --diffusion_epochs 4 --temperature 1"))
+    return Job(recipe, tmp_path / "row", ("--device", "cpu"))
 
 
-def test_finished_runs_are_left_alone_and_others_resumed(calls, begun, tmp_path):
-    place = ["--models", "snn-vae", "--budget", "short", "--result_path", str(tmp_path)]
-    begun("MNIST", True, *place)
-    run = begun("FMNIST", False, *place)
-    reproduce.main(["--datasets", "MNIST", "FMNIST", *place])
-    assert calls == [["--resume", str(run)]]
+def test_a_row_is_trained_evaluated_and_then_left_alone(job):
+    """Each call follows from what the ones before have left."""
+    first = job.next_call()
+    place = ["--result_path", str(job.folder / "1"), "--device", "cpu"]
+    data = ["--dataset_name", "MNIST", "--held_out", "5001", "--model", "snn-vq-vae"]
+    assert first == [*data, "--stage", "vqsvae", "--epochs", "3", *place]
+    run = leave(first, epochs=2, of=3)
+    assert job.next_call() == ["--resume", str(run.path), "--device", "cpu"]
+    leave(first, epochs=3, of=3)
+    second = job.next_call()
+    assert second[6:8] == ["--stage", "sdid"] and second[second.index("--start_from") + 1] == str(run.path)
+    last = leave(second, epochs=4, of=4)
+    records = []
+    for seed in SEEDS:
+        evaluation = ["--checkpoint", str(last.path), "--seed", str(seed), "--num_samples", "10000", "--device", "cpu"]
+        assert job.next_call() == evaluation
+        records.append({"name": "fid", "value": 1.0, "protocol": "", "sampling": {"seed": seed}, **RECORD})
+        last.metrics.write_text(json.dumps(records))
+    assert job.next_call() is None
 
 
-@pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize(
-    ("other", "named"),
-    [
-        (["--seed", "4"], "--seed 3"),
-        (["--seed", "3", "--preset", "improved"], "--preset faithful"),
-        (["--seed", "3", "--metrics", "mse"], "--metrics all"),
-    ],
-    ids=["seed", "preset", "metrics"],
-)
-def test_a_run_with_other_options_is_not_called_finished(other, named, finished, calls, begun, tmp_path, capsys):
-    """Nor is it resumed: what differs is named, and the other runs go on."""
-    place = ["--models", "vq-vae", "--budget", "short", "--result_path", str(tmp_path), "--"]
-    begun("MNIST", finished, *place, "--seed", "3")
+def test_a_training_with_other_options_is_named_and_not_gone_on_with(job):
+    leave([*job.training(0), "--lr", "0.5"], epochs=1, of=3)
+    with pytest.raises(UserError, match=r"was begun with --lr 0\.5: choose another --result_path"):
+        job._replace(recipe=Recipe("MNIST", ("--stage vqsvae --epochs 3 --lr 0.1",))).next_call()
+
+
+def test_a_row_that_fails_does_not_stop_the_others(calls, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "RECIPES", {"broken": RECIPES["mnist-faithful"], "whole": RECIPES["mnist-vq-vae"]})
+    monkeypatch.setattr(Job, "next_call", lambda job: job.training(0) if job.folder not in done else None)
+    monkeypatch.setattr(reproduce, "read_rows", lambda runs: runs)
+    monkeypatch.setattr(reproduce, "table", lambda rows: f"the table of {len(rows)}")
+    done = set()
+    run = reproduce.subprocess.run
+
+    def finish(arguments, **more):
+        result = run(arguments, **more)
+        if not result.returncode:
+            done.add(tmp_path / "whole")
+        return result
+
+    monkeypatch.setattr(reproduce.subprocess, "run", finish)
     with pytest.raises(SystemExit) as exit_:
-        reproduce.main(["--datasets", "MNIST", "FMNIST", *place, *other])
-    said = capsys.readouterr()
-    assert exit_.value.code == 1 and named in said.out and "failed: MNIST/vq-vae" in said.err
-    assert [call[1] for call in calls] == ["FMNIST"]
+        reproduce.main(["--jobs", "2", "--result_path", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert exit_.value.code == 1 and len(calls) == 2
+    assert f"broken: failed: see {tmp_path / 'broken' / 'log.txt'}" in said and "whole: finished" in said
+    assert "the table of 1" in said
 
 
-def test_options_of_budgets_and_variants_are_those_of_main(cli, tmp_path):
-    """Asked of the program itself, which stops at the data set that does not exist."""
-    for variant in reproduce.VARIANTS:
-        for budget in reproduce.BUDGETS:
-            args, passed_on = reproduce.parse(["--budget", budget, "--result_path", str(tmp_path / "result")])
-            call = reproduce.command(args, "ImageFolder", variant, ["--data_path", str(tmp_path), *passed_on])
-            outcome = cli(*call[3:])
-            assert outcome.status == 2 and "holds 0 images" in outcome.err
+def test_trainings_are_told_how_much_time_is_left(calls, tmp_path, capsys):
+    reproduce.main(
+        ["--rows", "mnist-faithful", "--max_minutes", "0.002", "--result_path", str(tmp_path), "--", "--seed", "3"]
+    )
+    limit = calls[0].index("--max_minutes")
+    assert 0 < float(calls[0][limit + 1]) <= 0.002 and calls[0][limit - 2 : limit] == ["--seed", "3"]
+    assert "mnist-faithful: time is up" in capsys.readouterr().out
+
+
+def test_every_recipe_is_made_of_options_that_main_takes(cli, tmp_path):
+    """Asked of the program itself, which stops at the data that are not there, or at the run to begin with."""
+    for name, recipe in RECIPES.items():
+        assert name.split("-")[0] == recipe.dataset.lower()
+        for rehearsed in (False, True):
+            job = Job(recipe, tmp_path / name, ("--data_path", str(tmp_path / "none")), rehearsed)
+            for number in range(len(recipe.trainings)):
+                options = job.training(number)
+                outcome = cli(*options)
+                missing = "lacks" if number == 0 else "--start_from"
+                assert outcome.status == 2 and (missing in outcome.err or "config.json" in outcome.err), outcome.err
+
+
+def test_the_list_has_every_row_and_runs_nothing(calls, capsys):
+    reproduce.main(["--list"])
+    said = capsys.readouterr().out
+    assert not calls and all(f"{name}: " in said for name in RECIPES)
+    assert "    python -u main.py --dataset_name FMNIST --held_out 5000 --model snn-vq-vae --stage vqsvae" in said
+
+
+def test_a_rehearsal_makes_a_whole_row(tmp_path, monkeypatch, capsys):
+    """With the real program, on the digits that need no download."""
+    small = "--spike_steps 2 --hidden_channels 4 --embedding_dim 4 --denoiser_channels 4 --batch_size 100"
+    monkeypatch.setattr(reproduce, "RECIPES", {"digits": Recipe("Digits", short(small))})
+    monkeypatch.setitem(reproduce.HELD_OUT, "Digits", 100)
+    monkeypatch.setattr(reproduce, "SEEDS", (1,))
+    reproduce.main(["--rehearse", "--result_path", str(tmp_path), "--", "--device", "cpu"])
+    said = capsys.readouterr().out
+    assert said.count("== digits: main.py") == 3 and "| Digits | snn-vq-vae | stage 1 (vqsvae): 500 images" in said
 
 
 def make_run(folder, dataset, records, more=None, **options):
