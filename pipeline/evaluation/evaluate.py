@@ -34,7 +34,7 @@ def evaluate(session: Session) -> None:
     images = draw_samples(session, model, count, reuse=True) if of_samples else None
     # what all processes compute comes first, so that none waits for metrics of images, which rank 0 alone computes
     reconstructed = reconstructions(model, evaluation, wanted)
-    records = autoencoder_records(model, reconstructed, session.data, o.run.seed, wanted)
+    records = autoencoder_records(model, reconstructed, evaluation, wanted)
     if "energy" in wanted:
         records += energy_records(model, session.data, o.run.seed)
     if reconstructed is not None:

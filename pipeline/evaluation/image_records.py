@@ -11,7 +11,7 @@ from parts import SAMPLE_METRICS, find_part
 from pipeline.evaluation.loaders import LOADERS, FeatureNetwork
 from pipeline.evaluation.protocols import PER_CLASS, Features, Metric, Values, real_images
 from pipeline.evaluation.records import context, make_record
-from pipeline.options.sections import EvaluationOptions
+from pipeline.options.sections import RECONSTRUCTED, EvaluationOptions
 from pipeline.runtime.device import Machine
 from pipeline.runtime.processes import from_rank_0, is_rank_0
 
@@ -46,10 +46,10 @@ class Evaluation:
         self.seed, self.num_samples = seed, num_samples
         self.networks: dict[str, FeatureNetwork[Any] | UserError] = {}
         of_all = [name for name, metric in GENERATED_METRICS.items() if not metric.by_name]
-        wanted = [
-            name for name in GENERATED_METRICS if name in (of_all if options.metrics is None else options.metrics)
-        ]
-        obstacles = from_rank_0(lambda: {name: self._obstacle(GENERATED_METRICS[name]) for name in wanted})
+        named = of_all if options.metrics is None else options.metrics
+        self.of_samples = [name for name in GENERATED_METRICS if name in named]
+        wanted = [name for name in GENERATED_METRICS if {name, RECONSTRUCTED + name} & set(named)]
+        obstacles = from_rank_0(lambda: {name: self._obstacle(name) for name in wanted})
         self.metrics = {name: GENERATED_METRICS[name] for name in wanted if not obstacles[name]}
         for obstacle in filter(None, dict.fromkeys(obstacles.values())):
             missing = f"no {', '.join(name for name in wanted if obstacles[name] == obstacle)}: {obstacle}"
@@ -60,11 +60,19 @@ class Evaluation:
     @property
     def images_needed(self) -> int:
         """The number of generated images that the metrics need; 0 if there is none to compute."""
-        return max((metric.generated for metric in self.metrics.values()), default=0)
+        return max((self.metrics[name].generated for name in self.of_samples if name in self.metrics), default=0)
 
-    def _obstacle(self, metric: Metric) -> str | None:
+    @property
+    def reconstructed(self) -> str:
+        """The split that is reconstructed."""
+        return "held_out" if self.options.reference == "held_out" else "test"
+
+    def _obstacle(self, name: str) -> str | None:
         """Why a metric cannot be computed; None if it can."""
+        metric = GENERATED_METRICS[name]
         drawn = metric.generated if self.num_samples is None else self.num_samples
+        if name not in self.of_samples:
+            drawn = len(real_images(self.data, self.reconstructed))
         real = len(real_images(self.data, metric.split or self.options.reference))
         try:
             for side, count in (("generated", drawn), ("real", real)):
@@ -110,12 +118,16 @@ class Evaluation:
     ) -> list[dict]:
         """Metric records of generated `images`, uint8 `[N,C,H,W]`, of which `drawn` says where they are from.
 
-        Of all available metrics, or of those in `metrics`, for which there are enough images; empty in processes other
-        than rank 0. `sampling` are the settings of a model's samples. With `whole`, all images are used, however many
-        the protocol has. `labels` as in `Features`.
+        Of the available metrics of samples, or of those in `metrics`, for which there are enough images; empty in
+        processes other than rank 0. `sampling` are the settings of a model's samples. With `whole`, all images are
+        used, however many the protocol has. `labels` as in `Features`.
         """
         computed = {name: metric for name, metric in self.metrics.items() if len(images) >= metric.least("generated")}
-        chosen = [metric for name, metric in computed.items() if is_rank_0() and name in (metrics or computed)]
+        chosen = [
+            metric
+            for name, metric in computed.items()
+            if is_rank_0() and name in (self.of_samples if metrics is None else metrics)
+        ]
         shared: dict[tuple, Features] = {}  # by metrics of the same network and images
         records = []
         for metric in chosen:

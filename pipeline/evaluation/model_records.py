@@ -11,36 +11,38 @@ from metrics.codebook import perplexity, usage
 from metrics.energy import PICOJOULES_PER_AC, PICOJOULES_PER_MAC
 from metrics.reconstruction import mse, ssim
 from pipeline.evaluation.image_records import Evaluation
+from pipeline.evaluation.protocols import real_images
 from pipeline.evaluation.records import make_record
+from pipeline.options.sections import FLOORS, RECONSTRUCTED
 from pipeline.sampling.image_models import CodeDiffusion, ImageModel
 from pixels import to_float
 
 ENERGY_IMAGES = 16
-FLOORS = ("fad", "fid", "clean_fid")  # also computed of reconstructions, better than which samples can hardly be
 
 
 def reconstructions(model: ImageModel, evaluation: Evaluation, wanted: Collection[str]) -> Tensor | None:
-    """Of the test split, uint8 `[M,C,H,W]`; None where no metric needs them."""
-    needed = {"mse", "ssim"} & set(wanted) or evaluation.metrics.keys() & set(FLOORS)
-    return model.reconstruct(evaluation.data.test) if needed else None
+    """Of `evaluation.reconstructed`, uint8 `[M,C,H,W]`; None where no metric needs them."""
+    needed = {"mse", "ssim"} & set(wanted) or _floors(evaluation)
+    return model.reconstruct(real_images(evaluation.data, evaluation.reconstructed)) if needed else None
 
 
 def autoencoder_records(
-    model: ImageModel, reconstructed: Tensor | None, data: ImageData, seed: int, wanted: Collection[str]
+    model: ImageModel, reconstructed: Tensor | None, evaluation: Evaluation, wanted: Collection[str]
 ) -> list[dict]:
-    """Metrics of the autoencoder on the test split: MSE and SSIM of its reconstructions, and codebook use."""
+    """Metrics of the autoencoder: MSE and SSIM of its reconstructions, and codebook use, of the same split."""
     records = []
-    test = data.test
-    record = partial(make_record, data=data, split="test", real=len(test), seed=seed)
+    data, split = evaluation.data, evaluation.reconstructed
+    images = real_images(data, split)
+    record = partial(make_record, data=data, split=split, real=len(images), seed=evaluation.seed)
     mean = "reconstructions as 8-bit images in [0,1], mean over all"
     if reconstructed is not None:
-        pair = to_float(test), to_float(reconstructed)
+        pair = to_float(images), to_float(reconstructed)
         if "mse" in wanted:
             records.append(record("mse", mse(*pair), f"{mean} pixels"))
         if "ssim" in wanted:
             records.append(record("ssim", ssim(*pair), f"{mean} images, torchmetrics"))
     if "codebook" in wanted and isinstance(model, CodeDiffusion):
-        codes, size = model.encode(test), model.autoencoder.codebook_size
+        codes, size = model.encode(images), model.autoencoder.codebook_size
         records += [
             record("codebook_usage", usage(codes, size), f"share of the {size} codes that occur"),
             record("codebook_perplexity", perplexity(codes, size), "exp of the code entropy in nats"),
@@ -49,9 +51,16 @@ def autoencoder_records(
 
 
 def floor_records(reconstructed: Tensor, evaluation: Evaluation) -> list[dict]:
-    """What FLOORS names, of the reconstructions of the test split; empty in processes other than rank 0."""
-    records = evaluation.compute(reconstructed, "reconstructions of the test split", metrics=FLOORS, whole=True)
-    return [record | {"name": f"reconstruction_{record['name']}"} for record in records]
+    """Metrics of reconstructions, better than which samples can hardly be; empty in processes other than rank 0."""
+    drawn = f"reconstructions of the {evaluation.reconstructed} split"
+    records = evaluation.compute(reconstructed, drawn, metrics=_floors(evaluation), whole=True)
+    return [record | {"name": RECONSTRUCTED + record["name"]} for record in records]
+
+
+def _floors(evaluation: Evaluation) -> list[str]:
+    """Which metrics are computed of reconstructions, too: not those whose protocol has another split."""
+    own = (None, evaluation.reconstructed)
+    return [name for name, each in evaluation.metrics.items() if RECONSTRUCTED + name in FLOORS and each.split in own]
 
 
 def energy_records(model: ImageModel, data: ImageData, seed: int) -> list[dict]:

@@ -48,7 +48,9 @@ OF_STAGE_1, OF_STAGE_2 = ("all", "vqsvae"), ("all", "sdid")
 EVALUATING = (*TRAINING_STAGES, "evaluate")  # a training records what later evaluations do by default
 PRECISIONS = ("auto", "float32", "bf16")
 CONDITIONS = {"none": (), "prototype": ("prototype",), "label": ("label",), "both": ("prototype", "label")}
-AUTOENCODER_METRICS = ("mse", "ssim", "codebook")  # no denoiser is needed
+RECONSTRUCTED = "reconstruction_"  # before the name of a metric: of reconstructions instead of samples
+FLOORS = tuple(RECONSTRUCTED + name for name in ("fad", "fid", "clean_fid"))
+AUTOENCODER_METRICS = ("mse", "ssim", "codebook", *FLOORS)  # no denoiser is needed
 METRICS = (*SAMPLE_METRICS, *AUTOENCODER_METRICS, "energy")
 
 ALL, ANY, OWN = "all", "any", "own"
@@ -459,8 +461,9 @@ class EvaluationOptions:
     )
     reference: str = option(
         "test",
-        "real images for FID, KID, IS, PRDC and classifier metrics",
-        choices=("test", "train"),
+        "real images for FID, KID, IS, PRDC and classifier metrics; held_out: those that --held_out has set aside, of "
+        "which reconstructions are made then, too, so that choices need not look at the test split",
+        choices=("test", "train", "held_out"),
         stages=EVALUATING,
     )
     fid_weights: Path | None = option(

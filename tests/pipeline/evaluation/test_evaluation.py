@@ -20,7 +20,7 @@ from pipeline.evaluation import image_records, loaders, protocols, temperature
 from pipeline.evaluation.feature_networks import FadNetwork
 from pipeline.evaluation.image_records import Evaluation
 from pipeline.evaluation.loaders import LOADERS, FeatureNetwork
-from pipeline.evaluation.model_records import energy_records, floor_records, reconstructions
+from pipeline.evaluation.model_records import autoencoder_records, energy_records, floor_records, reconstructions
 from pipeline.evaluation.protocols import Metric
 from pipeline.options.sections import EvaluationOptions
 from pipeline.run_folder import RunFolder
@@ -419,12 +419,34 @@ def test_reconstructions_are_scored_as_samples_are(data, monkeypatch):
     for record in records:
         assert record["name"] == "reconstruction_distance" and record["value"] == pytest.approx(expected)
         assert record["num_generated"] == 7 and "reconstructions" in record["drawn"]
-    assert records_of("fid") == [records[1]]
+    assert records_of("fid") == [records[1]] == records_of("reconstruction_fid")
     too_few = {"fid": Metric("free", 8, 3, distance), "kid": Metric("free", 4, 3, distance)}
     monkeypatch.setattr(image_records, "GENERATED_METRICS", too_few)
     assert records_of("fid") == []
     monkeypatch.setattr(CodeDiffusion, "reconstruct", lambda *_: pytest.fail("in vain"))
     assert records_of("kid") == []
+
+
+def test_held_out_images_are_reconstructed_where_choices_are_made_by_them(data, monkeypatch):
+    """No value of the test split is computed then, not even the one whose protocol has that split."""
+    generator = generators()["vq-vae"]
+    monkeypatch.setitem(image_records.LOADERS, "free", lambda *_: FeatureNetwork(Pooling(), pooled, "so"))
+
+    def count(seen):
+        return {"count": len(seen.generated) + len(seen.real) / 100}
+
+    table = {"fid": Metric("free", 9, 3, count, fewest=2), "fad": Metric("free", 2, 0, count, "test")}
+    monkeypatch.setattr(image_records, "GENERATED_METRICS", table)
+    held = replace(data, held_out=data.test[:4])
+    names = ("reconstruction_fid", "reconstruction_fad", "mse")
+    ready = prepared(held, metrics=names, reference="held_out")
+    assert ready.images_needed == 0 and ready.reconstructed == "held_out"
+    reconstructed = reconstructions(generator, ready, names)
+    (floor,) = floor_records(reconstructed, ready)
+    assert floor["name"] == "reconstruction_count_4_images" and floor["value"] == 4.04 and floor["split"] == "held_out"
+    (error,) = autoencoder_records(generator, reconstructed, ready, names)
+    assert error["split"] == "held_out" and error["num_real"] == 4
+    assert ready.compute(reconstructed, "so") == []
 
 
 def test_images_drawn_with_labels_are_judged_class_by_class(data, monkeypatch):
