@@ -54,5 +54,5 @@ test-portable: install
 	env -u DNNL_DEFAULT_FPMATH_MODE ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) \
 	  $(patsubst %,--ignore=tests/%.py,pipeline/report/test_report pipeline/test_lineage pipeline/test_start \
 	  scripts/test_benchmark scripts/test_documents scripts/test_outputs scripts/test_reproduce \
-	  test_arrays test_cli test_datasets test_image_files test_image_folders test_links test_parts \
+	  test_arrays test_cli test_datasets test_extending test_image_files test_image_folders test_links test_parts \
 	  test_progress)
