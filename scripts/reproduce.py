@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository r
 from errors import UserError
 from files import expand
 from pipeline.lineage import costs
-from pipeline.options.declaration import Role
+from pipeline.options.declaration import POSITIVE, Role, number
 from pipeline.options.parser import as_read, build_parser, option_in_words
 from pipeline.options.presets import PRESETS
 from pipeline.options.sections import DEFAULTS, with_role
@@ -206,8 +206,14 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, tuple[str, .
     add = parser.add_argument
     add("--rows", nargs="+", choices=[*RECIPES, "all"], default=["all"], metavar="ROW", help="names of rows, or all")
     add("--list", action="store_true", help="only print the recipes")
-    add("--jobs", type=int, default=1, metavar="N", help="rows that are made at the same time")
-    add("--max_minutes", type=float, default=float("inf"), metavar="M", help="stop trainings then, ready to go on")
+    add("--jobs", type=number(int, 1), default=1, metavar="N", help="rows that are made at the same time")
+    add(
+        "--max_minutes",
+        type=number(float, POSITIVE),
+        default=math.inf,
+        metavar="M",
+        help="stop trainings then, ready to go on",
+    )
     add("--rehearse", action="store_true", help="600 images, an epoch, few samples: whether all commands run")
     add("--result_path", type=expand, default=Path("result/rows"), metavar="DIR", help="a folder for each row is here")
     return parser.parse_args(arguments[:cut]), tuple(arguments[cut + 1 :])

@@ -122,6 +122,13 @@ def test_every_recipe_is_made_of_options_that_main_takes(cli, tmp_path):
                 assert outcome.status == 2 and (missing in outcome.err or "config.json" in outcome.err), outcome.err
 
 
+@pytest.mark.parametrize("mistake", [["--jobs", "0"], ["--max_minutes", "-1"], ["--rows", "lost"]], ids=" ".join)
+def test_mistakes_are_told_before_anything_is_run(mistake, calls, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        reproduce.main(mistake)
+    assert exit_.value.code == 2 and not calls and mistake[0] in capsys.readouterr().err
+
+
 def test_the_list_has_every_row_and_runs_nothing(calls, capsys):
     reproduce.main(["--list"])
     said = capsys.readouterr().out
