@@ -139,8 +139,8 @@ class Job(NamedTuple):
 
         Raises UserError if what is there was begun with other options.
         """
-        for number in range(len(self.recipe.trainings)):
-            options, run = self.training(number), self.run(number)
+        for training in range(len(self.recipe.trainings)):
+            options, run = self.training(training), self.run(training)
             if not run.last.is_file():
                 return options
             if other := differences(run, options):
