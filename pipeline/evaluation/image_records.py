@@ -45,6 +45,7 @@ class Evaluation:
         self.options, self.data, self.machine = options, data, machine
         self.seed, self.num_samples = seed, num_samples
         self.networks: dict[str, FeatureNetwork[Any] | UserError] = {}
+        self._check_splits()
         of_all = [name for name, metric in GENERATED_METRICS.items() if not metric.by_name]
         named = of_all if options.metrics is None else options.metrics
         self.of_samples = [name for name in GENERATED_METRICS if name in named]
@@ -66,6 +67,15 @@ class Evaluation:
     def reconstructed(self) -> str:
         """The split that is reconstructed."""
         return "held_out" if self.options.reference == "held_out" else "test"
+
+    def _check_splits(self) -> None:
+        """Raise UserError if the split that is reconstructed is empty, or not that of a metric that is named."""
+        if not len(real_images(self.data, self.reconstructed)):
+            raise UserError("--reference held_out: no images are held out; a training with --held_out N sets N aside")
+        for name, metric in GENERATED_METRICS.items():
+            floor = RECONSTRUCTED + name
+            if floor in (self.options.metrics or ()) and metric.split not in (None, self.reconstructed):
+                raise UserError(f"--metrics {floor} is of the {metric.split} split: leave out --reference held_out")
 
     def _obstacle(self, name: str) -> str | None:
         """Why a metric cannot be computed; None if it can."""

@@ -428,7 +428,7 @@ def test_reconstructions_are_scored_as_samples_are(data, monkeypatch):
 
 
 def test_held_out_images_are_reconstructed_where_choices_are_made_by_them(data, monkeypatch):
-    """No value of the test split is computed then, not even the one whose protocol has that split."""
+    """No value of the test split is computed then: a metric whose protocol has that split is refused."""
     generator = generators()["vq-vae"]
     monkeypatch.setitem(image_records.LOADERS, "free", lambda *_: FeatureNetwork(Pooling(), pooled, "so"))
 
@@ -438,7 +438,7 @@ def test_held_out_images_are_reconstructed_where_choices_are_made_by_them(data, 
     table = {"fid": Metric("free", 9, 3, count, fewest=2), "fad": Metric("free", 2, 0, count, "test")}
     monkeypatch.setattr(image_records, "GENERATED_METRICS", table)
     held = replace(data, held_out=data.test[:4])
-    names = ("reconstruction_fid", "reconstruction_fad", "mse")
+    names = ("reconstruction_fid", "mse")
     ready = prepared(held, metrics=names, reference="held_out")
     assert ready.images_needed == 0 and ready.reconstructed == "held_out"
     reconstructed = reconstructions(generator, ready, names)
@@ -447,6 +447,13 @@ def test_held_out_images_are_reconstructed_where_choices_are_made_by_them(data, 
     (error,) = autoencoder_records(generator, reconstructed, ready, names)
     assert error["split"] == "held_out" and error["num_real"] == 4
     assert ready.compute(reconstructed, "so") == []
+
+    with pytest.raises(UserError, match="reconstruction_fad is of the test split: leave out --reference"):
+        prepared(held, metrics=("reconstruction_fad",), reference="held_out")
+    assert prepared(held, metrics=("reconstruction_fad",)).metrics.keys() == {"fad"}
+    for names in (None, ("mse",)):
+        with pytest.raises(UserError, match="no images are held out; a training with --held_out"):
+            prepared(replace(data, held_out=data.test[:0]), metrics=names, reference="held_out")
 
 
 def test_images_drawn_with_labels_are_judged_class_by_class(data, monkeypatch):
