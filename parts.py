@@ -29,11 +29,19 @@ AUTOENCODERS = {**CODE_MODELS, "snn-vae": "models.fsvae:FSVAE"}
 DENOISERS = {"sdid": "models.sdid:SDID", "residual": "models.residual_sdid:ResidualSDID"}
 """Networks of stage 2 (`--denoiser`): classes derived from `models.denoiser.Denoiser`; parameters as above."""
 
-NEURONS = {"lif": "models.neurons:LIF", "if": "models.neurons:IF", "plif": "models.neurons:PLIF"}
+NEURONS = {
+    "lif": "models.neurons:LIF",
+    "if": "models.neurons:IF",
+    "plif": "models.neurons:PLIF",
+    "fs": "models.neurons:FewSpikes",
+}
 """Neurons of the spiking networks (`--neuron`): classes derived from `models.neurons.FromRest`; parameters as above."""
 
 TAU, V_THRESHOLD, V_RESET = 2.0, 1.0, 0.0
 """The paper's neuron: time constant in spike steps, threshold, and the potential after a spike (`None`: soft reset)."""
+
+DIGITS, FEW_SPIKES_RANGE = 4, 4.0
+"""The few-spikes neuron: its time steps, in which it sends the binary digits of a number, and a bound of that number."""
 
 MEMBRANE_DECAY, FILTER_TAU = 0.8, 2.0
 """The paper's filters of spikes: decay of the membrane readout, time constant of the postsynaptic potential."""

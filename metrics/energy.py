@@ -6,7 +6,8 @@ a multiply-accumulate (MAC) and is always counted, also for zeros. SpikingJelly'
 the network runs.
 
 - The input of a layer is spikes if all its values, over the whole batch, are 0 or 1 (SpikingJelly's
-  `is_binary_tensor`); real values that all happen to be 0 or 1 cannot be distinguished from spikes. First layers have
+  `is_binary_tensor`); real values that all happen to be 0 or 1 cannot be distinguished from spikes. Neurons that send
+  numbers as several binary spikes have a method for it, `binary_spikes`; each is an accumulate. First layers have
   real-valued input (direct coding: pixels; embeddings in the spike generator; tokens and timestep in the denoiser) and
   are counted as MACs at every spike step, although their input is constant. Last layers have spikes as input and are
   counted as ACs at every step.
@@ -79,6 +80,7 @@ def count_layers(model: nn.Module, call: Callable[[], Any], images: int, spike_s
     """
     if model.training:
         raise ValueError("operations are counted in evaluation mode")
+    sends_numbers = _sends_numbers(model)
     runs: Counter[nn.Module] = Counter()
     totals: dict[nn.Module, Operations] = defaultdict(lambda: Operations(0, 0, 0))
 
@@ -87,9 +89,9 @@ def count_layers(model: nn.Module, call: Callable[[], Any], images: int, spike_s
         axes = next(axes for kind, axes in AXES.items() if isinstance(layer, kind))
         runs[layer] += x.shape[:-axes].numel()
         full = len(x) * _synaptic_operations(layer, torch.ones_like(x[:1]))
-        spiking = is_binary_tensor(x)
-        acs, macs = (_synaptic_operations(layer, x), 0) if spiking else (0, full)
-        totals[layer] += Operations(macs, acs, 0 if getattr(layer, "one_hot", False) else full)
+        spikes = _as_spikes(x, sends_numbers)
+        acs = sum(_synaptic_operations(layer, each) for each in spikes)
+        totals[layer] += Operations(0 if spikes else full, acs, 0 if getattr(layer, "one_hot", False) else full)
 
     with torch.no_grad(), ExitStack() as hooks:
         for layer in model.modules():
@@ -105,6 +107,23 @@ def count_layers(model: nn.Module, call: Callable[[], Any], images: int, spike_s
     }
 
 
+def _sends_numbers(model: nn.Module) -> Any:
+    """A layer of neurons that send numbers as several binary spikes; None if the model has none."""
+    return next((layer for layer in model.modules() if hasattr(layer, "binary_spikes")), None)
+
+
+def _as_spikes(x: Tensor, sends_numbers: Any) -> list[Tensor]:
+    """The binary tensors that x is the sum of, each with a weight of its own; none if it is not spikes.
+
+    These are x itself, or what a layer with the method `binary_spikes` sends one after another.
+    """
+    if is_binary_tensor(x):
+        return [x]
+    if sends_numbers is None or not torch.equal(sends_numbers.forward(x), x):  # such numbers pass it as they are
+        return []
+    return list(sends_numbers.binary_spikes(x))
+
+
 def _synaptic_operations(layer: nn.Module, spikes: Tensor) -> int:
     """Operations of `layer` for `spikes`. (The counter skips zero weights if all weights are 0 or 1.)"""
     counter = SynOpCounter()
@@ -117,11 +136,17 @@ def _synaptic_operations(layer: nn.Module, spikes: Tensor) -> int:
 def firing_rates(model: nn.Module, call: Callable[[], Any]) -> dict[str, float]:
     """Mean spikes per neuron and spike step in `call()`, by the name in `model` of each layer of neurons that ran.
 
-    Needs the same mode as `count_layers`. Raises ValueError if there are neurons and none ran.
+    Of neurons that send numbers, mean spikes per neuron and digit. Needs the same mode as `count_layers`. Raises
+    ValueError if there are neurons and none ran.
     """
     from spikingjelly.activation_based.monitor import OutputMonitor  # here because it imports TensorBoard
 
-    with torch.no_grad(), OutputMonitor(model, NODES, lambda spikes: spikes.float().mean().item()) as monitor:
+    sends_numbers = _sends_numbers(model)
+
+    def rate(spikes: Tensor) -> float:
+        return (spikes if sends_numbers is None else sends_numbers.binary_spikes(spikes)).float().mean().item()
+
+    with torch.no_grad(), OutputMonitor(model, NODES, rate) as monitor:
         call()
     if monitor.monitored_layers and not monitor.records:
         raise ValueError("no neuron ran")

@@ -1,7 +1,7 @@
-"""The neurons: SpikingJelly's, each of which starts from rest at every call. `parts.py` has the table of their names.
+"""The neurons, SpikingJelly's and one more; each starts from rest at every call. `parts.py` has their names.
 
 One of your own is a class with `FromRest` before a neuron of SpikingJelly. The parameters of its constructor have the
-names of the options (`tau`, `v_threshold`, `v_reset`) that it has.
+names of the options (`tau`, `v_threshold`, `v_reset`, `digits`) that it has.
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.kernels.compiled import is_exactly
 from models.kernels.fused_lif import Dynamics
-from parts import TAU, V_RESET, V_THRESHOLD
+from parts import DIGITS, FEW_SPIKES_RANGE, TAU, V_RESET, V_THRESHOLD
 
 SURROGATE = surrogate.ATan(2.0)
 """The surrogate gradient of a spike: `1 / (1 + (pi (H - threshold))^2)`."""
@@ -85,10 +85,39 @@ class PLIF(FromRest, neuron.ParametricLIFNode):
         super().__init__(tau, True, v_threshold, v_reset, SURROGATE, step_mode="m")
 
 
+class FewSpikes(FromRest, neuron.SimpleBaseNode):
+    """Few-spikes neuron (arXiv 2002.00860): answers a current with spikes that are the binary digits of a number.
+
+    Its potential begins at the current X plus half the weight of the last digit. At each of `digits` time steps it
+    fires if the potential is at least the weight of that step's digit, `2^(1-i)` for i = 0, 1, ..., which is then
+    subtracted. A layer of weights that receives a spike weighs it likewise. So what it receives in all is X, rounded,
+    from 0 to less than FEW_SPIKES_RANGE; that number is the output here. Its gradient is that of the clipping.
+
+    The time steps are within a spike step of the network, in which nothing but spikes and their weights passes between
+    layers; the neuron keeps nothing from one spike step to the next, so networks have one.
+    """
+
+    def __init__(self, digits: int = DIGITS):
+        super().__init__(surrogate_function=SURROGATE, step_mode="m")
+        self.digits = digits
+
+    def single_step_forward(self, x: Tensor) -> Tensor:
+        """Currents `[...]` of a spike step to the numbers that are sent, `[...]`."""
+        last = FEW_SPIKES_RANGE / 2**self.digits
+        clipped = x.clamp(0, FEW_SPIKES_RANGE - last)
+        return clipped + (torch.floor(clipped / last + 0.5) * last - clipped).detach()
+
+    def binary_spikes(self, numbers: Tensor) -> Tensor:
+        """The spikes that send `numbers [...]`: 0 or 1, `[digits,...]`, the digit that weighs most first."""
+        whole = (numbers * (2**self.digits / FEW_SPIKES_RANGE)).round().long()
+        places = torch.arange(self.digits - 1, -1, -1, device=numbers.device).view(-1, *numbers.dim() * (1,))
+        return (whole >> places & 1).to(numbers.dtype)
+
+
 Neuron = Callable[[], FromRest]
 """Makes the neurons of a layer. Every network takes one; it is `LIF` unless it is told otherwise."""
 
-OWN = (LIF, IF, PLIF)
+OWN = (LIF, IF, PLIF, FewSpikes)
 """The neurons of this module: each computes every element of its input by itself."""
 
 
@@ -98,7 +127,7 @@ def dynamics_of(layer: FromRest) -> Dynamics | None:
     They compute `LIF`, `IF` and `PLIF` with any time constant and threshold, with a hard reset to 0 and the paper's
     surrogate gradient. Others run as they are.
     """
-    if not is_exactly(layer, *OWN):
+    if not is_exactly(layer, LIF, IF, PLIF):
         return None
     own: Any = layer  # one of these three
     values = (own.v_threshold, own.v_reset, getattr(own, "tau", TAU))

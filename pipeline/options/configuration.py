@@ -224,6 +224,10 @@ def _check_values(options: Options) -> None:
     if neuron.v_reset is not None and neuron.v_reset >= neuron.v_threshold:
         limits = f"--v_reset {neuron.v_reset:g} is not less than --v_threshold {neuron.v_threshold:g}"
         raise UserError(f"{limits}: a neuron that has fired would fire again without input")
+    several = [key for key in ("spike_steps", "denoiser_spike_steps") if (options.values()[key] or 1) > 1]
+    if neuron.neuron == "fs" and several:
+        given = " ".join(f"--{key} 1" for key in several)
+        raise UserError(f"--neuron fs needs {given}: its time steps, --digits, are within a spike step")
     stage, no_label = options.run.stage, options.sampling.labels == (ANY,) or "label" not in CONDITIONS[condition]
     if options.sampling.guidance and "guidance" in typed and stage == "inpaint" and no_label:
         raise UserError("--guidance with --stage inpaint is of the labels, and here are none: leave it out")

@@ -14,6 +14,7 @@ from parts import (
     CODE_MODELS,
     DATASETS,
     DENOISERS,
+    DIGITS,
     LOSSES,
     LR_SCHEDULES,
     MASKS,
@@ -41,7 +42,8 @@ from pipeline.options.presets import PRESETS
 
 SPIKING_CODES = ("snn-vq-vae",)
 CODES = tuple(CODE_MODELS)
-LEAKY = tuple(name for name in NEURONS if name != "if")
+WITH_THRESHOLD = tuple(name for name in NEURONS if name != "fs")
+LEAKY = tuple(name for name in WITH_THRESHOLD if name != "if")
 TRAINING_STAGES = ("all", "vqsvae", "sdid")
 STAGES = (*TRAINING_STAGES, "sample", "inpaint", "evaluate")
 OF_STAGE_1, OF_STAGE_2 = ("all", "vqsvae"), ("all", "sdid")
@@ -281,8 +283,8 @@ class NeuronOptions:
 
     neuron: str = option(
         "lif",
-        "neuron of the autoencoder and the denoiser: leaky integrate-and-fire (the paper's), without a leak (if), or "
-        "with a learned time constant for each layer (plif)",
+        "neuron of the autoencoder and the denoiser: leaky integrate-and-fire (the paper's), without a leak (if), "
+        "with a learned time constant for each layer (plif), or one that sends binary digits (fs)",
         Role.IDENTITY,
         choices=NEURONS,
         of=("snn-vq-vae", "snn-vae", *DENOISERS),
@@ -297,7 +299,13 @@ class NeuronOptions:
         of=LEAKY,
     )
     v_threshold: float = option(
-        V_THRESHOLD, "membrane potential at which a neuron fires", Role.IDENTITY, low=POSITIVE, high=10**6, metavar="X"
+        V_THRESHOLD,
+        "membrane potential at which a neuron fires",
+        Role.IDENTITY,
+        low=POSITIVE,
+        high=10**6,
+        metavar="X",
+        of=WITH_THRESHOLD,
     )
     v_reset: float | None = option(
         V_RESET,
@@ -308,6 +316,16 @@ class NeuronOptions:
         metavar="X",
         absent="soft",
         shown=f"{V_RESET:g}",
+        of=WITH_THRESHOLD,
+    )
+    digits: int = option(
+        DIGITS,
+        "binary digits of a few-spikes neuron: time steps in which it fires at most once each",
+        Role.IDENTITY,
+        low=1,
+        high=8,
+        metavar="N",
+        of=("fs",),
     )
 
 

@@ -12,7 +12,7 @@ from datasets import ImageData
 from diffusion.absorbing import AbsorbingDiffusion
 from metrics.energy import Operations, count_layers, firing_rates
 from models import SDID, VQSVAE, ResidualSDID, reference
-from models.neurons import LIF
+from models.neurons import LIF, FewSpikes
 from pipeline.evaluation.model_records import energy_records
 from pipeline.runtime.device import Machine
 from pipeline.sampling.image_models import CodeDiffusion
@@ -26,14 +26,14 @@ def count(*arguments, **options):
     return sum(count_layers(*arguments, **options).values(), Operations(0, 0, 0))
 
 
-def two_layers(second):
-    """A convolution that passes the pixels on to the first of its two channels, LIF, and a second layer; two steps."""
+def two_layers(second, neuron=LIF):
+    """A convolution that passes half the pixels on to the first of two channels, neurons, a second layer; two steps."""
     first = nn.Conv2d(1, 2, 3, padding=1)
     with torch.no_grad():
         for parameter in first.parameters():
             parameter.zero_()
         first.weight[0, 0, 1, 1] = 0.5
-    return nn.Sequential(first, nn.Unflatten(0, (2, -1)), LIF(), nn.Flatten(0, 1), *second).eval()
+    return nn.Sequential(first, nn.Unflatten(0, (2, -1)), neuron(), nn.Flatten(0, 1), *second).eval()
 
 
 def lively(network, *inputs):
@@ -100,6 +100,19 @@ def test_two_layers_by_hand(second, acs, dense):
     assert operations.energy == pytest.approx(4.6 * 2 * first + 0.9 * acs)
     assert operations.dense_energy == pytest.approx(4.6 * (first + dense))
     assert firing_rates(network, call) == {"2": 1 / 32}
+
+
+def test_each_digit_of_a_number_that_is_1_is_an_accumulate():
+    """Operations by hand; two images."""
+    network = two_layers([nn.Conv2d(2, 3, 3, padding=1)], FewSpikes)
+    image = torch.zeros(2, 1, 4, 4)
+    image[0, 0, 0, 0], image[1, 0, 0, 0], image[0, 0, 1, 1] = 2.6, 0.9, 100.0  # currents 1.3, 0.45, 50
+    first = 1 * 2 * 10 * 10
+    operations = count(network, lambda: network(image), images=2)
+    assert operations.acs * 2 == 3 * ((2 + 1) * 4 + 4 * 9), "0101, 0010 and 1111"
+    assert (operations.macs, operations.dense_macs) == (first, first + 2 * 3 * 10 * 10)
+    assert firing_rates(network, lambda: network(image)) == {"2": 7 / (4 * 2 * 2 * 16)}
+    assert count(network, lambda: network(image - 0.1), images=2).acs > 0
 
 
 def test_transposed_convolution_by_hand():

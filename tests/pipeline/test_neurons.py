@@ -12,7 +12,7 @@ from test_start import block
 
 import parts
 from models import build_denoiser, build_model, choose_neuron, model_options, neuron_options
-from models.neurons import IF, LIF, PLIF, FromRest
+from models.neurons import IF, LIF, PLIF, FewSpikes, FromRest
 from models.spiking import Firing
 from parts import AUTOENCODERS, DENOISERS, NEURONS
 from pipeline.checkpoints import load_weights
@@ -47,21 +47,26 @@ def spiking_networks(**options):
     return {name: build(name, **sizes, **options) for name, (build, sizes) in networks.items()}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("lif", LIF), ("if", IF), ("plif", PLIF)])
+@pytest.mark.parametrize(("name", "kind"), [("lif", LIF), ("if", IF), ("plif", PLIF), ("fs", FewSpikes)])
 def test_every_network_is_made_of_the_neurons_that_are_chosen(name, kind):
-    chosen = choose_neuron(name, tau=3.0, v_threshold=0.7, v_reset=-0.1)
+    chosen = choose_neuron(name, tau=3.0, v_threshold=0.7, v_reset=-0.1, digits=3)
+    threshold = 1.0 if name == "fs" else 0.7
     for network, made in spiking_networks(neuron=chosen).items():
         layers = neurons_of(made)
         assert len(layers) >= 5 and {type(layer) for layer in layers} == {kind}, network
-        assert {(layer.v_threshold, layer.v_reset) for layer in layers} == {(0.7, -0.1)}
+        if name == "fs":
+            assert {layer.digits for layer in layers} == {3}
+        else:
+            assert {(layer.v_threshold, layer.v_reset) for layer in layers} == {(0.7, -0.1)}
         if name == "lif":
             assert {layer.tau for layer in layers} == {3.0}
         learned = [value for key, value in made.state_dict().items() if key.endswith(".w")]
         assert len(learned) == (len(layers) if name == "plif" else 0)
         assert all(float(value.sigmoid()) == pytest.approx(1 / 3) for value in learned)
         firing = [layer.norm for layer in made.modules() if isinstance(layer, Firing)]
-        assert bool(firing) == (network == "residual") and all((norm.bias == 0.7).all() for norm in firing)
-    assert neuron_options(name) == ("tau", "v_threshold", "v_reset")[name == "if" :]
+        assert bool(firing) == (network == "residual") and all((norm.bias == threshold).all() for norm in firing)
+    options = {"if": ("v_threshold", "v_reset"), "fs": ("digits",)}
+    assert neuron_options(name) == options.get(name, ("tau", "v_threshold", "v_reset"))
 
 
 def test_the_default_is_the_papers_neuron_and_has_no_weights():
@@ -69,6 +74,28 @@ def test_the_default_is_the_papers_neuron_and_has_no_weights():
         assert not any("lif" in key or "neuron" in key for key in network.state_dict()), name
         assert {type(layer) for layer in neurons_of(network)} == {LIF}
         assert {(layer.tau, layer.v_threshold, layer.v_reset) for layer in neurons_of(network)} == {(2.0, 1.0, 0.0)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("digits", [1, 4])
+def test_a_few_spikes_neuron_fires_as_its_thresholds_say(digits):
+    """The potential falls by the weight of each digit that it reaches (arXiv 2002.00860); a layer adds what arrives."""
+    layer, weights = choose_neuron("fs", digits=digits)(), [2.0 ** (1 - i) for i in range(digits)]
+    currents = torch.cat([torch.linspace(-1, 6, 999), torch.tensor([0.125, 1 / 8 - 1e-3, 3.875, 1.0])]).view(1, 17, -1)
+    potential, fired = currents.clamp_max(4 - weights[-1]) + weights[-1] / 2, []
+    for weight in weights:
+        fired.append((potential >= weight).float())
+        potential = potential - weight * fired[-1]
+    numbers = layer(currents)
+    assert torch.equal(layer.binary_spikes(numbers), torch.stack(fired))
+    assert torch.equal(numbers, sum(weight * spikes for weight, spikes in zip(weights, fired, strict=True)))
+    assert len(numbers.unique()) == 2**digits and torch.equal(layer(numbers), numbers)
+
+
+def test_the_gradient_of_a_few_spikes_neuron_is_that_of_clipping():
+    currents = torch.tensor([[-1.0, 0.3, 3.7, 4.5]], requires_grad=True)
+    choose_neuron("fs")()(currents).sum().backward()
+    assert currents.grad.tolist() == [[0, 1, 1, 0]]
 
 
 @pytest.mark.parametrize("name", [*NEURONS, "own"])
@@ -174,6 +201,10 @@ def test_weights_of_other_neurons_do_not_pass_for_these(plif, cli, tmp_path):
     [
         (("--neuron", "if", "--tau", "3"), "if has no --tau: leave it out"),
         (("--neuron", "izhikevich"), "--neuron"),
+        (("--neuron", "lif", "--digits", "2"), "lif has no --digits: leave it out"),
+        (("--neuron", "fs", "--v_reset", "soft"), "fs has no --v_reset: leave it out"),
+        (("--neuron", "fs"), "--neuron fs needs --spike_steps 1: its time steps"),
+        (("--neuron", "fs", "--spike_steps", "1", "--denoiser_spike_steps", "2"), "needs --denoiser_spike_steps 1"),
         (("--tau", "1"), "'1' is not from 1.0001 to"),
         (("--v_threshold", "0"), "greater than 0"),
         (("--v_threshold", "0.5", "--v_reset", "0.5"), "--v_reset 0.5 is not less than --v_threshold 0.5"),
@@ -194,6 +225,8 @@ def test_what_a_neuron_does_not_have_is_refused(options, said, cli, grey, tmp_pa
         ("--neuron", "plif", "--model", "snn-vae"),
         (*IMPROVED, "--neuron", "if"),
         (*IMPROVED, "--neuron", "plif"),
+        ("--neuron", "fs", "--digits", "3", "--spike_steps", "1"),
+        (*IMPROVED, "--neuron", "fs", "--spike_steps", "1", "--denoiser_spike_steps", "1"),
     ],
     ids=lambda options: " ".join(map(str, options[-4:])),
 )
@@ -203,14 +236,14 @@ def test_other_networks_train_with_other_neurons(options, cli, grey, tmp_path):
         sizes, epochs = without(SMALL, "--codebook_size", "--denoiser_channels"), SHORT[:2]
     outcome = cli(*grey, *sizes, *options, *epochs, "--metrics", "mse,energy", "--result_path", tmp_path)
     assert outcome.status == 0, outcome.err
-    neuron, fused = block(outcome.out)["neuron"], "--v_reset" not in options
+    neuron, fused = block(outcome.out)["neuron"], not {"--v_reset", "fs"} & set(options)
     assert neuron.endswith("(compiled kernels)" if fused else "(SpikingJelly, not fused)")
     assert neuron.split(",")[0] == (options[options.index("--neuron") + 1] if "--neuron" in options else "lif")
 
 
 def test_a_neuron_of_ones_own_is_a_line(cli, grey, tmp_path, monkeypatch):
     monkeypatch.setitem(parts.NEURONS, "own", f"{__name__}:Quadratic")
-    run, outcome = trained(cli, grey, tmp_path, "--neuron", "own", "--v_threshold", 0.4)
-    assert block(outcome.out)["neuron"] == "own, tau 2, v_threshold 0.4 (SpikingJelly, not fused)"
+    run, outcome = trained(cli, grey, tmp_path, "--neuron", "own")
+    assert block(outcome.out)["neuron"] == "own, tau 2, v_threshold 1 (SpikingJelly, not fused)"
     assert {type(layer) for layer in neurons_of(SpikingDiffusion.load(run).model.denoiser)} == {Quadratic}
     assert 0 < read_metrics(run)["firing_rate"]["value"] < 1
