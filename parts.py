@@ -20,7 +20,11 @@ DATASETS = {
 }
 """Data sets (`--dataset_name`): functions of a folder and the number of training images, to a `datasets.Source`."""
 
-CODE_MODELS = {"snn-vq-vae": "models.vq_svae:VQSVAE", "vq-vae": "models.vq_vae:VQVAE"}
+CODE_MODELS = {
+    "snn-vq-vae": "models.vq_svae:VQSVAE",
+    "residual-svae": "models.residual_svae:ResidualSVAE",
+    "vq-vae": "models.vq_vae:VQVAE",
+}
 """Autoencoders with codes, hence with a second stage: classes derived from `models.vq_autoencoder.VQAutoencoder`."""
 
 AUTOENCODERS = {**CODE_MODELS, "snn-vae": "models.fsvae:FSVAE"}
@@ -41,7 +45,7 @@ TAU, V_THRESHOLD, V_RESET = 2.0, 1.0, 0.0
 """The paper's neuron: time constant in spike steps, threshold, and the potential after a spike (`None`: soft reset)."""
 
 DIGITS, FEW_SPIKES_RANGE = 4, 4.0
-"""The few-spikes neuron: its time steps, in which it sends the binary digits of a number, and a bound of that number."""
+"""The few-spikes neuron: its time steps, in which it sends a number in binary digits, and a bound of that number."""
 
 MEMBRANE_DECAY, FILTER_TAU = 0.8, 2.0
 """The paper's filters of spikes: decay of the membrane readout, time constant of the postsynaptic potential."""

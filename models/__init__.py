@@ -12,6 +12,7 @@ from models.denoiser import Denoiser
 from models.fsvae import FSVAE
 from models.neurons import Neuron
 from models.residual_sdid import ResidualSDID
+from models.residual_svae import ResidualSVAE
 from models.sdid import SDID
 from models.vq_autoencoder import VQAutoencoder
 from models.vq_svae import VQSVAE
@@ -74,6 +75,7 @@ __all__ = [
     "Autoencoder",
     "Denoiser",
     "ResidualSDID",
+    "ResidualSVAE",
     "VQAutoencoder",
     "build_denoiser",
     "build_model",

@@ -1,5 +1,6 @@
 """A residual spiking denoiser of the codes, an alternative to the paper's SDID (`--denoiser residual`)."""
 
+import math
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ from models.neurons import LIF, Neuron
 from models.prototypes import Prototypes
 from models.spiking import Firing, apply_head, literal, mean_weights, one_hot
 
+MOST_POSITIONS = 64  # mixed by a matrix each
 HEADS = 16  # groups of channels, each with its own mixing matrix
 THRESHOLD_BIAS = 1.0  # initial bias of batch norm, in thresholds; the paper's neuron at rest fires at a current of 2
 BRANCH_SCALE = 0.3  # scale of the initial weights at the end of each residual branch
@@ -60,6 +62,13 @@ class MixingBlock(nn.Module):
         return x.reshape(steps, samples, height, width, channels).permute(0, 1, 4, 2, 3)
 
 
+def _patch(grid: tuple[int, int]) -> int:
+    """The side of a patch of tokens that suits a grid."""
+    fitting = [patch for patch in (1, 2, 4) if not any(side % patch for side in grid)]
+    few = [patch for patch in fitting[1:] if math.prod(grid) <= MOST_POSITIONS * patch**2]
+    return min(few, default=fitting[-1])
+
+
 class ResidualSDID(Denoiser):
     """A residual network of blocks of the class `MixingBlock`.
 
@@ -75,7 +84,9 @@ class ResidualSDID(Denoiser):
         denoiser_blocks: number of blocks.
         prototypes: number of prototypes it can be conditioned on; they must be fitted (`Conditions.fit`). 0 for none.
         classes: number of classes whose labels it can be conditioned on; their counts must be fitted, too. 0 for none.
-        grid: height and width of the grid of codes. Patches are 2x2 tokens, or single tokens if a side is odd.
+        grid: height and width of the grid of codes.
+        patch: side of a patch of tokens, 1, 2 or 4; None: the smallest, but 1 only if a side is odd, of which there are
+            at most MOST_POSITIONS, or else the largest that fits.
         margin: how many tokens around a patch are embedded with it: 1; 0 in older weights.
         neuron: makes the neurons of a layer.
     """
@@ -89,6 +100,7 @@ class ResidualSDID(Denoiser):
         prototypes: int = 0,
         classes: int = 0,
         grid: tuple[int, int] = (14, 14),
+        patch: int | None = None,
         margin: int = 1,
         neuron: Neuron = LIF,
     ):
@@ -96,7 +108,7 @@ class ResidualSDID(Denoiser):
         width = denoiser_channels
         if width % HEADS:
             raise ValueError(f"denoiser_channels must be a multiple of {HEADS}, got {width}")
-        patch = 1 if any(side % 2 for side in grid) else 2
+        patch = patch or _patch(grid)
         height, columns = grid[0] // patch, grid[1] // patch
         self.patch, self.margin, side = patch, margin, patch + 2 * margin
         self.embed = one_hot(nn.Conv2d(codebook_size + 1, width, side, stride=patch, padding=margin, bias=False))
@@ -115,7 +127,7 @@ class ResidualSDID(Denoiser):
     def options_of(weights: dict[str, Tensor]) -> dict[str, int | tuple[int, int]]:
         """All options but `spike_steps`, inferred from its weights. Raises KeyError for those of another network."""
         width, channels, side, _ = weights["embed.weight"].shape
-        patch = 2 - side % 2
+        patch = next(patch for patch in (1, 2, 4) if side - patch in (0, 2))  # 4 always has a margin
         height, columns = weights["position"].shape[1:]
         blocks = sum(name.endswith(".mix.weight") for name in weights)
         prototypes = len(weights.get("prototypes.counts", ()))
@@ -127,6 +139,7 @@ class ResidualSDID(Denoiser):
             prototypes=prototypes,
             classes=classes,
             grid=(patch * height, patch * columns),
+            patch=patch,
             margin=(side - patch) // 2,
         )
 

@@ -36,6 +36,7 @@ class VQAutoencoder(nn.Module, ABC):
     """
 
     downsampling = 4  # side of an image divided by the side of its grid of codes
+    codes_a_side = 1  # of the square of codes that stands for one position of the encoder's output
     spike_steps = 1  # runs of each layer for one image; more in spiking models
 
     def __init__(

@@ -50,8 +50,11 @@ class Networks:
         """A new autoencoder for stage 1, still on the CPU, with the initial weights of the run's seed."""
         o = self.options.autoencoder
         options = _chosen(model_options(o.model), vars(o), channels=channels, image_size=image_size, neuron=self.neuron)
-        with seeded(derive_seed(self.options.run.seed, "weights", 1)):
-            return build_model(o.model, **options)
+        try:
+            with seeded(derive_seed(self.options.run.seed, "weights", 1)):
+                return build_model(o.model, **options)
+        except ValueError as error:  # it names the option
+            raise UserError(f"--{error}") from error
 
     def new_denoiser(self, grid: tuple[int, int], data: ImageData) -> Denoiser:
         """The same for stage 2: a denoiser for a `grid` (h, w) of codes of the images in `data`."""

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import ImageData, load_dataset
 from errors import UserError
 from models import Autoencoder, Denoiser, VQAutoencoder
+from parts import CODE_MODELS, find_part
 from pipeline.networks import Networks
 from pipeline.options.configuration import Call, assemble
 from pipeline.options.parser import as_written
@@ -107,7 +108,9 @@ class Session:
     @property
     def code_grid(self) -> tuple[int, int]:
         """Height and width of an image's grid of codes. Raises UserError if it has fewer timesteps than asked for."""
-        height, width = (side // self.options.autoencoder.downsampling for side in self.image_shape[1:])
+        o = self.options.autoencoder
+        a_side = find_part(CODE_MODELS, o.model).codes_a_side
+        height, width = (side // o.downsampling * a_side for side in self.image_shape[1:])
         check_sample_steps(self.options.sampling.sample_steps, height * width)
         return height, width
 

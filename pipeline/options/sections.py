@@ -40,7 +40,9 @@ from pipeline.options.declaration import (
 )
 from pipeline.options.presets import PRESETS
 
-SPIKING_CODES = ("snn-vq-vae",)
+PAPERS = ("snn-vq-vae",)
+SPIKING_CODES = (*PAPERS, "residual-svae")
+LEARNED_CODES = tuple(name for name in CODE_MODELS if name != "residual-svae")
 CODES = tuple(CODE_MODELS)
 WITH_THRESHOLD = tuple(name for name in NEURONS if name != "fs")
 LEAKY = tuple(name for name in WITH_THRESHOLD if name != "if")
@@ -190,20 +192,37 @@ class AutoencoderOptions:
 
     model: str = option(
         "snn-vq-vae",
-        "autoencoder: the paper's, the same without spikes, or FSVAE, which has no codes and no stage 2",
+        "autoencoder: the paper's, a residual one, the paper's without spikes, or FSVAE (no codes, no stage 2)",
         Role.IDENTITY,
         choices=AUTOENCODERS,
         common=True,
     )
     spike_steps: int = option(16, "spike steps S of every layer", Role.IDENTITY, **STEPS)
     codebook_size: int = option(128, "number of codes K", Role.IDENTITY, low=2, high=32767, metavar="K", of=CODES)
-    embedding_dim: int = option(16, "width of a code's embedding", Role.IDENTITY, low=1, high=4096, metavar="D")
+    embedding_dim: int = option(
+        16,
+        "width of a code's embedding",
+        Role.IDENTITY,
+        low=1,
+        high=4096,
+        metavar="D",
+        of=(*LEARNED_CODES, "snn-vae"),
+    )
     hidden_channels: int = option(
-        32, "channels of the first layer; the second has twice as many", Role.IDENTITY, **WIDTH
+        32, "channels of the first layer; twice as many at half its resolution", Role.IDENTITY, **WIDTH
+    )
+    autoencoder_blocks: int = option(
+        1,
+        "residual blocks at each resolution of encoder and decoder",
+        Role.IDENTITY,
+        low=1,
+        high=1000,
+        metavar="N",
+        of=("residual-svae",),
     )
     downsampling: int = option(
         4,
-        "downsampling factor from the image to its grid of codes",
+        "downsampling factor from the image to its grid of codes; of residual-svae, to its squares of 2x2 codes",
         Role.IDENTITY,
         choices=(2, 4),
         of=SPIKING_CODES,
@@ -212,7 +231,7 @@ class AutoencoderOptions:
         False,
         "dead-code restart: move codes that a batch does not use to encoded vectors",
         Role.NETWORKS,
-        of=SPIKING_CODES,
+        of=PAPERS,
         stages=OF_STAGE_1,
     )
     clipped_error: bool = option(
@@ -227,14 +246,14 @@ class AutoencoderOptions:
         "ablation: what the quantiser reads from the spikes",
         Role.NETWORKS,
         choices=READOUTS,
-        of=SPIKING_CODES,
+        of=PAPERS,
     )
     spike_generator: str = option(
         "adaptive",
         "ablation: how embeddings become spikes",
         Role.IDENTITY,
         choices=SPIKE_GENERATORS,
-        of=SPIKING_CODES,
+        of=PAPERS,
     )
 
 
@@ -287,7 +306,7 @@ class NeuronOptions:
         "with a learned time constant for each layer (plif), or one that sends binary digits (fs)",
         Role.IDENTITY,
         choices=NEURONS,
-        of=("snn-vq-vae", "snn-vae", *DENOISERS),
+        of=(*SPIKING_CODES, "snn-vae", *DENOISERS),
     )
     tau: float = option(
         TAU,
@@ -376,7 +395,7 @@ class TrainingOptions:
         False,
         "after stage 1, give similar codes similar numbers: sdid, which reads the numbers, learns faster",
         Role.TRAINING,
-        of=CODES,
+        of=LEARNED_CODES,
         stages=OF_STAGE_1,
     )
     loss: str = option(
