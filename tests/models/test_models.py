@@ -18,6 +18,7 @@ from models import (
     VQVAE,
     Denoiser,
     ResidualSDID,
+    ResidualSVAE,
     build_denoiser,
     build_model,
     denoiser_options,
@@ -66,7 +67,7 @@ def random_tokens(samples=6, side=5):
 
 def test_unknown_model_names_the_valid_ones():
     for function in (build_model, model_options):
-        with pytest.raises(ValueError, match="snn-vq-vae, vq-vae, snn-vae"):
+        with pytest.raises(ValueError, match="snn-vq-vae, residual-svae, vq-vae, snn-vae"):
             function("snn-vq-vea")
     for function in (build_denoiser, denoiser_options):
         with pytest.raises(ValueError, match="sdid, residual"):
@@ -81,7 +82,7 @@ def test_unknown_model_names_the_valid_ones():
 def test_a_network_takes_its_own_options_alone(build, options_of, table):
     values = dict(
         channels=3,
-        codebook_size=20,
+        codebook_size=16,
         embedding_dim=6,
         spike_steps=2,
         hidden_channels=4,
@@ -101,6 +102,9 @@ def test_a_network_takes_its_own_options_alone(build, options_of, table):
 
 OPTIONS = {
     VQSVAE: {"channels": 3, "codebook_size": 20, "embedding_dim": 6, "hidden_channels": 4},
+    ResidualSVAE: {
+        **{"channels": 3, "codebook_size": 16, "hidden_channels": 4, "downsampling": 4, "autoencoder_blocks": 2}
+    },
     VQVAE: {"channels": 3, "codebook_size": 20, "embedding_dim": 6, "hidden_channels": 4},
     FSVAE: {
         **{"channels": 3, "image_size": 20, "latent_dim": 7, "candidates": 3},
@@ -114,6 +118,7 @@ OPTIONS = {
         "prototypes": 3,
         "classes": 5,
         "grid": (4, 6),
+        "patch": 2,
         "margin": 1,
     },
 }

@@ -43,7 +43,7 @@ def spiking_networks(**options):
     of_denoiser = dict(codebook_size=8, spike_steps=3, denoiser_channels=16)
     networks = {name: (build_model, small) for name in AUTOENCODERS if "neuron" in model_options(name)}
     networks |= {name: (build_denoiser, of_denoiser) for name in DENOISERS}
-    assert set(networks) == {"snn-vq-vae", "snn-vae", "sdid", "residual"}
+    assert set(networks) == {"snn-vq-vae", "residual-svae", "snn-vae", "sdid", "residual"}
     return {name: build(name, **sizes, **options) for name, (build, sizes) in networks.items()}
 
 

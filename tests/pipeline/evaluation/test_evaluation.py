@@ -14,7 +14,7 @@ from datasets import ImageData
 from errors import UserError
 from metrics.extraction import extract
 from metrics.frechet import feature_statistics, frechet_distance
-from models import FSVAE, SDID, VQSVAE, VQVAE
+from models import FSVAE, SDID, VQSVAE, VQVAE, ResidualSVAE
 from parts import SAMPLE_METRICS
 from pipeline.evaluation import image_records, loaders, protocols, temperature
 from pipeline.evaluation.feature_networks import FadNetwork
@@ -339,20 +339,21 @@ def test_a_temperature_is_not_chosen_on_few_images_or_on_the_test_split(data, tm
 # ---- generators ----
 
 
-def code_diffusion(autoencoder):
-    return CodeDiffusion(autoencoder, SDID(5, 3, 4), (2, 2), CPU, 0, Settings(), batch_size=3)
+def code_diffusion(autoencoder, denoiser=None, grid=(2, 2)):
+    return CodeDiffusion(autoencoder, denoiser or SDID(5, 3, 4), grid, CPU, 0, Settings(), batch_size=3)
 
 
 def generators():
     torch.manual_seed(0)
     return {
         "snn-vq-vae": code_diffusion(VQSVAE(1, 5, 4, 3, 4)),
+        "residual-svae": code_diffusion(ResidualSVAE(1, 4, 3, 4, downsampling=4), SDID(4, 3, 4), (4, 4)),
         "vq-vae": code_diffusion(VQVAE(1, 5, 4, 4)),
         "snn-vae": PriorSampling(FSVAE(1, 8, 6, 4, spike_steps=3, hidden_channels=4), CPU, 0, batch_size=3),
     }
 
 
-@pytest.mark.parametrize("name", ["snn-vq-vae", "vq-vae", "snn-vae"])
+@pytest.mark.parametrize("name", ["snn-vq-vae", "residual-svae", "vq-vae", "snn-vae"])
 def test_samples_do_not_depend_on_the_batch(name, float64):
     generator = generators()[name]
     images = generator.draw_images(range(8))
@@ -361,7 +362,7 @@ def test_samples_do_not_depend_on_the_batch(name, float64):
     assert torch.equal(replace(generator, batch_size=1).reconstruct(noise(4)), generator.reconstruct(noise(4)))
 
 
-@pytest.mark.parametrize("name", ["snn-vq-vae", "vq-vae", "snn-vae"])
+@pytest.mark.parametrize("name", ["snn-vq-vae", "residual-svae", "vq-vae", "snn-vae"])
 def test_cost_is_counted_and_leaves_the_model_as_it_was(name):
     generator = generators()[name]
     before = generator.draw_images(range(4))
@@ -370,7 +371,7 @@ def test_cost_is_counted_and_leaves_the_model_as_it_was(name):
     assert set(cost.operations) >= {"encode", "decode", "sample"} and cost.operations["encode"].macs > 0
     assert all(0 <= rate <= 1 for rate in cost.firing_rates.values()) and cost.firing_rates
     # 3x3 weights at stride 2 from 8 to 4 to 2 positions an axis, then 1x1: 3n-1 of them meet no padding
-    if name != "snn-vae":
+    if name in ("snn-vq-vae", "vq-vae"):
         assert cost.operations["encode"].dense_macs == 11**2 * 4 + 5**2 * 4 * 8 + 2**2 * 8 * 4
     if name == "vq-vae":
         assert cost.operations["encode"].acs == 0

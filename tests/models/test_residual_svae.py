@@ -1,0 +1,90 @@
+"""The residual autoencoder: what its codes are, and what reaches them."""
+
+import pytest
+import torch
+from helpers import as_modules
+from torch import nn
+
+from metrics.energy import count_layers
+from models import ResidualSVAE, choose_neuron
+from models.neurons import FewSpikes
+
+FS = choose_neuron("fs")
+
+
+def made(training=False, **options):
+    """A small one in float64, whose running statistics have seen images."""
+    torch.manual_seed(0)
+    model = ResidualSVAE(hidden_channels=6, **options).double()
+    for _ in range(0 if training else 30):
+        model(some_images(model.channels))
+    return model.train(training)
+
+
+def some_images(channels=1, count=3):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, channels, 16, 12, generator=generator).double()
+
+
+@pytest.mark.parametrize("downsampling", [2, 4])
+@pytest.mark.parametrize(("neuron", "spike_steps"), [("fs", 1), ("lif", 3)])
+@torch.no_grad()
+def test_a_code_is_the_number_that_a_neuron_sends(downsampling, neuron, spike_steps):
+    model = made(downsampling=downsampling, neuron=choose_neuron(neuron), spike_steps=spike_steps, codebook_size=4)
+    images = some_images()
+    codes = model.encode(images)
+    assert codes.shape == (3, 2 * 16 // downsampling, 2 * 12 // downsampling) and model.downsampling * 2 == downsampling
+    assert len(codes.unique()) == 4 and len(model.encode(images[:1]).unique()) > 1
+    numbers = []
+    hook = model.encoder.fire_codes.lif.register_forward_hook(lambda _, __, sent: numbers.append(sent[0]))
+    out = model(images)
+    hook.remove()
+    assert torch.equal(nn.functional.pixel_shuffle(numbers[0], 2)[:, 0], codes.double())  # 0, 1, 2, 3 with 2 digits
+    assert torch.equal(out.codes, codes) and torch.equal(out.images, model.decode(codes)) and out.quantizer_loss == 0
+    assert torch.equal(model.decode(codes[1:2]), out.images[1:2]), "no image depends on another"
+    assert out.images.std() > 0.01 and out.images.shape == images.shape
+    changed = codes.clone()
+    changed[:, 0, 0] = 3 - changed[:, 0, 0]
+    differs = (model.decode(changed) != out.images).flatten(0, 1).any(0)
+    assert differs[0, 0] and not differs.all() if downsampling == 2 else differs.any()
+
+
+@pytest.mark.parametrize("downsampling", [2, 4])
+def test_every_weight_learns(downsampling):
+    model = made(training=True, downsampling=downsampling, neuron=FS, codebook_size=8, autoencoder_blocks=2)
+    model(some_images()).loss.backward()
+    still = [name for name, weight in model.named_parameters() if weight.requires_grad and not weight.grad.any()]
+    assert still == []
+    assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == [
+        "vq_layer.embeddings.weight"
+    ]
+
+
+@pytest.mark.parametrize("spike_steps", [1, 3])
+@torch.no_grad()
+def test_layers_called_as_modules_at_each_step_agree(spike_steps):
+    model = made(spike_steps=spike_steps, downsampling=4, neuron=choose_neuron("lif"))
+    fast = model(some_images())
+    with as_modules(model):
+        literal = model(some_images())
+    assert torch.equal(fast.codes, literal.codes) and torch.allclose(fast.images, literal.images, atol=1e-9)
+
+
+@torch.no_grad()
+def test_every_layer_but_the_first_receives_spikes():
+    model = made(neuron=FS, downsampling=4)
+    layers = count_layers(model, lambda: model(some_images()), images=3)
+    multiplied = [name for name, counted in layers.items() if counted.macs]
+    assert multiplied == ["encoder.embed"] and len(layers) == 14
+    assert all(counted.acs for name, counted in layers.items() if name != "encoder.embed")
+
+
+@pytest.mark.parametrize("codebook_size", [3, 12, 1, 512])
+def test_other_sizes_than_powers_of_2_are_refused(codebook_size):
+    with pytest.raises(ValueError, match=r"^codebook_size must be a power of 2 from 2 to 256, got"):
+        ResidualSVAE(codebook_size=codebook_size)
+
+
+def test_the_last_neurons_of_the_encoder_send_numbers_whatever_the_others_are():
+    sending = [name for name, layer in made(spike_steps=2).named_modules() if isinstance(layer, FewSpikes)]
+    assert sending == ["encoder.fire_codes.lif"]
