@@ -85,6 +85,21 @@ class PLIF(FromRest, neuron.ParametricLIFNode):
         super().__init__(tau, True, v_threshold, v_reset, SURROGATE, step_mode="m")
 
 
+class _Rounded(torch.autograd.Function):
+    """Numbers rounded to multiples of a weight, half of it upwards, and clipped, with the gradient of the clipping."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, last: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.most = FEW_SPIKES_RANGE - last
+        return (x / last).add_(0.5).clamp_(0, ctx.most / last + 0.5).floor_().mul_(last)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grads[0] * ((x >= 0) & (x <= ctx.most)), None
+
+
 class FewSpikes(FromRest, neuron.SimpleBaseNode):
     """Few-spikes neuron (arXiv 2002.00860): answers a current with spikes that are the binary digits of a number.
 
@@ -103,9 +118,8 @@ class FewSpikes(FromRest, neuron.SimpleBaseNode):
 
     def single_step_forward(self, x: Tensor) -> Tensor:
         """Currents `[...]` of a spike step to the numbers that are sent, `[...]`."""
-        last = FEW_SPIKES_RANGE / 2**self.digits
-        clipped = x.clamp(0, FEW_SPIKES_RANGE - last)
-        return clipped + (torch.floor(clipped / last + 0.5) * last - clipped).detach()
+        sent: Tensor = _Rounded.apply(x, FEW_SPIKES_RANGE / 2**self.digits)
+        return sent
 
     def binary_spikes(self, numbers: Tensor) -> Tensor:
         """The spikes that send `numbers [...]`: 0 or 1, `[digits,...]`, the digit that weighs most first."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.neurons import LIF, FewSpikes, Neuron
 from models.quantizer import Codebook, QuantizerOutput
-from models.spiking import Convolution, Firing, apply_head, literal, mean_weights, membrane_weights
+from models.spiking import Convolution, Firing, apply_head, bias_of, literal, mean_weights, membrane_weights
 from models.vq_autoencoder import VQAutoencoder
 from parts import FEW_SPIKES_RANGE
 
@@ -108,7 +108,7 @@ class ResidualDecoder(nn.Module):
         self.head = nn.Conv2d(hidden, 4 * channels, 3, padding=1)
         with torch.no_grad():
             self.head.weight.mul_(BRANCH_SCALE)
-            nn.init.zeros_(self.head.bias)
+            nn.init.zeros_(bias_of(self.head))
 
     def forward(self, numbers: Tensor) -> Tensor:
         """See the class."""
