@@ -6,7 +6,7 @@ names of the options (`tau`, `v_threshold`, `v_reset`, `digits`) that it has.
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from spikingjelly.activation_based import neuron, surrogate
@@ -14,7 +14,7 @@ from spikingjelly.activation_based.base import MemoryModule
 from torch import Tensor
 
 from models.kernels.compiled import is_exactly
-from models.kernels.fused_lif import Dynamics
+from models.kernels.fused_lif import Dynamics, Numbers
 from parts import DIGITS, FEW_SPIKES_RANGE, TAU, V_RESET, V_THRESHOLD
 
 SURROGATE = surrogate.ATan(2.0)
@@ -121,6 +121,10 @@ class FewSpikes(FromRest, neuron.SimpleBaseNode):
         sent: Tensor = _Rounded.apply(x, FEW_SPIKES_RANGE / 2**self.digits)
         return sent
 
+    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        """All spike steps at once, of which none depends on another: `[S,...]` to `[S,...]`."""
+        return self.single_step_forward(x_seq)
+
     def binary_spikes(self, numbers: Tensor) -> Tensor:
         """The spikes that send `numbers [...]`: 0 or 1, `[digits,...]`, the digit that weighs most first."""
         whole = (numbers * (2**self.digits / FEW_SPIKES_RANGE)).round().long()
@@ -135,12 +139,15 @@ OWN = (LIF, IF, PLIF, FewSpikes)
 """The neurons of this module: each computes every element of its input by itself."""
 
 
-def dynamics_of(layer: FromRest) -> Dynamics | None:
+def dynamics_of(layer: FromRest) -> Dynamics | Numbers | None:
     """What the compiled kernels need to know of a neuron; None for one that they do not compute.
 
-    They compute `LIF`, `IF` and `PLIF` with any time constant and threshold, with a hard reset to 0 and the paper's
-    surrogate gradient. Others run as they are.
+    They compute `FewSpikes`, and `LIF`, `IF` and `PLIF` with any time constant and threshold, with a hard reset to 0
+    and the paper's surrogate gradient. Others run as they are.
     """
+    if is_exactly(layer, FewSpikes):
+        last = FEW_SPIKES_RANGE / 2 ** cast(FewSpikes, layer).digits
+        return Numbers(last, FEW_SPIKES_RANGE - last)
     if not is_exactly(layer, LIF, IF, PLIF):
         return None
     own: Any = layer  # one of these three

@@ -2,7 +2,7 @@
 //
 // The neuron, from rest:  H = V + (y - leak V) gain,  s = [H >= threshold],  V = H (1 - s);
 // surrogate gradient ds/dH = 1 / (1 + (pi (H - threshold))^2), the reset is not detached. It leaks (leak 1, gain 1/tau)
-// or does not (leak 0, gain 1).
+// or does not (leak 0, gain 1). Or a neuron that sends y as a number: the nearest multiple of `last` from 0 to `most`.
 // Tensors are channels-last: x [S, P, C] with P = batch * height * width, or [P, C] when the input is the
 // same at every step. With `readout` weights [S] only sum_s readout[s] * spikes[s] is written, [P, C].
 // fused_lif.py is its only caller.
@@ -77,10 +77,12 @@ template <class X> struct Moments {
     }
 };
 
-template <class A> struct Neuron {
+template <class A> struct Firing {
     A gain, leak, threshold;
+    explicit Firing(const A* values) : gain(values[0]), leak(values[1]), threshold(values[2]) {}
     A charged(A y, A v) const { return v + (y - leak * v) * gain; }
     bool fires(A h) const { return h >= threshold; }
+    A sent(A h) const { return fires(h) ? A(1) : A(0); }
     A reset(A h) const { return h * (fires(h) ? A(0) : A(1)); }  // infinity becomes NaN, as in SpikingJelly
     // Gradient of the charge h, given those of its spike and of the potential after its reset.
     A gradient(A h, A ds, A dv) const {
@@ -90,7 +92,19 @@ template <class A> struct Neuron {
     }
 };
 
-template <class X, class Y> struct Forward {
+template <class A> struct Sending {
+    A last, most, gain = 1, leak = 1;  // it keeps nothing from one step to the next
+    explicit Sending(const A* values) : last(values[0]), most(values[1]) {}
+    A charged(A y, A) const { return y; }
+    A sent(A h) const {
+        const A whole = A(int(std::min(std::max(h, A(0)), most) / last + A(0.5)));
+        return h == h ? whole * last : h;  // what is no number stays none
+    }
+    A reset(A) const { return A(0); }
+    A gradient(A h, A ds, A) const { return h >= A(0) && h <= most ? ds : A(0); }
+};
+
+template <class X, class Y, template <class> class Neuron> struct Forward {
     using A = typename Accumulator<X>::type;
     const Neuron<A> kind;
     const X* x;
@@ -113,12 +127,12 @@ template <class X, class Y> struct Forward {
 #pragma omp simd
                 for (long j = 0; j < n; ++j) {
                     const A h = neuron.charged(load(in[j]) * a[j] + b[j], voltage[j]);
-                    const bool spike = neuron.fires(h);
+                    const A spike = neuron.sent(h);
                     voltage[j] = neuron.reset(h);
                     if (readout)
-                        sum[j] += spike ? readout[s] : A(0);
+                        sum[j] += spike * readout[s];
                     else
-                        store(to[j], spike ? A(1) : A(0));
+                        store(to[j], spike);
                 }
             }
             if (readout)
@@ -128,7 +142,7 @@ template <class X, class Y> struct Forward {
     }
 };
 
-template <class X, class Y> struct Backward {
+template <class X, class Y, template <class> class Neuron> struct Backward {
     using A = typename Accumulator<X>::type;
     static constexpr long SUMS = 3;
     const Neuron<A> kind;
@@ -233,30 +247,35 @@ template <class X> struct Affine {
         for_tiles(positions, channels, threads, Affine<X>{x, a, b, c, channels, grad});                      \
     }
 
-#define LIF_KERNELS(NAME, X, Y, A)                                                                           \
+#define NEURON_KERNELS(NAME, X, Y, A, NEURON)                                                                \
     extern "C" void forward_##NAME(const X* x, const A* scale, const A* shift, const A* readout, long steps, \
                                    long positions, long channels, bool constant, Y* out, const A* neuron,    \
                                    int threads) {                                                            \
-        const Neuron<A> kind{neuron[0], neuron[1], neuron[2]};                                               \
+        const NEURON<A> kind(neuron);                                                                        \
         for_tiles(positions, channels, threads,                                                              \
-                  Forward<X, Y>{kind, x, scale, shift, readout, steps, positions, channels, constant, out}); \
+                  Forward<X, Y, NEURON>{kind, x, scale, shift, readout, steps, positions, channels,          \
+                                        constant, out});                                                     \
     }                                                                                                        \
     extern "C" void backward_##NAME(const X* x, const A* scale, const A* shift, const A* mean,               \
                                     const A* invstd, const A* readout, long steps, long positions,           \
                                     long channels, bool constant, const Y* grad_out, X* grad,                \
                                     double* totals, const A* neuron, bool learns, int threads) {             \
-        const Neuron<A> kind{neuron[0], neuron[1], neuron[2]};                                               \
+        const NEURON<A> kind(neuron);                                                                        \
         for_tiles(positions, channels, threads,                                                              \
-                  Backward<X, Y>{kind, learns, x, scale, shift, mean, invstd, readout, steps, positions,     \
-                                 channels, constant, grad_out, grad, nullptr},                               \
+                  Backward<X, Y, NEURON>{kind, learns, x, scale, shift, mean, invstd, readout, steps,        \
+                                         positions, channels, constant, grad_out, grad, nullptr},            \
                   totals);                                                                                   \
     }
+
+#define BOTH_NEURONS(NAME, X, Y, A)             \
+    NEURON_KERNELS(firing_##NAME, X, Y, A, Firing) \
+    NEURON_KERNELS(sending_##NAME, X, Y, A, Sending)
 
 INPUT_KERNELS(float32, float, float)
 INPUT_KERNELS(float64, double, double)
 INPUT_KERNELS(bfloat16, bfloat16, float)
-LIF_KERNELS(float32_float32, float, float, float)
-LIF_KERNELS(float64_float64, double, double, double)
-LIF_KERNELS(float32_bfloat16, float, bfloat16, float)
-LIF_KERNELS(bfloat16_bfloat16, bfloat16, bfloat16, float)
-LIF_KERNELS(bfloat16_float32, bfloat16, float, float)
+BOTH_NEURONS(float32_float32, float, float, float)
+BOTH_NEURONS(float64_float64, double, double, double)
+BOTH_NEURONS(float32_bfloat16, float, bfloat16, float)
+BOTH_NEURONS(bfloat16_bfloat16, bfloat16, bfloat16, float)
+BOTH_NEURONS(bfloat16_float32, bfloat16, float, float)

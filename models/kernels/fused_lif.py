@@ -1,4 +1,4 @@
-"""Batch norm and a neuron (LIF, PLIF or IF) over all spike steps in one compiled pass on the CPU.
+"""Batch norm and a neuron (LIF, PLIF, IF or few-spikes) over all spike steps in one compiled pass on the CPU.
 
 On the CPU, SpikingJelly's multi-step neuron is a loop of tensor operations over the spike steps, each of which reads
 and writes all activations. `fused_lif.cpp` keeps the membrane potential in registers instead; outputs and gradients are
@@ -56,6 +56,13 @@ class Dynamics(NamedTuple):
     threshold: float = V_THRESHOLD
 
 
+class Numbers(NamedTuple):
+    """A neuron that sends the nearest multiple of `last` from 0 to `most`, with the gradient of this clipping."""
+
+    last: float
+    most: float
+
+
 PAPERS = Dynamics()
 """The neuron of the paper."""
 
@@ -69,7 +76,7 @@ class _NormLIF(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, offset, weight, bias, mean, invstd, gain, neuron, spike_steps, constant, readout, *modes):
-        dtype, ctx.training, ctx.reduction = modes
+        kernel, dtype, ctx.training, ctx.reduction = modes
         scale = weight.double() * invstd
         shift = bias.double() - mean * scale
         accumulator = torch.promote_types(x.dtype, torch.float32)
@@ -80,7 +87,7 @@ class _NormLIF(torch.autograd.Function):
         positions, channels = samples * x.shape[2] * x.shape[3], x.shape[1]
         shape = (samples if readout is not None else samples * spike_steps, *x.shape[1:])
         out = torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
-        ctx.kernel = f"{name_of(x.dtype)}_{name_of(dtype)}"
+        ctx.kernel = kernel
         sizes = (spike_steps, positions, channels, constant)
         call(f"forward_{ctx.kernel}", x, scale, shift, readout, *sizes, out, neuron)
         ctx.save_for_backward(x, weight, scale, shift, mean, invstd, gain, neuron, readout)
@@ -107,7 +114,7 @@ class _NormLIF(torch.autograd.Function):
         call(f"affine_{name_of(x.dtype)}", x, *coefficients, x.numel() // channels, channels, grad)
         grad_offset = torch.zeros_like(weight) if ctx.training else (a * grad_bias).to(weight.dtype)
         of_norm = (grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None)
-        return grad, grad_offset, *of_norm, grad_gain.sum().to(gain.dtype) if learns else None, *[None] * 7
+        return grad, grad_offset, *of_norm, grad_gain.sum().to(gain.dtype) if learns else None, *[None] * 8
 
 
 def _computes(
@@ -118,7 +125,7 @@ def _computes(
     spike_steps: int,
     constant: bool,
     readout: Tensor | None,
-    dtype: torch.dtype,
+    kernel: str,
 ) -> bool:
     """Whether the kernels compute this batch norm of these currents; torch computes others, or says what is wrong."""
     if not is_exactly(norm, nn.BatchNorm2d, nn.SyncBatchNorm) or not norm.track_running_stats or x.dim() != 4:
@@ -138,7 +145,7 @@ def _computes(
         enough = not norm.training or x.numel() // channels * spike_steps // steps > 1
     double = x.dtype == torch.float64
     same = all((value.dtype == torch.float64) == double for value in (*values, gain))
-    return enough and same and has(f"forward_{name_of(x.dtype)}_{name_of(dtype)}")
+    return enough and same and has(f"forward_{kernel}")
 
 
 @torch.compiler.disable  # the compiler cannot trace the library, and would gain nothing
@@ -151,7 +158,7 @@ def norm_lif(
     constant: bool,
     readout: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    neuron: Dynamics = PAPERS,
+    neuron: Dynamics | Numbers = PAPERS,
 ) -> Tensor | None:
     """Batch norm, then a neuron from rest over all spike steps.
 
@@ -163,16 +170,17 @@ def norm_lif(
             GPUs only, statistics are over all processes: it must have an attribute `reduction`.
         readout: weights `[S]`; if given, only `sum_s readout[s] * spikes[s]` is computed.
         dtype: type of the result, by default that of `x`.
-        neuron: what it computes; see Dynamics.
+        neuron: what it computes; see Dynamics and Numbers.
 
     Returns:
         Spikes `[S*N,C,H,W]`, or the readout `[N,C,H,W]`; channels-last. None where the kernels do not compute this.
     """
     dtype = dtype or x.dtype
-    gain = neuron.gain
+    kind, gain = ("sending", 1.0) if isinstance(neuron, Numbers) else ("firing", neuron.gain)
+    kernel = f"{kind}_{name_of(x.dtype)}_{name_of(dtype)}"
     if not isinstance(gain, Tensor):
         gain = torch.tensor(gain, dtype=torch.promote_types(x.dtype, torch.float32), device="cpu")
-    if not _computes(x, offset, norm, gain, spike_steps, constant, readout, dtype):
+    if not _computes(x, offset, norm, gain, spike_steps, constant, readout, kernel):
         return None
     x = x.contiguous(memory_format=torch.channels_last)
     sync = norm.training and isinstance(norm, nn.SyncBatchNorm)
@@ -191,6 +199,7 @@ def norm_lif(
         mean, variance = running_mean.double() - offset.detach(), running_var.double()
     invstd = (variance + norm.eps).rsqrt()
     statistics = (offset, norm.weight, norm.bias, mean, invstd)
-    values = torch.tensor((float(gain.detach()), neuron.leak, neuron.threshold), dtype=torch.float64, device="cpu")
-    modes = (dtype, norm.training, reduction)
+    numbers = neuron if isinstance(neuron, Numbers) else (float(gain.detach()), neuron.leak, neuron.threshold)
+    values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    modes = (kernel, dtype, norm.training, reduction)
     return _NormLIF.apply(x, *statistics, gain, values, spike_steps, constant, readout, *modes)

@@ -14,7 +14,7 @@ from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
 
 from models.kernels import compiled, fused_lif
-from models.neurons import IF, LIF, PLIF, dynamics_of
+from models.neurons import IF, LIF, PLIF, FewSpikes, dynamics_of
 from models.spiking import Firing, SpikingStack, fire, membrane_weights
 
 pytestmark = pytest.mark.skipif(not compiled.available(), reason="no C++ compiler")
@@ -148,8 +148,9 @@ def blocks(draw):
     steps, images = one(1, 2, 5), one(3, 3, 3, 1, 0)
     channels = one(1, 5, 70)
     values = dict(v_threshold=one(1.0, 1.0, 0.4, 1.7))
-    kind = one(LIF, LIF, IF, PLIF, PLIF)
-    neuron = partial(kind, **values, **({} if kind is IF else dict(tau=one(2.0, 1.3, 5.0))))
+    kind = one(LIF, LIF, IF, PLIF, PLIF, FewSpikes)
+    values |= {} if kind is IF else dict(tau=one(2.0, 1.3, 5.0))
+    neuron = partial(FewSpikes, one(1, 4)) if kind is FewSpikes else partial(kind, **values)
     stack = SpikingStack(nn.Conv2d(2, channels, 1, bias=one(True, False)), spike_steps=steps, neuron=neuron).double()
     stack[2].requires_grad_(one(True, True, False))
     options = dict(momentum=one(0.1, 0.0, None), eps=one(1e-5, 0.1))
@@ -170,9 +171,9 @@ def blocks(draw):
 
 def test_any_block_computes_what_torch_computes(calls, with_threads):
     with_threads(1)
-    computed = {"forward": 0, "backward": 0, "moments": 0, "torch": 0, LIF: 0, IF: 0, PLIF: 0}
+    computed = {"forward": 0, "backward": 0, "moments": 0, "torch": 0, LIF: 0, IF: 0, PLIF: 0, FewSpikes: 0}
 
-    @settings(max_examples=200, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=300, derandomize=True, deadline=None, database=None)
     @given(blocks())
     def check(block):
         calls.clear()
@@ -183,10 +184,10 @@ def test_any_block_computes_what_torch_computes(calls, with_threads):
 
     check()
     assert min(computed["forward"], computed["backward"]) > 90 and computed["moments"] > 40 and computed["torch"] > 10
-    assert min(computed[kind] for kind in (LIF, IF, PLIF)) > 20
+    assert min(computed[kind] for kind in (LIF, IF, PLIF, FewSpikes)) > 20
 
 
-KINDS = {"lif": LIF, "lif, tau 3": partial(LIF, 3.0, 0.5**0.5), "if": IF, "plif": partial(PLIF, 3.0)}
+KINDS = {"lif": LIF, "lif, tau 3": partial(LIF, 3.0, 0.5**0.5), "if": IF, "plif": partial(PLIF, 3.0), "fs": FewSpikes}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -265,15 +266,17 @@ def test_moments_far_from_zero(offset):
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("neuron", [LIF, FewSpikes])
 @torch.no_grad()
-def test_strange_currents_give_the_spikes_that_spikingjelly_gives(value, calls):
-    norm, lif, x = nn.BatchNorm2d(1).eval(), LIF(), torch.full((5, 1, 1, 1), 1.5)
+def test_strange_currents_give_the_spikes_that_spikingjelly_gives(neuron, value, calls):
+    norm, lif, x = nn.BatchNorm2d(1).eval(), neuron(), torch.full((5, 1, 1, 1), 1.5)
     x[1] = value
     found = []
     for context in (as_modules, nullcontext):
         with context(lif):
             found.append(fire(norm, lif, x, 5, bias=torch.zeros(1)).flatten().tolist())
-    assert found[0] == found[1] and calls
+    assert torch.equal(*map(torch.tensor, found)) if value == value or neuron is LIF else found[1][1] != found[1][1]
+    assert calls
 
 
 @pytest.mark.parametrize(
