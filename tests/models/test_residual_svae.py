@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from helpers import as_modules
+from helpers import as_modules, read_metrics, run_in
 from torch import nn
 
 from metrics.energy import count_layers
 from models import ResidualSVAE, choose_neuron
 from models.neurons import FewSpikes
+from spiking_diffusion import SpikingDiffusion
 
 FS = choose_neuron("fs")
 
@@ -88,3 +89,37 @@ def test_other_sizes_than_powers_of_2_are_refused(codebook_size):
 def test_the_last_neurons_of_the_encoder_send_numbers_whatever_the_others_are():
     sending = [name for name, layer in made(spike_steps=2).named_modules() if isinstance(layer, FewSpikes)]
     assert sending == ["encoder.fire_codes.lif"]
+
+
+RUN = ("--model", "residual-svae", "--neuron", "fs", "--spike_steps", 1, "--codebook_size", 8, "--hidden_channels", 4)
+OF_DENOISER = ("--denoiser", "residual", "--denoiser_channels", 16, "--sample_steps", 5, "--condition", "prototype")
+
+
+def test_both_stages_of_a_run(cli, grey, tmp_path):
+    epochs = ("--epochs", 1, "--diffusion_epochs", 1, "--metrics", "mse,codebook,energy", "--result_path", tmp_path)
+    trained = cli(*grey, *RUN, *OF_DENOISER, *epochs)
+    assert trained.status == 0, trained.err
+    run = run_in(tmp_path, "residual-svae")
+    metrics = read_metrics(run)
+    assert metrics["codebook_usage"]["value"] > 0.5 and metrics["energy_sample"]["acs"] > 0
+    model = SpikingDiffusion.load(run)
+    codes = model.encode(torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
+    assert codes.shape == (2, 8, 8) and model.decode(codes).shape == (2, 1, 16, 16)
+    for stage in (("sample",), ("inpaint", "--mask", "left")):
+        outcome = cli(*grey, "--checkpoint", run, "--stage", *stage, "--num_samples", 2)
+        assert outcome.status == 0, outcome.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--codebook_size", 12), "--codebook_size must be a power of 2 from 2 to 256, got 12"),
+        (("--sort_codes",), "residual-svae has no --sort_codes: leave it out"),
+        (("--embedding_dim", 4), "residual-svae has no --embedding_dim: leave it out"),
+        (("--revive_codes",), "residual-svae has no --revive_codes: leave it out"),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_have_is_refused(options, said, cli, grey, tmp_path):
+    outcome = cli(*grey, *RUN, *options, "--result_path", tmp_path)
+    assert outcome.status == 2 and said in outcome.err and outcome.err.count("\n") == 1
