@@ -92,6 +92,7 @@ RECIPES = {
     "fmnist-short": Recipe("FMNIST", short()),
     "fmnist-short-if": Recipe("FMNIST", short("--neuron if")),
     "fmnist-short-plif": Recipe("FMNIST", short("--neuron plif")),
+    "fmnist-short-fs": Recipe("FMNIST", short("--neuron fs --spike_steps 1")),
     "fmnist-short-rate": Recipe("FMNIST", short("--readout rate")),
     "fmnist-short-potential": Recipe("FMNIST", short("--readout potential")),
     "fmnist-short-repeat": Recipe("FMNIST", short("--spike_generator repeat")),
@@ -110,9 +111,13 @@ class Job(NamedTuple):
     rehearsed: bool = False
 
     def run(self, number: int) -> RunFolder:
-        """The run folder of a training; the first is number 0, the last -1."""
-        place = self.folder / str(range(1, len(self.recipe.trainings) + 1)[number])
-        return RunFolder(place / self.recipe.dataset / self.recipe.model)
+        """The run folder of a training; the first is number 0."""
+        return RunFolder(self.folder / str(number + 1) / self.recipe.dataset / self.recipe.model)
+
+    @property
+    def last_run(self) -> RunFolder:
+        """The run folder of the last training, which is evaluated."""
+        return self.run(len(self.recipe.trainings) - 1)
 
     def training(self, number: int) -> list[str]:
         """The options of main.py for a training."""
@@ -128,11 +133,11 @@ class Job(NamedTuple):
     def evaluation(self, seed: int) -> list[str]:
         """The options of main.py for the evaluation of a set of samples."""
         what = REHEARSED_EVALUATION if self.rehearsed else EVALUATION
-        return ["--checkpoint", str(self.run(-1).path), "--seed", str(seed), *what.split(), *self.passed_on]
+        return ["--checkpoint", str(self.last_run.path), "--seed", str(seed), *what.split(), *self.passed_on]
 
     def is_evaluated(self, seed: int) -> bool:
         """Whether metrics.json has records of the samples with this seed."""
-        return any(record.get("sampling", {}).get("seed") == seed for record in self.run(-1).read_records())
+        return any(record.get("sampling", {}).get("seed") == seed for record in self.last_run.read_records())
 
     def next_call(self) -> list[str] | None:
         """The options of main.py for what is to be done next; None if the row is finished.
@@ -240,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
         except KeyboardInterrupt:  # which the running calls have received, too: they save, and no other begins
             workers.shutdown(cancel_futures=True)
             sys.exit(130)
-    finished = [jobs[name].run(-1) for name, outcome in outcomes.items() if outcome == "finished"]
+    finished = [jobs[name].last_run for name, outcome in outcomes.items() if outcome == "finished"]
     if finished:
         print(table(read_rows(finished)))
     if any(outcome.startswith("failed") for outcome in outcomes.values()):
