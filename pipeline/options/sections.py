@@ -192,7 +192,7 @@ class AutoencoderOptions:
 
     model: str = option(
         "snn-vq-vae",
-        "autoencoder: the paper's, a residual one, the paper's without spikes, or FSVAE (no codes, no stage 2)",
+        "autoencoder: the paper's, a residual one, one without spikes, or FSVAE, which has no codes and no stage 2",
         Role.IDENTITY,
         choices=AUTOENCODERS,
         common=True,
