@@ -108,8 +108,12 @@ def count_layers(model: nn.Module, call: Callable[[], Any], images: int, spike_s
 
 
 def _sends_numbers(model: nn.Module) -> Any:
-    """A layer of neurons that send numbers as several binary spikes; None if the model has none."""
-    return next((layer for layer in model.modules() if hasattr(layer, "binary_spikes")), None)
+    """Of the layers of neurons that send numbers as several binary spikes, one with most digits; None if there is none.
+
+    What the others send are such numbers, too, with as many spikes.
+    """
+    sending: list[Any] = [layer for layer in model.modules() if hasattr(layer, "binary_spikes")]
+    return max(sending, key=lambda layer: layer.digits, default=None)
 
 
 def _as_spikes(x: Tensor, sends_numbers: Any) -> list[Tensor]:
@@ -143,12 +147,13 @@ def firing_rates(model: nn.Module, call: Callable[[], Any]) -> dict[str, float]:
 
     sends_numbers = _sends_numbers(model)
 
-    def rate(spikes: Tensor) -> float:
-        return (spikes if sends_numbers is None else sends_numbers.binary_spikes(spikes)).float().mean().item()
+    def spikes_each(sent: Tensor) -> float:
+        return sum(spikes.float().mean().item() for spikes in _as_spikes(sent, sends_numbers) or [sent])
 
-    with torch.no_grad(), OutputMonitor(model, NODES, rate) as monitor:
+    with torch.no_grad(), OutputMonitor(model, NODES, spikes_each) as monitor:
         call()
     if monitor.monitored_layers and not monitor.records:
         raise ValueError("no neuron ran")
     runs = {name: monitor[name] for name in monitor.monitored_layers}
-    return {name: sum(rates) / len(rates) for name, rates in runs.items() if rates}
+    digits = {name: getattr(layer, "digits", 1) for name, layer in model.named_modules()}
+    return {name: sum(spikes) / len(spikes) / digits[name] for name, spikes in runs.items() if spikes}

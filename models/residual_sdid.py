@@ -11,12 +11,10 @@ from models.denoiser import Denoiser
 from models.labels import Labels
 from models.neurons import LIF, Neuron
 from models.prototypes import Prototypes
-from models.spiking import Firing, apply_head, literal, mean_weights, one_hot
+from models.spiking import BRANCH_SCALE, THRESHOLD_BIAS, Firing, apply_head, literal, mean_weights, one_hot, over_steps
 
 MOST_POSITIONS = 64  # mixed by a matrix each
 HEADS = 16  # groups of channels, each with its own mixing matrix
-THRESHOLD_BIAS = 1.0  # initial bias of batch norm, in thresholds; the paper's neuron at rest fires at a current of 2
-BRANCH_SCALE = 0.3  # scale of the initial weights at the end of each residual branch
 
 
 class MixingBlock(nn.Module):
@@ -41,8 +39,8 @@ class MixingBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Currents `[S,N,C,h,w]`, or `[N,C,h,w]` if they are the same at each spike step, to `[S,N,C,h,w]`."""
         x = x + self._mix_positions(self.fire_positions(x))
-        hidden = self.expand(self.fire_channels(x).flatten(0, 1)).unflatten(0, x.shape[:2])
-        return x + self.project(self.fire_hidden(hidden).flatten(0, 1)).unflatten(0, x.shape[:2])
+        hidden = over_steps(self.expand, self.fire_channels(x))
+        return x + over_steps(self.project, self.fire_hidden(hidden))
 
     def _mix_positions(self, spikes: Tensor) -> Tensor:
         """Mix the positions of spikes `[S,N,C,h,w]`: a matrix product for each head.

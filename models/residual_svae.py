@@ -8,18 +8,22 @@ from torch import Tensor, nn
 
 from models.neurons import LIF, FewSpikes, Neuron
 from models.quantizer import Codebook, QuantizerOutput
-from models.spiking import Convolution, Firing, apply_head, bias_of, literal, mean_weights, membrane_weights
+from models.spiking import (
+    BRANCH_SCALE,
+    THRESHOLD_BIAS,
+    Convolution,
+    Firing,
+    apply_head,
+    bias_of,
+    literal,
+    mean_weights,
+    membrane_weights,
+    over_steps,
+)
 from models.vq_autoencoder import VQAutoencoder
 from parts import FEW_SPIKES_RANGE
 
 SIDE = 2  # of the square of codes that stands for one position
-FIRST_BIAS = 1.0  # initial bias of batch norm, in thresholds
-BRANCH_SCALE = 0.3  # scale of the initial weights at the end of each residual branch, and of the last layer
-
-
-def over_steps(conv: Convolution, spikes: Tensor) -> Tensor:
-    """A convolution at each spike step: `[S,N,C,H,W]` to currents `[S,N,C',H',W']`."""
-    return conv(spikes.flatten(0, 1)).unflatten(0, spikes.shape[:2])
 
 
 def of_constant(conv: Convolution, x: Tensor, spike_steps: int) -> Tensor:
@@ -38,9 +42,9 @@ class ConvolutionBlock(nn.Module):
 
     def __init__(self, width: int, spike_steps: int, neuron: Neuron):
         super().__init__()
-        self.fire_first = Firing(width, spike_steps, FIRST_BIAS, neuron)
+        self.fire_first = Firing(width, spike_steps, THRESHOLD_BIAS, neuron)
         self.first = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.fire_second = Firing(width, spike_steps, FIRST_BIAS, neuron)
+        self.fire_second = Firing(width, spike_steps, THRESHOLD_BIAS, neuron)
         self.second = nn.Conv2d(width, width, 3, padding=1, bias=False)
         with torch.no_grad():
             self.second.weight.mul_(BRANCH_SCALE)
@@ -70,11 +74,11 @@ class ResidualEncoder(nn.Module):
         self.embed = nn.Conv2d(channels, hidden, 4, stride=2, padding=1, bias=False)
         self.fine = _blocks(blocks, hidden, spike_steps, neuron)
         if levels == 2:
-            self.fire_down = Firing(hidden, spike_steps, FIRST_BIAS, neuron)
+            self.fire_down = Firing(hidden, spike_steps, THRESHOLD_BIAS, neuron)
             self.down = nn.Conv2d(hidden, width, 3, stride=2, padding=1, bias=False)
             self.coarse = _blocks(blocks, width, spike_steps, neuron)
         self.levels = levels
-        self.fire = Firing(width, spike_steps, FIRST_BIAS, neuron)
+        self.fire = Firing(width, spike_steps, THRESHOLD_BIAS, neuron)
         self.head = nn.Conv2d(width, SIDE**2, 1)
         middle = (FEW_SPIKES_RANGE - FEW_SPIKES_RANGE / 2**digits) / 2
         self.fire_codes = Firing(SIDE**2, 1, middle, partial(FewSpikes, digits))
@@ -101,10 +105,10 @@ class ResidualDecoder(nn.Module):
         self.embed = nn.Conv2d(SIDE**2, width, 3, padding=1)
         if levels == 2:
             self.coarse = _blocks(blocks, width, spike_steps, neuron)
-            self.fire_up = Firing(width, spike_steps, FIRST_BIAS, neuron)
+            self.fire_up = Firing(width, spike_steps, THRESHOLD_BIAS, neuron)
             self.up = nn.Conv2d(width, 4 * hidden, 3, padding=1, bias=False)
         self.fine = _blocks(blocks, hidden, spike_steps, neuron)
-        self.fire = Firing(hidden, spike_steps, FIRST_BIAS, neuron)
+        self.fire = Firing(hidden, spike_steps, THRESHOLD_BIAS, neuron)
         self.head = nn.Conv2d(hidden, 4 * channels, 3, padding=1)
         with torch.no_grad():
             self.head.weight.mul_(BRANCH_SCALE)

@@ -122,6 +122,15 @@ def fire(
     return spikes.to(dtype) if readout is None else weighted_sum(readout, spikes)
 
 
+THRESHOLD_BIAS = 1.0  # initial bias of batch norm, in thresholds; the paper's neuron at rest fires at a current of 2
+BRANCH_SCALE = 0.3  # scale of the initial weights at the end of each residual branch
+
+
+def over_steps(conv: Convolution, spikes: Tensor) -> Tensor:
+    """A convolution, as a module, at each spike step: `[S,N,C,H,W]` to currents `[S,N,C',H',W']`."""
+    return conv(spikes.flatten(0, 1)).unflatten(0, spikes.shape[:2])
+
+
 class Firing(nn.Module):
     """Batch norm and neurons: turns the real-valued currents of a residual network into spikes.
 

@@ -1,6 +1,7 @@
 """The networks of a run: new ones to be trained, and trained ones loaded from files."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,8 @@ class Networks:
         """A new autoencoder for stage 1, still on the CPU, with the initial weights of the run's seed."""
         o = self.options.autoencoder
         options = _chosen(model_options(o.model), vars(o), channels=channels, image_size=image_size, neuron=self.neuron)
-        try:
-            with seeded(derive_seed(self.options.run.seed, "weights", 1)):
-                return build_model(o.model, **options)
-        except ValueError as error:  # it names the option
-            raise UserError(f"--{error}") from error
+        with self._initial_weights(1):
+            return build_model(o.model, **options)
 
     def new_denoiser(self, grid: tuple[int, int], data: ImageData) -> Denoiser:
         """The same for stage 2: a denoiser for a `grid` (h, w) of codes of the images in `data`."""
@@ -69,10 +67,16 @@ class Networks:
             grid=grid,
             neuron=self.neuron,
         )
+        with self._initial_weights(2):
+            return build_denoiser(o.denoiser, **options)
+
+    @contextmanager
+    def _initial_weights(self, stage: int) -> Iterator[None]:
+        """The random numbers of a stage's initial weights. A ValueError, which names an option, is a UserError."""
         try:
-            with seeded(derive_seed(self.options.run.seed, "weights", 2)):
-                return build_denoiser(o.denoiser, **options)
-        except ValueError as error:  # it names the option
+            with seeded(derive_seed(self.options.run.seed, "weights", stage)):
+                yield
+        except ValueError as error:
             raise UserError(f"--{error}") from error
 
     def begin_autoencoder(self, autoencoder: nn.Module) -> None:

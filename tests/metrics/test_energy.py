@@ -115,6 +115,20 @@ def test_each_digit_of_a_number_that_is_1_is_an_accumulate():
     assert count(network, lambda: network(image - 0.1), images=2).acs > 0
 
 
+def test_layers_with_other_digits_are_counted_by_their_own():
+    """A coarse layer, which comes first, sends 1.0 and then a finer one 0.25, and a binary one fires."""
+    network = nn.Sequential(
+        *(nn.Conv2d(1, 1, 1), FewSpikes(2), nn.Conv2d(1, 1, 1), FewSpikes(4), nn.Conv2d(1, 1, 1), LIF())
+    ).eval()
+    for layer, bias in zip(list(network)[::2], (1.1, 0.25, 3.0), strict=True):
+        nn.init.constant_(layer.weight, 1e-3)
+        nn.init.constant_(layer.bias, bias)
+    image = torch.full((1, 1, 1, 1), 0.3)
+    layers = count_layers(network, lambda: network(image), images=1)
+    assert [(each.macs, each.acs) for each in layers.values()] == [(1, 0), (0, 1), (0, 1)]
+    assert firing_rates(network, lambda: network(image)) == {"1": 1 / 2, "3": 1 / 4, "5": 1.0}
+
+
 def test_transposed_convolution_by_hand():
     """Stride 2 to 6x6: input (i,j) reaches rows 2i-1..2i+1, columns 2j-1..2j+1 of those that there are."""
     layer = nn.ConvTranspose2d(1, 4, 3, stride=2, padding=1, output_padding=1)
