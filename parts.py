@@ -30,7 +30,11 @@ CODE_MODELS = {
 AUTOENCODERS = {**CODE_MODELS, "snn-vae": "models.fsvae:FSVAE"}
 """Networks of stage 1 (`--model`); their constructors' parameters have the names of the options."""
 
-DENOISERS = {"sdid": "models.sdid:SDID", "residual": "models.residual_sdid:ResidualSDID"}
+DENOISERS = {
+    "sdid": "models.sdid:SDID",
+    "residual": "models.residual_sdid:ResidualSDID",
+    "unet": "models.unet_sdid:UNetSDID",
+}
 """Networks of stage 2 (`--denoiser`): classes derived from `models.denoiser.Denoiser`; parameters as above."""
 
 NEURONS = {

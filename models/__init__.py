@@ -14,6 +14,7 @@ from models.neurons import Neuron
 from models.residual_sdid import ResidualSDID
 from models.residual_svae import ResidualSVAE
 from models.sdid import SDID
+from models.unet_sdid import UNetSDID
 from models.vq_autoencoder import VQAutoencoder
 from models.vq_svae import VQSVAE
 from models.vq_vae import VQVAE
@@ -76,6 +77,7 @@ __all__ = [
     "Denoiser",
     "ResidualSDID",
     "ResidualSVAE",
+    "UNetSDID",
     "VQAutoencoder",
     "build_denoiser",
     "build_model",

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from models.neurons import FromRest
 from models.quantizer import SpikingQuantizer
 from models.residual_sdid import HEADS, MixingBlock, ResidualSDID
+from models.residual_svae import ConvolutionBlock
 from models.sdid import SDID
 from models.spiking import Firing, SpikingStack
+from models.unet_sdid import UNetSDID
 from models.vq_autoencoder import VQOutput
 from models.vq_svae import VQSVAE
 from parts import FILTER_TAU, MEMBRANE_DECAY
@@ -217,7 +219,7 @@ def sample(
     return tokens
 
 
-# ---- not of the paper: the residual denoiser ----
+# ---- not of the paper: the residual denoiser and the U-Net ----
 
 
 def firing(layer: Firing, x: Tensor) -> Tensor:
@@ -234,14 +236,43 @@ def mixing_block(layer: MixingBlock, x: Tensor) -> Tensor:
     return x + torch.stack([layer.project(each) for each in firing(layer.fire_hidden, hidden)])
 
 
+def mixing_blocks(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """One after the other, on currents `[S,N,C,h,w]`."""
+    for layer in layers:
+        x = mixing_block(cast(MixingBlock, layer), x)
+    return x
+
+
 def residual_sdid(network: ResidualSDID, tokens: Tensor, condition: Tensor | None = None) -> Tensor:
     """Tokens `[N,h,w]` in 0..K and conditions `[N,J]` to logits `[N,K,h,w]`."""
+    return patch_logits(network, mixing_blocks(network.blocks, patch_currents(network, tokens, condition)))
+
+
+def patch_currents(network: ResidualSDID, tokens: Tensor, condition: Tensor | None) -> Tensor:
+    """Tokens `[N,h,w]` and conditions `[N,J]` to currents `[S,N,C,h/patch,w/patch]`."""
     planes = F.one_hot(tokens, network.codebook_size + 1).movedim(3, 1).to(network.head.weight)  # [N,K+1,h,w]
     currents = network.embed(planes) + network.position  # [N,C,h/patch,w/patch]
     if condition is not None:
         currents = currents + network.conditions.currents(condition)
-    x = at_each_step(currents, network.spike_steps)
-    for layer in network.blocks:
-        x = mixing_block(cast(MixingBlock, layer), x)
+    return at_each_step(currents, network.spike_steps)
+
+
+def patch_logits(network: ResidualSDID, x: Tensor) -> Tensor:
+    """Currents `[S,N,C,h/patch,w/patch]` to logits `[N,K,h,w]`."""
     outputs = torch.stack([network.head(each) for each in firing(network.fire, x)])  # [S,N,patch^2*K,...]
     return F.pixel_shuffle(firing_rate(outputs), network.patch)
+
+
+def convolution_block(layer: ConvolutionBlock, x: Tensor) -> Tensor:
+    """Currents `[S,N,C,h,w]` plus those of its branch of two convolutions."""
+    hidden = torch.stack([layer.first(each) for each in firing(layer.fire_first, x)])
+    return x + torch.stack([layer.second(each) for each in firing(layer.fire_second, hidden)])
+
+
+def unet_sdid(network: UNetSDID, tokens: Tensor, condition: Tensor | None = None) -> Tensor:
+    """Tokens `[N,h,w]` in 0..K and conditions `[N,J]` to logits `[N,K,h,w]`."""
+    fine = convolution_block(network.before, patch_currents(network, tokens, condition))
+    coarse = torch.stack([network.down(each) for each in firing(network.fire_down, fine)]) + network.coarse_position
+    coarse = mixing_blocks(network.blocks, coarse)
+    risen = torch.stack([F.pixel_shuffle(network.up(each), 2) for each in firing(network.fire_up, coarse)])
+    return patch_logits(network, convolution_block(network.after, fine + risen))

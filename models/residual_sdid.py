@@ -164,8 +164,13 @@ class ResidualSDID(Denoiser):
         """See Denoiser; `t` has no influence."""
         self._check_condition(condition)
         mean = mean_weights(self.spike_steps, like=self.head.weight)
-        x = self.blocks(self._currents(tokens, condition))
+        x = self._hidden(self._currents(tokens, condition))
         return F.pixel_shuffle(apply_head(self.head, partial(self.fire, x), mean), self.patch)
+
+    def _hidden(self, currents: Tensor) -> Tensor:
+        """The blocks: currents of `_currents` to those of the last layer, `[S,N,C,h/patch,w/patch]`."""
+        x: Tensor = self.blocks(currents)
+        return x
 
     def _currents(self, tokens: Tensor, condition: Tensor | None) -> Tensor:
         """Currents of tokens, conditions and positions, the same at each spike step: `[N,C,h/patch,w/patch]`.

@@ -126,12 +126,15 @@ class ResidualDecoder(nn.Module):
 class SentNumbers(Codebook):
     """A codebook of numbers that neurons send: `codebook_size` of them, evenly spaced (FSQ, arXiv 2309.15505).
 
-    They are constants, what is encoded is one of them already, and there is nothing to learn: the loss is 0. Raises
-    ValueError if `codebook_size` is not a power of 2, from 2 to 256.
+    They are constants, what is encoded is one of them already, and there is nothing to learn: the loss is 0. In
+    training, a number is replaced by one of its neighbours with probability `code_noise`. So the decoder learns to
+    smooth over small mistakes, which a denoiser will make. Raises ValueError if `codebook_size` is not a power of 2,
+    from 2 to 256.
     """
 
-    def __init__(self, codebook_size: int):
+    def __init__(self, codebook_size: int, code_noise: float = 0.0):
         super().__init__(codebook_size, 1)
+        self.code_noise = code_noise
         self.digits = codebook_size.bit_length() - 1
         if codebook_size != 2**self.digits or not 1 <= self.digits <= 8:
             raise ValueError(f"codebook_size must be a power of 2 from 2 to 256, got {codebook_size}")
@@ -139,8 +142,17 @@ class SentNumbers(Codebook):
         self.embeddings.weight = nn.Parameter(numbers, requires_grad=False)
 
     def forward(self, encoded: Tensor, generator: torch.Generator | None = None) -> QuantizerOutput:
-        """Read the codes of `encoded [N,1,h,w]`, which passes through."""
-        return QuantizerOutput(encoded, self.nearest_codes(encoded), encoded.new_zeros(()))
+        """Read the codes of `encoded [N,1,h,w]`, which passes through, in training with noise from `generator`."""
+        sent = encoded + self._noise(encoded, generator) if self.training and self.code_noise else encoded
+        return QuantizerOutput(sent, self.nearest_codes(encoded), encoded.new_zeros(()))
+
+    @torch.no_grad()
+    def _noise(self, encoded: Tensor, generator: torch.Generator | None) -> Tensor:
+        """What is added to numbers: of each, the way to the next larger one, the next smaller one, or 0."""
+        uniforms = torch.rand(encoded.shape, generator=generator, device=encoded.device)
+        steps = (uniforms < self.code_noise / 2).to(encoded) - (uniforms >= 1 - self.code_noise / 2).to(encoded)
+        last = self.embeddings.weight[-1]
+        return (encoded + steps * self.embeddings.weight[1]).clamp_min(0).minimum(last) - encoded
 
 
 class ResidualSVAE(VQAutoencoder):
@@ -157,6 +169,7 @@ class ResidualSVAE(VQAutoencoder):
         downsampling: side of an image divided by that of the innermost layer, 2 or 4.
         autoencoder_blocks: residual blocks at each resolution of encoder and decoder.
         clipped_error: see VQAutoencoder.
+        code_noise: probability that a number becomes one of its neighbours in training; see SentNumbers.
         neuron: makes the neurons of a layer.
     """
 
@@ -171,9 +184,10 @@ class ResidualSVAE(VQAutoencoder):
         downsampling: int = 4,
         autoencoder_blocks: int = 1,
         clipped_error: bool = False,
+        code_noise: float = 0.0,
         neuron: Neuron = LIF,
     ):
-        numbers = SentNumbers(codebook_size)
+        numbers = SentNumbers(codebook_size, code_noise)
         inner = spike_steps, downsampling // 2, autoencoder_blocks, neuron
         super().__init__(
             channels,

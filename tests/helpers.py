@@ -166,6 +166,7 @@ FAST = SimpleNamespace(
     reconstruct=lambda model, images, variance=1.0: model(images, variance),
     sdid=lambda network, tokens, t: network(tokens, t),
     residual_sdid=lambda network, tokens, condition=None: network(tokens, torch.ones(len(tokens)), condition),
+    unet_sdid=lambda network, tokens, condition=None: network(tokens, torch.ones(len(tokens)), condition),
     cross_entropy=lambda logits, codes, mask: _diffusion(codes, logits.shape[1]).cross_entropy(logits, codes, mask),
     diffusion_loss=lambda network, codes, t, mask, kind: _diffusion(codes, network.codebook_size).loss(
         network, codes, TrainingNoise(t, mask), kind

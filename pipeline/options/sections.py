@@ -44,6 +44,7 @@ PAPERS = ("snn-vq-vae",)
 SPIKING_CODES = (*PAPERS, "residual-svae")
 LEARNED_CODES = tuple(name for name in CODE_MODELS if name != "residual-svae")
 CODES = tuple(CODE_MODELS)
+MIXING = ("residual", "unet")  # denoisers
 WITH_THRESHOLD = tuple(name for name in NEURONS if name != "fs")
 LEAKY = tuple(name for name in WITH_THRESHOLD if name != "if")
 TRAINING_STAGES = ("all", "vqsvae", "sdid")
@@ -110,6 +111,14 @@ class RunOptions:
         "take only the autoencoder from --start_from; the denoiser is trained from scratch",
         Role.RESUMED,
         stages=OF_STAGE_2,
+    )
+    drawn_codes: bool = option(
+        False,
+        "train the decoder alone, on codes of the training images that the denoiser of --start_from has drawn in part, "
+        "so that it forgives the denoiser's mistakes",
+        Role.TRAINING,
+        of=CODES,
+        stages=("vqsvae",),
     )
     result_path: Path | None = option(
         None,
@@ -241,6 +250,16 @@ class AutoencoderOptions:
         of=SPIKING_CODES,
         stages=OF_STAGE_1,
     )
+    code_noise: float = option(
+        0.0,
+        "probability that a code becomes one of its two neighbours in training, so that decoding forgives mistakes",
+        Role.NETWORKS,
+        low=0,
+        high=1,
+        metavar="P",
+        of=("residual-svae",),
+        stages=OF_STAGE_1,
+    )
     readout: str = option(
         "both",
         "ablation: what the quantiser reads from the spikes",
@@ -262,7 +281,7 @@ class DenoiserOptions:
     """Stage 2's network."""
 
     denoiser: str = option(
-        "sdid", "the paper's network, or the residual one", Role.IDENTITY, choices=DENOISERS, of=CODES
+        "sdid", "the paper's network, a residual one, or a U-Net", Role.IDENTITY, choices=DENOISERS, of=CODES
     )
     denoiser_channels: int = option(
         64,
@@ -275,15 +294,21 @@ class DenoiserOptions:
         None, "spike steps of the denoiser; same: as --spike_steps", Role.IDENTITY, absent="same", of=CODES, **STEPS
     )
     denoiser_blocks: int = option(
-        4, "blocks of the residual denoiser", Role.NETWORKS, low=1, high=1000, metavar="N", of=("residual",)
+        4,
+        "blocks of the residual denoiser, or of the U-Net's coarse level",
+        Role.NETWORKS,
+        low=1,
+        high=1000,
+        metavar="N",
+        of=MIXING,
     )
     condition: str = option(
         "none",
-        "what the residual denoiser is conditioned on: the image's prototype (the nearest of a set of average images), "
-        "its label, or both",
+        "what the residual denoiser or the U-Net is conditioned on: the image's prototype (the nearest of a set of "
+        "average images), its label, or both",
         Role.NETWORKS,
         choices=CONDITIONS,
-        of=("residual",),
+        of=MIXING,
     )
     images_per_prototype: int = option(
         20,
@@ -292,7 +317,7 @@ class DenoiserOptions:
         low=1,
         high=10**9,
         metavar="N",
-        of=("residual",),
+        of=MIXING,
     )
 
 
@@ -438,7 +463,7 @@ class SamplingOptions:
         low=0,
         high=100,
         metavar="W",
-        of=("residual",),
+        of=MIXING,
     )
     labels: tuple[int | str, ...] | None = option(
         None,
@@ -448,7 +473,7 @@ class SamplingOptions:
         metavar="A,B",
         shown="sample: any; inpaint: own, if there are labels",
         parse=comma_separated,
-        of=("residual",),
+        of=MIXING,
         stages=("sample", "inpaint"),
     )
 

@@ -19,6 +19,7 @@ from models import (
     Denoiser,
     ResidualSDID,
     ResidualSVAE,
+    UNetSDID,
     build_denoiser,
     build_model,
     denoiser_options,
@@ -87,7 +88,7 @@ def test_a_network_takes_its_own_options_alone(build, options_of, table):
         spike_steps=2,
         hidden_channels=4,
         image_size=12,
-        denoiser_channels=16,
+        denoiser_channels=48,
     )
     for name in table:
         own = {key: value for key, value in values.items() if key in options_of(name)}
@@ -121,6 +122,15 @@ OPTIONS = {
         "patch": 2,
         "margin": 1,
     },
+    UNetSDID: {
+        "codebook_size": 20,
+        "denoiser_channels": 48,
+        "denoiser_blocks": 2,
+        "prototypes": 3,
+        "classes": 5,
+        "grid": (4, 8),
+        "patch": 2,
+    },
 }
 
 
@@ -144,15 +154,16 @@ def test_older_weights_have_no_margin_until_they_are_trained_further(grid):
     torch.testing.assert_close(wider(tokens, t), older(tokens, t))
 
 
-def test_every_weight_of_the_residual_denoiser_meets_spikes():
+@pytest.mark.parametrize("kind", [ResidualSDID, UNetSDID])
+def test_every_weight_of_a_residual_denoiser_meets_spikes(kind):
     """Operations are accumulates alone; a width that its heads cannot share is refused."""
-    model = ResidualSDID(codebook_size=10, spike_steps=3, denoiser_channels=32, denoiser_blocks=2, grid=(4, 4)).eval()
+    model = kind(codebook_size=10, spike_steps=3, denoiser_channels=48, denoiser_blocks=2, grid=(4, 4)).eval()
     tokens = torch.randint(0, 11, (6, 4, 4))
     layers = count_layers(model, lambda: model(tokens, torch.ones(6).long()), 6, 3)
     assert all(each.macs == 0 < each.acs for each in layers.values())
     assert all(each.acs < 3 * each.dense_macs for name, each in layers.items() if name != "embed"), "that is looked up"
-    with pytest.raises(ValueError, match="multiple of 16"):
-        ResidualSDID(denoiser_channels=24)
+    with pytest.raises(ValueError, match=r"^denoiser_channels must be a multiple of"):
+        kind(denoiser_channels=24)
 
 
 def test_an_image_keeps_its_size_on_a_finer_grid():
@@ -370,10 +381,17 @@ def test_the_local_denoiser_multiplies_few_sizes(monkeypatch):
     assert sizes <= {64, 128, 192}
 
 
-@pytest.mark.parametrize("kind", [SDID, ResidualSDID])
+def test_the_fine_level_of_a_unet_has_few_enough_positions():
+    patches = {grid: UNetSDID(10, grid=grid).patch for grid in [(14, 14), (16, 16), (28, 28), (32, 32), (64, 64)]}
+    assert patches == {(14, 14): 1, (16, 16): 1, (28, 28): 2, (32, 32): 2, (64, 64): 4}
+    with pytest.raises(ValueError, match=r"^a U-Net needs a grid of codes with even sides, not 7x7"):
+        UNetSDID(grid=(7, 7))
+
+
+@pytest.mark.parametrize("kind", [SDID, ResidualSDID, UNetSDID])
 def test_a_denoiser_without_conditions_takes_none(kind):
     model, tokens = (
-        kind(codebook_size=10, spike_steps=2, denoiser_channels=16).eval(),
+        kind(codebook_size=10, spike_steps=2, denoiser_channels=48).eval(),
         torch.randint(0, 11, (2, 14, 14)),
     )
     t, condition, where = torch.ones(2).long(), torch.tensor([[0], [1]]), torch.ones(tokens.shape, dtype=torch.bool)

@@ -13,7 +13,7 @@ from helpers import FAST, ROOT
 from torch import nn
 
 from diffusion.absorbing import AbsorbingDiffusion
-from models import SDID, VQSVAE, ResidualSDID, choose_neuron, reference
+from models import SDID, VQSVAE, ResidualSDID, UNetSDID, choose_neuron, reference
 from models.conditions import NOT_GIVEN
 
 K = 10
@@ -226,23 +226,32 @@ def test_reverse_process(temperature):
     assert codes.max() < K and len(codes.unique()) > 5
 
 
-# ---- the residual denoiser ----
+# ---- the residual denoiser and the U-Net ----
 
 
 @MODES
 @pytest.mark.parametrize("neuron", NEURONS)
-@pytest.mark.parametrize("grid", [(4, 6), (5, 3)], ids=["squares of tokens", "single tokens"])
+@pytest.mark.parametrize(
+    ("kind", "computation", "grid"),
+    [
+        (ResidualSDID, "residual_sdid", (4, 6)),
+        (ResidualSDID, "residual_sdid", (5, 3)),
+        (UNetSDID, "unet_sdid", (4, 6)),
+        (UNetSDID, "unet_sdid", (24, 16)),
+    ],
+    ids=["squares of tokens", "single tokens", "U-Net of single tokens", "U-Net of squares"],
+)
 @pytest.mark.parametrize("told", [True, False])
-def test_residual_sdid(told, grid, neuron, training):
+def test_residual_denoisers(told, kind, computation, grid, neuron, training):
     torch.manual_seed(0)
     conditions = dict(prototypes=3, classes=2) if told else {}
-    network = lively(ResidualSDID(K, 3, 32, 2, grid=grid, neuron=NEURONS[neuron], **conditions))
+    network = lively(kind(K, 3, 48, 2, grid=grid, neuron=NEURONS[neuron], **conditions))
     tokens, condition = torch.randint(0, K + 1, (6, *grid)), ()
     if told:
         condition = (torch.tensor([[0, 1], [NOT_GIVEN, 0], [2, NOT_GIVEN], [NOT_GIVEN, NOT_GIVEN], [1, 1], [2, 0]]),)
         nn.init.normal_(network.prototypes.embed.weight), nn.init.normal_(network.labels.embed.weight)
         network.prototypes.grids.copy_(some_codes(3, *grid))
-    found = agreed(network, training, "residual_sdid", network, tokens, *condition)
+    found = agreed(network, training, computation, network, tokens, *condition)
     assert found.outputs[0].shape == (6, K, *grid) and found.gradients["embed.weight"].any()
     if not training:
         where, t = torch.rand(tokens.shape) < 0.3, torch.ones(6)
