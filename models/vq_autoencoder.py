@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.quantizer import Codebook, QuantizerOutput
+from models.quantizer import Codebook
 
 
 class VQOutput(NamedTuple):
@@ -78,22 +78,13 @@ class VQAutoencoder(nn.Module, ABC):
         weight = self.vq_layer.embeddings.weight
         weight.copy_(weight[order.to(weight.device)])
 
-    def forward(
-        self,
-        images: Tensor,
-        variance: float = 1.0,
-        generator: torch.Generator | None = None,
-        codes: Tensor | None = None,
-    ) -> VQOutput:
-        """Reconstruct images `[N,C,H,W]` in [0,1] from their codes, or from other `codes [N,h,w]`.
+    def forward(self, images: Tensor, variance: float = 1.0, generator: torch.Generator | None = None) -> VQOutput:
+        """Reconstruct images `[N,C,H,W]` in [0,1].
 
         `variance`, that of the training pixels, divides the reconstruction loss. `generator` draws the vectors for
         dead-code restart, and Poisson spikes; without it these spikes are those of `decode`.
         """
-        if codes is None:
-            quantized = self.vq_layer(self.encoder(images - 0.5), generator)
-        else:
-            quantized = QuantizerOutput(self.vq_layer.decode(codes.long()), codes, images.new_zeros(()))
+        quantized = self.vq_layer(self.encoder(images - 0.5), generator)
         y = self.decoder(quantized.quantized)
         mse = self._error(y, images - 0.5)
         loss = quantized.loss + mse / variance

@@ -93,8 +93,7 @@ def inherited(session: Session) -> Lineage:
     options, networks = session.options.run, session.networks
     start = networks.start
     encoder = RunFolder(networks.autoencoder_path.parent) if options.stage == DENOISER else start
-    has_denoiser = options.drawn_codes or (options.stage != "vqsvae" and not options.new_denoiser)
-    further = start if has_denoiser else None
+    further = start if options.stage != "vqsvae" and not options.new_denoiser else None
     return [*(known(encoder, of_denoiser=False) if encoder else []), *(known(further, True) if further else [])]
 
 
@@ -164,7 +163,6 @@ def _chosen(options: Options, stage: str) -> dict[str, Any]:
     """The options that a training of this stage depends on, as far as they are not the program's defaults."""
     sections = [DataOptions, AutoencoderOptions, NeuronOptions, TrainingOptions]
     sections += [DenoiserOptions] if stage == DENOISER else []
-    of_run = {"preset", "seed", "drawn_codes"}
-    known_to = of_run.union(*map(names, sections)) - OF_OTHER_STAGE[stage]
+    known_to = {"preset", "seed", *(name for section in sections for name in names(section))} - OF_OTHER_STAGE[stage]
     lasting = {*with_role(Role.TRAINING), "epochs", "diffusion_epochs"} & known_to
     return {name: value for name, value in options.values().items() if name in lasting and value != DEFAULTS[name]}

@@ -34,8 +34,8 @@ class Networks:
     """Builds and loads the networks that the options specify.
 
     Trained ones are those of `--checkpoint`, else those of the run folder; the denoiser is found beside the
-    autoencoder. Stage 2 alone, begun with `--start_from`, has the autoencoder of that run until it has a copy. So has
-    `--drawn_codes`. Where options or files do not fit each other, UserError is raised.
+    autoencoder. Stage 2 alone, begun with `--start_from`, has the autoencoder of that run until it has a copy. Where
+    options or files do not fit each other, UserError is raised.
     """
 
     def __init__(self, options: Options, run: RunFolder, machine: Machine):
@@ -44,8 +44,7 @@ class Networks:
         self.trained = RunFolder(checkpoint.parent) if checkpoint else run
         self.start = RunFolder(start) if start else None
         self.autoencoder_path = checkpoint or run.model
-        keeps = options.run.stage == "sdid" or options.run.drawn_codes
-        if self.start and keeps and not from_rank_0(run.model.is_file):
+        if self.start and options.run.stage == "sdid" and not from_rank_0(run.model.is_file):
             self.autoencoder_path = self.start.model
 
     def new_autoencoder(self, channels: int, image_size: int) -> Autoencoder:

@@ -14,7 +14,7 @@ from pipeline.sampling.masks import hidden_pixels
 from pipeline.sampling.sample_files import CLASS_IMAGES, GRID_IMAGES, INPAINTED
 from pipeline.session import Session
 from pipeline.start import announce_model, announce_training
-from pipeline.training.train import begin, check, train_autoencoder, train_decoder, train_denoiser
+from pipeline.training.train import begin, check, train_autoencoder, train_denoiser
 
 INPAINTED_IMAGES = 16
 COMPLETIONS = 4  # of each image
@@ -51,8 +51,6 @@ def train(session: Session) -> bool:
     if stage == "all":
         check_evaluation(session)
     begin(session)
-    if session.options.run.drawn_codes:
-        return train_decoder(session)
     if stage in ("all", "vqsvae") and not train_autoencoder(session):
         return False
     return stage == "vqsvae" or not session.has_codes or train_denoiser(session)

@@ -50,10 +50,6 @@ def announce_training(session: Session) -> None:
         if over or o.run.stage not in ("all", "vqsvae" if stage.number == 1 else "sdid"):
             rows.append(("", "not trained in this call"))
             continue
-        if o.run.drawn_codes:
-            epochs = f"{o.training.epochs:,} epochs of the decoder alone"
-            rows.append(("", f"{epochs}, on codes that the denoiser of {o.run.start_from} has drawn in part"))
-            continue
         epochs, batch_size = getattr(o.training, stage.option), o.training.batch_size
         steps = math.ceil(len(data.train) / batch_size)
         seen = f"{epochs * steps:,} steps, {epochs * len(data.train):,} images"

@@ -21,7 +21,6 @@ from pipeline.options.sections import (
     EvaluationOptions,
     NeuronOptions,
     Options,
-    SamplingOptions,
     names,
     with_role,
 )
@@ -63,7 +62,7 @@ def assemble(values: Mapping[str, Any]) -> Call:
 def _assemble(typed: dict[str, Any]) -> Call:
     """The same from values that have been read."""
     _check_combination(typed)
-    started = _started_from(typed.get("start_from"), bool(typed.get("drawn_codes")))
+    started = _started_from(typed.get("start_from"))
     run = RunFolder(_folder(DEFAULTS | started | typed))
     made = _made(typed, run)
     if made and made.exists():
@@ -110,21 +109,18 @@ def _check_combination(typed: Mapping[str, Any]) -> None:
         raise UserError("--start_from begins a new run: leave out --resume and --checkpoint")
     if "new_denoiser" in typed and not {"start_from", "resume"} & set(typed):
         raise UserError("--new_denoiser is for --start_from, which names the run whose autoencoder is taken: give both")
-    if typed.get("drawn_codes") and not {"start_from", "resume"} & set(typed):
-        raise UserError("--drawn_codes needs a trained denoiser: name its run with --start_from")
     if "checkpoint" in typed and typed.get("stage") in ("vqsvae", "sdid"):
         raise UserError("--checkpoint evaluates a trained model: to continue training, use --resume RUN")
     if "resume" in typed and "result_path" in typed:
         raise UserError("--resume continues in the run folder: omit --result_path")
 
 
-def _started_from(start: Path | None, draws: bool) -> dict[str, Any]:
-    """The options that a new run inherits from the one it starts from; if it draws, those of sampling, too."""
+def _started_from(start: Path | None) -> dict[str, Any]:
+    """The options that a new run inherits from the one it starts from."""
     if start is None:
         return {}
     config = RunFolder(start).require_config()
-    sampling = set(names(SamplingOptions)) & set(with_role(Role.SETTING)) if draws else ()
-    return {key: as_read(key, config.get(key, DEFAULTS[key])) for key in (*with_role(Role.NETWORKS), *sampling)}
+    return {key: as_read(key, config.get(key, DEFAULTS[key])) for key in with_role(Role.NETWORKS)}
 
 
 def _folder(values: Mapping[str, Any]) -> Path:
@@ -154,7 +150,7 @@ def _check_started(options: Options, started: Mapping[str, Any]) -> None:
     """Refuse options with which the autoencoder of `--start_from` was not trained, if it is kept."""
     autoencoder = [key for key in names(AutoencoderOptions) if DECLARATIONS[key].role == Role.IDENTITY]
     changed = _changed(options, started, [*NEURON, *autoencoder])
-    if (options.run.stage == "sdid" or options.run.drawn_codes) and changed:
+    if options.run.stage == "sdid" and changed:
         start = options.run.start_from
         raise UserError(f"--start_from {start} has an autoencoder of other options: omit {', '.join(changed)}")
 

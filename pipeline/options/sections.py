@@ -112,14 +112,6 @@ class RunOptions:
         Role.RESUMED,
         stages=OF_STAGE_2,
     )
-    drawn_codes: bool = option(
-        False,
-        "train the decoder alone, on codes of the training images that the denoiser of --start_from has drawn in part, "
-        "so that it forgives the denoiser's mistakes",
-        Role.TRAINING,
-        of=CODES,
-        stages=("vqsvae",),
-    )
     result_path: Path | None = option(
         None,
         "folder in which run folders are created; with --checkpoint, where its results go",

@@ -27,7 +27,6 @@ from progress import progress_bar
 
 TRAJECTORY_MOMENTS = 12
 TEST_IMAGES = "test images"
-KEPT = (0.3, 1.0)  # share of the codes of an image that are given where the others are drawn
 
 
 class ImageModel(Protocol):
@@ -139,20 +138,6 @@ class CodeDiffusion:
         """See ImageModel."""
         return self._decode(self.encode(images))
 
-    def redrawn(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Codes `[N,h,w]` of images that the denoiser has drawn in part, given the others and the images' conditions.
-
-        Which are given, and how many, is as at a random moment of drawing a sample: a share of KEPT, and those first
-        that are drawn first.
-        """
-        codes, shares = self.encode(images).long(), torch.Generator().manual_seed(self.seed)
-        moments = torch.empty(len(codes), 1, 1).uniform_(*KEPT, generator=shares)
-        samples, timesteps = range(len(codes)), self.diffusion.num_timesteps
-        elapsed = timesteps - self._noise(samples, timesteps).reveal_times  # a time of its own for each token
-        given = torch.where(elapsed < moments * timesteps, codes, self.diffusion.mask_token)
-        condition = self._denoiser.conditions.of(codes, labels, codebook=self.autoencoder.vq_layer)
-        return self._complete(self._noise(samples, self.settings.sample_steps), given, condition)
-
     def draw_images(self, samples: range) -> Tensor:
         """See ImageModel."""
         return self._decode(self._draw_codes(samples)[0])
@@ -190,24 +175,20 @@ class CodeDiffusion:
         return torch.where(hidden, self.reconstruct(completed), images)
 
     def _draw_codes(self, samples: range, given: Tensor | None = None) -> tuple[Tensor, SamplingNoise]:
-        noise = self._noise(samples, self.settings.sample_steps)
+        settings = self.settings
+        noise = self.diffusion.noise(self.seed, samples, self.grid, settings.sample_steps, settings.reveal_order)
         condition = self.condition_of(samples) if given is None else self._condition_of_given(samples)
-        return self._complete(noise, given, condition), noise
-
-    def _noise(self, samples: range, steps: int | None) -> SamplingNoise:
-        return self.diffusion.noise(self.seed, samples, self.grid, steps, self.settings.reveal_order)
-
-    def _complete(self, noise: SamplingNoise, given: Tensor | None, condition: Tensor | None) -> Tensor:
-        return draw_codes(
+        codes = draw_codes(
             self._denoiser,
             self.diffusion,
             noise,
-            self.settings,
+            settings,
             self.machine,
             self.batch_size,
             given=given,
             condition=condition,
         )
+        return codes, noise
 
     def condition_of(self, samples: range) -> Tensor | None:
         """The conditions `[N,J]` of the samples with these indices; None without any. See `Conditions`."""

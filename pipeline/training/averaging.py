@@ -28,16 +28,8 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def batch_norms(network: nn.Module) -> list[_BatchNorm]:
-    """The batch-norm layers of a network that are trained."""
-    return [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.weight.requires_grad]
-
-
-def set_training(network: nn.Module) -> None:
-    """Training mode, in which batch norm that is not trained keeps its statistics."""
-    network.train()
-    for layer in network.modules():
-        if isinstance(layer, _BatchNorm) and not layer.weight.requires_grad:
-            layer.eval()
+    """The batch-norm layers of a network."""
+    return [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
 
 
 @contextmanager

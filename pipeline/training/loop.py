@@ -21,7 +21,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.runtime import processes
 from pipeline.runtime.device import Machine, Network
 from pipeline.runtime.seeds import derive_seed
-from pipeline.training.averaging import batch_norms, moving_average, recalibrated, set_training
+from pipeline.training.averaging import batch_norms, moving_average, recalibrated
 from pipeline.training.interruption import Interruption
 from pipeline.training.schedules import Schedule
 from progress import Pace, in_words, progress_bar
@@ -209,7 +209,7 @@ class Trainer(Generic[Network]):
         first = progress.step * schedule.batch_size
         saved = time.monotonic()
         started = saved - progress.seconds
-        set_training(self.model)
+        self.model.train()
         with progress_bar(count, self.title, done=first, shown=processes.is_rank_0()) as bar:
             for indices in batches[progress.step :]:
                 self._seed(generator, "noise", self._steps_done)
@@ -322,7 +322,7 @@ class Trainer(Generic[Network]):
         if self._norms_fixed(step):
             if not self._norms_fixed(step - 1):
                 self._calibrate(self.model)
-                set_training(self.model)
+                self.model.train()
             for norm in batch_norms(self.model):
                 norm.eval()
 

@@ -34,17 +34,13 @@ def some_held_out(data: ImageData) -> Split | None:
     return Split(data.held_out, data.held_out_labels).take(torch.arange(count) * total // count) if count else None
 
 
-def vqsvae_trainer(model: VQAutoencoder, data: ImageData, place: Place, *drawn: Tensor) -> Trainer:
-    """Stage 1: the autoencoder on the training images; previews show test images over their reconstructions.
-
-    Codes `[N,h,w]` that are `drawn` for the training images, and then for `some_held_out`, are decoded instead of the
-    images' own.
-    """
+def vqsvae_trainer(model: VQAutoencoder, data: ImageData, place: Place) -> Trainer:
+    """Stage 1: the autoencoder on the training images; previews show test images over their reconstructions."""
     run, machine, test, variance, unseen = place.run, place.machine, data.test, data.variance, some_held_out(data)
     shown = test[:PREVIEW_IMAGES]
 
-    def losses(network: nn.Module, generator: torch.Generator, images: Tensor, codes: Tensor | None = None) -> Losses:
-        out = network(to_float(images), variance, generator, codes)
+    def losses(network: nn.Module, generator: torch.Generator, batch: Tensor) -> Losses:
+        out = network(to_float(batch), variance, generator)
         return {"loss": out.loss, "mse": out.mse, "quantizer_loss": out.quantizer_loss}
 
     def preview(model: VQAutoencoder, epoch: int) -> Values:
@@ -57,8 +53,9 @@ def vqsvae_trainer(model: VQAutoencoder, data: ImageData, place: Place, *drawn: 
             say_on_stderr(f"{cause}; if this lasts, begin a new run with a smaller --codebook_size or --lr")
         return {"codebook_usage": share}
 
-    examples, held_out = (data.train, *drawn[:1]), unseen and (unseen.images, *drawn[1:])
-    return Trainer((1, "vqsvae"), model, examples, losses, preview, place, run.model, held_out=held_out)
+    return Trainer(
+        (1, "vqsvae"), model, (data.train,), losses, preview, place, run.model, held_out=unseen and (unseen.images,)
+    )
 
 
 def fsvae_trainer(model: FSVAE, data: ImageData, place: Place) -> Trainer:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -21,7 +20,6 @@ from pipeline.training.objectives import fsvae_trainer, sdid_trainer, some_held_
 from pipeline.training.schedules import Schedule
 
 SORTING_IMAGES = 10_000  # whose codes show which codes are similar
-DRAWN_IMAGES = 16_000  # training images, at most, whose codes are drawn in part
 
 
 def check(session: Session) -> None:
@@ -43,8 +41,6 @@ def check(session: Session) -> None:
     if stage == "sdid" and (codes := session.load_vq_autoencoder().codebook_size) != size:
         path = session.networks.autoencoder_path
         raise UserError(f"{path} has {codes} codes: say so with --codebook_size {codes}")
-    if o.run.drawn_codes and not from_rank_0((session.networks.start or run).denoiser.is_file):
-        raise UserError(f"{o.run.start_from} has no denoiser to draw codes: --stage sdid trains one")
     if session.has_codes:
         _check_denoiser(session)
     if stage == "all" and o.training.sort_codes:
@@ -60,7 +56,7 @@ def _check_same_data(session: Session) -> None:
 
 
 def begin(session: Session) -> None:
-    """Record options and data in the run folder; copy the network of another run that is used and not trained."""
+    """Record options and data in the run folder; copy the autoencoder of another run, if stage 2 uses it."""
     run, networks, data = session.run, session.networks, session.data
     session.recorded = {"image_shape": data.shape, "data": data.fingerprint, "class_names": data.class_names}
     resumes, stage = session.options.run.resume, session.options.run.stage
@@ -70,9 +66,7 @@ def begin(session: Session) -> None:
     run.write_config(session.described() | session.recorded | {"lineage": lineage})
     if not resumes:
         run.remove_last()
-    if session.options.run.drawn_codes and networks.start and not resumes:
-        save_weights(run.denoiser, from_rank_0(partial(load_weights, networks.start.denoiser)))
-    elif networks.autoencoder_path != run.model:
+    if networks.autoencoder_path != run.model:
         save_weights(run.model, from_rank_0(partial(load_weights, networks.autoencoder_path)))
         networks.autoencoder_path = run.model
 
@@ -148,24 +142,6 @@ def train_denoiser(session: Session) -> bool:
         others = encode(unseen.images)
         held_out = _batch(others, denoiser.conditions.of(others, unseen.labels, codebook=autoencoder.vq_layer))
     return _train(session, sdid_trainer(denoiser, model, _batch(codes, conditions), held_out, o.loss, place))
-
-
-def train_decoder(session: Session) -> bool:
-    """The decoder alone, on codes that the denoiser has drawn in part; False if it ran out of time before its end."""
-    o, data = session.options.training, session.data
-    trained = session.load_vq_autoencoder()
-    drawing = session.code_diffusion(trained, session.networks.load_denoiser(trained))
-    images, labels = data.train[:DRAWN_IMAGES], data.train_labels
-    drawn = [drawing.redrawn(images, None if labels is None else labels[:DRAWN_IMAGES])]
-    if unseen := some_held_out(data):
-        drawn.append(drawing.redrawn(unseen.images, unseen.labels))
-    model = session.networks.new_autoencoder(*data.shape[:2])
-    assert isinstance(model, VQAutoencoder)
-    session.machine.to_device(model).load_state_dict(trained.state_dict())
-    for kept in (model.encoder, model.vq_layer):
-        kept.requires_grad_(False)
-    place = Place(session.run, _schedule(session, o.epochs, o.lr), session.machine, Recorder(session, "vqsvae").update)
-    return _train(session, vqsvae_trainer(model, replace(data, train=images), place, *drawn))
 
 
 def _encode(session: Session, autoencoder: VQAutoencoder, images: Tensor) -> Tensor:

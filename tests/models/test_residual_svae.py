@@ -1,5 +1,6 @@
 """The residual autoencoder: what its codes are, and what reaches them."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import as_modules, read_metrics, run_in
@@ -8,6 +9,7 @@ from torch import nn
 from metrics.energy import count_layers
 from models import ResidualSVAE, choose_neuron
 from models.neurons import FewSpikes
+from models.residual_svae import SentNumbers
 from spiking_diffusion import SpikingDiffusion
 
 FS = choose_neuron("fs")
@@ -89,6 +91,22 @@ def test_other_sizes_than_powers_of_2_are_refused(codebook_size):
 def test_the_last_neurons_of_the_encoder_send_numbers_whatever_the_others_are():
     sending = [name for name, layer in made(spike_steps=2).named_modules() if isinstance(layer, FewSpikes)]
     assert sending == ["encoder.fire_codes.lif"]
+
+
+def test_noise_of_codes_stays_near_them():
+    layer = SentNumbers(8, code_noise=0.5).double()
+    numbers = (torch.arange(8).double() / 2).repeat(1, 1, 1000, 1).requires_grad_()
+    out = layer(numbers, torch.Generator().manual_seed(0))
+    steps = ((out.quantized - numbers) * 2).detach()
+    assert set(steps.unique().tolist()) == {-1, 0, 1}
+    shares = np.array([(steps == step).double().mean((0, 1, 2)).numpy() for step in (-1, 0, 1)])
+    assert np.allclose(shares[:, 1:-1], [[0.25], [0.5], [0.25]], atol=0.05)
+    assert shares[0, 0] == 0 == shares[2, -1], "there are no others beyond the last"
+    assert torch.equal(out.codes, (2 * numbers[:, 0]).long()), "codes are those of the image"
+    out.quantized.sum().backward()
+    assert (numbers.grad == 1).all()
+    assert torch.equal(out.quantized, layer(numbers, torch.Generator().manual_seed(0)).quantized)
+    assert torch.equal(layer.eval()(numbers).quantized, numbers)
 
 
 RUN = ("--model", "residual-svae", "--neuron", "fs", "--spike_steps", 1, "--codebook_size", 8, "--hidden_channels", 4)
