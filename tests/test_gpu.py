@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import IMPROVED, LIVELY, SMALL, read_images, read_log, read_metrics, run_in, with_steady_current
 
-from models import SDID, VQSVAE, ResidualSDID
+from models import SDID, VQSVAE, ResidualSDID, UNetSDID
 from models.neurons import IF, LIF, PLIF
 from pipeline.runtime.device import choose_machine
 from pipeline.training.averaging import moving_average
@@ -56,11 +56,12 @@ def networks():
     return {
         "sdid": (SDID(10, spike_steps=4, denoiser_channels=8), (tokens, t)),
         "residual": (ResidualSDID(10, 2, denoiser_channels=16, denoiser_blocks=2, grid=(4, 4)), (tokens, t)),
+        "unet": (UNetSDID(10, 2, denoiser_channels=48, denoiser_blocks=2, grid=(4, 4)), (tokens, t)),
         "vq-svae": (VQSVAE(1, 10, 6, spike_steps=4, hidden_channels=5), (torch.rand(6, 1, 8, 8) - 0.5, 0.1)),
     }
 
 
-@pytest.mark.parametrize("name", ["sdid", "residual", "vq-svae"])
+@pytest.mark.parametrize("name", ["sdid", "residual", "unet", "vq-svae"])
 def test_networks_in_training_are_those_of_the_cpu(name, float32):
     """Loss and gradients of a batch; a neuron near its threshold may fire on one of them only, hence the tolerance."""
     model, inputs = networks()[name]

@@ -44,10 +44,10 @@ def spiking_networks(**options):
     small = {name: dict(spike_steps=3, hidden_channels=4) for name in AUTOENCODERS if "neuron" in model_options(name)}
     for name in small.keys() - {"residual-svae"}:
         small[name]["embedding_dim"] = 4
-    of_denoiser = dict(codebook_size=8, spike_steps=3, denoiser_channels=16)
+    of_denoiser = dict(codebook_size=8, spike_steps=3, denoiser_channels=48)
     networks = {name: (build_model, sizes) for name, sizes in small.items()}
     networks |= {name: (build_denoiser, of_denoiser) for name in DENOISERS}
-    assert set(networks) == {"snn-vq-vae", "residual-svae", "snn-vae", "sdid", "residual"}
+    assert set(networks) == {"snn-vq-vae", "residual-svae", "snn-vae", "sdid", "residual", "unet"}
     return {name: build(name, **sizes, **options) for name, (build, sizes) in networks.items()}
 
 
@@ -68,7 +68,8 @@ def test_every_network_is_made_of_the_neurons_that_are_chosen(name, kind):
         assert len(learned) == (len(layers) if name == "plif" else 0)
         assert all(float(value.sigmoid()) == pytest.approx(1 / 3) for value in learned)
         firing = [layer.norm for layer in made.modules() if isinstance(layer, Firing) and layer.lif in layers]
-        assert bool(firing) == network.startswith("residual") and all((norm.bias == threshold).all() for norm in firing)
+        assert bool(firing) == network.startswith(("residual", "unet"))
+        assert all((norm.bias == threshold).all() for norm in firing)
     options = {"if": ("v_threshold", "v_reset"), "fs": ("digits",)}
     assert neuron_options(name) == options.get(name, ("tau", "v_threshold", "v_reset"))
 
@@ -112,6 +113,7 @@ def test_layers_called_as_modules_agree_and_no_state_survives(name):
     torch.manual_seed(0)
     for network, made in spiking_networks(neuron=chosen).items():
         made.double().eval()
+        torch.manual_seed(1)
         for norm in (layer for layer in made.modules() if isinstance(layer, torch.nn.BatchNorm2d)):
             torch.nn.init.normal_(norm.bias, 2, 2)
         found = []

@@ -172,7 +172,7 @@ def test_an_unfinished_run_leaves_no_half_of_a_copy(improved, tmp_path, capsys):
         (("--preset", "improved", "--images_per_prototype", 121), "too few training images (120)"),
         (("--preset", "improved", "--image_size", 8), "have 16 timesteps: use --sample_steps 16 instead of 28"),
         (("--images_per_prototype", 5), "sdid has no --images_per_prototype"),
-        (("--preset", "improved", "--denoiser", "sdid"), "is for residual: sdid has no --condition"),
+        (("--preset", "improved", "--denoiser", "sdid"), "is for residual and unet: sdid has no --condition"),
         (("--model", "snn-vae", "--sort_codes"), "snn-vae has no --sort_codes"),
         (("--stage", "all", "--mask", "top"), "--mask has no effect in --stage all, only in --stage inpaint"),
     ],
