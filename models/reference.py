@@ -42,12 +42,17 @@ def neurons(layer: FromRest, currents: Tensor) -> Tensor:
     return torch.stack(spikes)
 
 
+def stepwise(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer of weights at each spike step: `[S,N,C,H,W]` to `[S,N,C',H',W']`."""
+    return torch.stack([layer(each) for each in x])
+
+
 def block(conv: nn.Module, norm: nn.BatchNorm2d, neuron: FromRest, x: Tensor) -> Tensor:
     """(2) Convolution, batch norm, neurons: `[S,N,C,H,W]` to spikes `[S,N,C',H',W']`.
 
     The statistics of a training batch are over all images and spike steps.
     """
-    currents = torch.stack([conv(each) for each in x])  # [S,N,C',H',W']
+    currents = stepwise(conv, x)  # [S,N,C',H',W']
     normalised = norm(currents.flatten(0, 1)).view_as(currents)
     return neurons(neuron, normalised)
 
@@ -120,7 +125,7 @@ def spike_generator(quantizer: SpikingQuantizer, q: Tensor) -> Tensor:
 def decoder(model: VQSVAE, spikes: Tensor) -> Tensor:
     """(10) `y = tanh(membrane potential of the last layer)`: spikes `[S,N,D,h,w]` to `[N,C,H,W]` in (-1,1)."""
     hidden = blocks(model.decoder.snn_convs, spikes)
-    currents = torch.stack([model.decoder.head(each) for each in hidden])  # [S,N,C,H,W]
+    currents = stepwise(model.decoder.head, hidden)  # [S,N,C,H,W]
     return torch.tanh(membrane_potential(currents))
 
 
@@ -175,7 +180,7 @@ def sdid(network: SDID, tokens: Tensor, t: Tensor) -> Tensor:
     for stack in (network.conv2, network.conv3, network.conv4, network.conv5):
         x = blocks(stack, x)
     both = torch.cat((x, first), 2)  # [S,N,5C,h,w]
-    return firing_rate(torch.stack([network.head(each) for each in both]))  # mean over the steps of [S,N,K,h,w]
+    return firing_rate(stepwise(network.head, both))  # mean over the steps of [S,N,K,h,w]
 
 
 def cross_entropy(logits: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
@@ -232,8 +237,8 @@ def mixing_block(layer: MixingBlock, x: Tensor) -> Tensor:
     grouped = firing(layer.fire_positions, x).flatten(3).unflatten(2, (HEADS, -1))  # [S,N,HEADS,C/HEADS,h*w]
     matrices = layer.mix.weight.view(HEADS, grouped.shape[-1], -1)  # [HEADS,h*w,h*w]
     x = x + torch.stack([torch.einsum("gpq,ngcq->ngcp", matrices, each) for each in grouped]).view_as(x)
-    hidden = torch.stack([layer.expand(each) for each in firing(layer.fire_channels, x)])  # [S,N,2C,h,w]
-    return x + torch.stack([layer.project(each) for each in firing(layer.fire_hidden, hidden)])
+    hidden = stepwise(layer.expand, firing(layer.fire_channels, x))  # [S,N,2C,h,w]
+    return x + stepwise(layer.project, firing(layer.fire_hidden, hidden))
 
 
 def mixing_blocks(layers: nn.Sequential, x: Tensor) -> Tensor:
@@ -259,20 +264,20 @@ def patch_currents(network: ResidualSDID, tokens: Tensor, condition: Tensor | No
 
 def patch_logits(network: ResidualSDID, x: Tensor) -> Tensor:
     """Currents `[S,N,C,h/patch,w/patch]` to logits `[N,K,h,w]`."""
-    outputs = torch.stack([network.head(each) for each in firing(network.fire, x)])  # [S,N,patch^2*K,...]
+    outputs = stepwise(network.head, firing(network.fire, x))  # [S,N,patch^2*K,...]
     return F.pixel_shuffle(firing_rate(outputs), network.patch)
 
 
 def convolution_block(layer: ConvolutionBlock, x: Tensor) -> Tensor:
     """Currents `[S,N,C,h,w]` plus those of its branch of two convolutions."""
-    hidden = torch.stack([layer.first(each) for each in firing(layer.fire_first, x)])
-    return x + torch.stack([layer.second(each) for each in firing(layer.fire_second, hidden)])
+    hidden = stepwise(layer.first, firing(layer.fire_first, x))
+    return x + stepwise(layer.second, firing(layer.fire_second, hidden))
 
 
 def unet_sdid(network: UNetSDID, tokens: Tensor, condition: Tensor | None = None) -> Tensor:
     """Tokens `[N,h,w]` in 0..K and conditions `[N,J]` to logits `[N,K,h,w]`."""
     fine = convolution_block(network.before, patch_currents(network, tokens, condition))
-    coarse = torch.stack([network.down(each) for each in firing(network.fire_down, fine)]) + network.coarse_position
+    coarse = stepwise(network.down, firing(network.fire_down, fine)) + network.coarse_position
     coarse = mixing_blocks(network.blocks, coarse)
-    risen = torch.stack([F.pixel_shuffle(network.up(each), 2) for each in firing(network.fire_up, coarse)])
+    risen = F.pixel_shuffle(stepwise(network.up, firing(network.fire_up, coarse)), 2)
     return patch_logits(network, convolution_block(network.after, fine + risen))

@@ -1,6 +1,7 @@
 """A residual spiking denoiser of the codes, an alternative to the paper's SDID (`--denoiser residual`)."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -60,11 +61,14 @@ class MixingBlock(nn.Module):
         return x.reshape(steps, samples, height, width, channels).permute(0, 1, 4, 2, 3)
 
 
-def _patch(grid: tuple[int, int]) -> int:
-    """The side of a patch of tokens that suits a grid."""
-    fitting = [patch for patch in (1, 2, 4) if not any(side % patch for side in grid)]
-    few = [patch for patch in fitting[1:] if math.prod(grid) <= MOST_POSITIONS * patch**2]
-    return min(few, default=fitting[-1])
+def smallest_patch(grid: tuple[int, int], sides: Sequence[int]) -> int:
+    """The smallest of the `sides` of a patch that leaves at most MOST_POSITIONS, or else the largest that fits a grid.
+
+    1 if none fits.
+    """
+    fitting = [patch for patch in sides if not any(side % patch for side in grid)]
+    few = [patch for patch in fitting if math.prod(grid) <= MOST_POSITIONS * patch**2]
+    return min(few, default=max(fitting, default=1))
 
 
 class ResidualSDID(Denoiser):
@@ -106,7 +110,7 @@ class ResidualSDID(Denoiser):
         width = denoiser_channels
         if width % HEADS:
             raise ValueError(f"denoiser_channels must be a multiple of {HEADS}, got {width}")
-        patch = patch or _patch(grid)
+        patch = patch or smallest_patch(grid, (2, 4))
         height, columns = grid[0] // patch, grid[1] // patch
         self.patch, self.margin, side = patch, margin, patch + 2 * margin
         self.embed = one_hot(nn.Conv2d(codebook_size + 1, width, side, stride=patch, padding=margin, bias=False))

@@ -1,13 +1,11 @@
 """A spiking U-Net as denoiser of the codes (`--denoiser unet`)."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.neurons import LIF, Neuron
-from models.residual_sdid import HEADS, MOST_POSITIONS, MixingBlock, ResidualSDID
+from models.residual_sdid import HEADS, MixingBlock, ResidualSDID, smallest_patch
 from models.residual_svae import ConvolutionBlock
 from models.spiking import THRESHOLD_BIAS, Firing, over_steps
 
@@ -46,7 +44,10 @@ class UNetSDID(ResidualSDID):
         width, fine = denoiser_channels, denoiser_channels // SHARE
         if width % (SHARE * HEADS):
             raise ValueError(f"denoiser_channels must be a multiple of {SHARE * HEADS}, got {width}")
-        patch = patch or _fine_patch(grid)
+        patch = patch or smallest_patch((grid[0] // 2, grid[1] // 2), (1, 2, 4))
+        if any(side % (2 * patch) for side in grid):
+            sides = f"{grid[0]}x{grid[1]}"
+            raise ValueError(f"downsampling must leave a grid of codes with even sides for a U-Net, got {sides}")
         height, columns = (side // (2 * patch) for side in grid)
         super().__init__(codebook_size, spike_steps, fine, 0, prototypes, classes, grid, patch, neuron=neuron)
         self.before = ConvolutionBlock(fine, spike_steps, neuron)
@@ -71,12 +72,3 @@ class UNetSDID(ResidualSDID):
         fine = self.before(currents)
         coarse = self.blocks(over_steps(self.down, self.fire_down(fine)) + self.coarse_position)
         return self.after(fine + F.pixel_shuffle(over_steps(self.up, self.fire_up(coarse)), 2))
-
-
-def _fine_patch(grid: tuple[int, int]) -> int:
-    """The side of a patch of the fine level that suits a grid."""
-    fitting = [patch for patch in (1, 2, 4) if not any(side % (2 * patch) for side in grid)]
-    if not fitting:
-        raise ValueError(f"a U-Net needs a grid of codes with even sides, not {grid[0]}x{grid[1]}")
-    few = [patch for patch in fitting if math.prod(grid) <= MOST_POSITIONS * 4 * patch**2]
-    return min(few, default=fitting[-1])

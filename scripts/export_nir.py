@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
@@ -34,7 +34,8 @@ except ImportError:  # of nir or nirtorch
 
 from errors import UserError, reported
 from files import expand
-from models import SDID, VQSVAE, ResidualSDID, UNetSDID, VQAutoencoder
+from models import SDID, VQSVAE, ResidualSDID, VQAutoencoder
+from models.kernels.compiled import is_exactly
 from models.spiking import SpikingStack, membrane_weights, weighted_sum
 from pipeline.checkpoints import check_place
 from pipeline.options.declaration import autoencoder_weights
@@ -138,10 +139,10 @@ def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]
         yield "denoiser: not exported, the run has none"
         return
     denoiser = session.networks.load_denoiser(autoencoder).double().eval()
-    if isinstance(denoiser, UNetSDID) or not isinstance(denoiser, SDID | ResidualSDID):
+    if not is_exactly(denoiser, SDID, ResidualSDID):
         yield f"denoiser: not exported, this is {session.options.denoiser.denoiser} and only sdid and residual are"
     else:
-        yield of_denoiser(denoiser, autoencoder.encode(images))
+        yield of_denoiser(cast(SDID | ResidualSDID, denoiser), autoencoder.encode(images))
 
 
 def observe(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:

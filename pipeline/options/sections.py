@@ -62,6 +62,7 @@ ALL, ANY, OWN = "all", "any", "own"
 """Words of `--labels`: every class in turn; no class in particular; the class of each test image that is inpainted."""
 
 COUNT: Limits = {"low": 1, "high": 10**9, "metavar": "N"}
+BLOCKS: Limits = {"low": 1, "high": 1000, "metavar": "N"}
 WIDTH: Limits = {"low": 1, "high": 4096, "metavar": "N"}
 RATE: Limits = {"low": POSITIVE, "high": 1, "metavar": "X"}
 STEPS: Limits = {"low": 1, "high": 1024, "metavar": "S"}
@@ -216,10 +217,8 @@ class AutoencoderOptions:
         1,
         "residual blocks at each resolution of encoder and decoder",
         Role.IDENTITY,
-        low=1,
-        high=1000,
-        metavar="N",
         of=("residual-svae",),
+        **BLOCKS,
     )
     downsampling: int = option(
         4,
@@ -289,10 +288,8 @@ class DenoiserOptions:
         4,
         "blocks of the residual denoiser, or of the U-Net's coarse level",
         Role.NETWORKS,
-        low=1,
-        high=1000,
-        metavar="N",
         of=MIXING,
+        **BLOCKS,
     )
     condition: str = option(
         "none",

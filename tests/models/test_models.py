@@ -384,7 +384,9 @@ def test_the_local_denoiser_multiplies_few_sizes(monkeypatch):
 def test_the_fine_level_of_a_unet_has_few_enough_positions():
     patches = {grid: UNetSDID(10, grid=grid).patch for grid in [(14, 14), (16, 16), (28, 28), (32, 32), (64, 64)]}
     assert patches == {(14, 14): 1, (16, 16): 1, (28, 28): 2, (32, 32): 2, (64, 64): 4}
-    with pytest.raises(ValueError, match=r"^a U-Net needs a grid of codes with even sides, not 7x7"):
+    with pytest.raises(
+        ValueError, match=r"^downsampling must leave a grid of codes with even sides for a U-Net, got 7x7"
+    ):
         UNetSDID(grid=(7, 7))
 
 
