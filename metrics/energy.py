@@ -84,13 +84,13 @@ def count_layers(model: nn.Module, call: Callable[[], Any], images: int, spike_s
     runs: Counter[nn.Module] = Counter()
     totals: dict[nn.Module, Operations] = defaultdict(lambda: Operations(0, 0, 0))
 
-    def record(layer: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
+    def record(layer: Any, inputs: tuple[Tensor], _output: Tensor) -> None:
         (x,) = inputs
-        axes = next(axes for kind, axes in AXES.items() if isinstance(layer, kind))
+        kind, axes = next((kind, axes) for kind, axes in AXES.items() if isinstance(layer, kind))
         runs[layer] += x.shape[:-axes].numel()
-        full = len(x) * _synaptic_operations(layer, torch.ones_like(x[:1]))
+        full = len(x) * _synaptic_operations(kind, layer, torch.ones_like(x[:1], dtype=layer.weight.dtype))
         spikes = _as_spikes(x, sends_numbers)
-        acs = sum(_synaptic_operations(layer, each) for each in spikes)
+        acs = sum(_synaptic_operations(kind, layer, each.to(layer.weight.dtype)) for each in spikes)
         totals[layer] += Operations(0 if spikes else full, acs, 0 if getattr(layer, "one_hot", False) else full)
 
     with torch.no_grad(), ExitStack() as hooks:
@@ -119,21 +119,24 @@ def _sends_numbers(model: nn.Module) -> Any:
 def _as_spikes(x: Tensor, sends_numbers: Any) -> list[Tensor]:
     """The binary tensors that x is the sum of, each with a weight of its own; none if it is not spikes.
 
-    These are x itself, or what a layer with the method `binary_spikes` sends one after another.
+    These are x itself, or what a layer with the method `binary_spikes` sends one after another, as numbers or, in a
+    network in whole numbers, as counts, uint8.
     """
+    if x.dtype == torch.uint8:
+        return list(sends_numbers.binary_spikes(x))
     if is_binary_tensor(x):
         return [x]
-    if sends_numbers is None or not torch.equal(sends_numbers.forward(x), x):  # such numbers pass it as they are
+    if sends_numbers is None or not torch.equal(sends_numbers.single_step_forward(x), x):  # numbers pass as they are
         return []
     return list(sends_numbers.binary_spikes(x))
 
 
-def _synaptic_operations(layer: nn.Module, spikes: Tensor) -> int:
-    """Operations of `layer` for `spikes`. (The counter skips zero weights if all weights are 0 or 1.)"""
+def _synaptic_operations(kind: type[nn.Module], layer: nn.Module, spikes: Tensor) -> int:
+    """Operations of a layer of this kind for `spikes`. (The counter skips zero weights if all are 0 or 1.)"""
     counter = SynOpCounter()
     # inference mode would hide the operations from the counter
     with torch.inference_mode(False), torch.no_grad(), DispatchCounterMode([counter]):
-        layer.forward(spikes)  # layer(spikes) would call the hook again
+        kind.forward(layer, spikes)  # layer(spikes) would call the hook again
     return counter.get_total()
 
 

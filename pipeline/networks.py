@@ -19,6 +19,7 @@ from models import (
     denoiser_options,
     model_options,
 )
+from models.integer import are_whole, in_whole_numbers
 from models.neurons import Neuron
 from models.vq_autoencoder import VQAutoencoder
 from parts import AUTOENCODERS, DENOISERS, find_part
@@ -192,6 +193,8 @@ class Networks:
     def _load_pretrained(self, load: Callable[[dict[str, Tensor]], Any], path: Path) -> None:
         """Load another run's weights with `load`."""
         weights = from_rank_0(partial(load_weights, path))
+        if are_whole(weights):
+            raise UserError(f"{path} is in whole numbers, which cannot be trained: name the run that it was made of")
         try:
             load(weights)
         except RuntimeError as error:
@@ -202,6 +205,8 @@ class Networks:
         try:
             with seeded(0):  # of weights that are replaced
                 network = build(**shape_of(weights))
+            if are_whole(weights):
+                in_whole_numbers(network)
             network.load_state_dict(weights)
         except (KeyError, AttributeError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{path} does not hold the weights of {kind}") from error
