@@ -39,7 +39,6 @@ SEEDS = (1, 2, 3)  # a set of samples each
 HELD_OUT = {"MNIST": 5001, "FMNIST": 5000, "KMNIST": 600, "Letters": 3000, "CIFAR10": 5000}
 """Training images of each data set that are never trained on."""
 
-EVALUATION = "--num_samples 10000"
 AVERAGED = "--lr_schedule cosine --ema_decay 0.999"
 
 REHEARSED_TRAINING = "--train_images 600 --held_out 100 --eval_batch_size 256"
@@ -48,11 +47,14 @@ REHEARSED_EVALUATION = "--num_samples 64 --metrics energy"
 
 
 class Recipe(NamedTuple):
-    """Options of one training of a stage after another; each begins with the weights of the one before."""
+    """Options of one training of a stage after another, each of which begins with the weights of the one before it, and
+    of the evaluation of each set of samples.
+    """
 
     dataset: str
     trainings: tuple[str, ...]
     model: str = "snn-vq-vae"
+    evaluation: str = "--num_samples 10000"
 
 
 def faithful(epochs: int, at_2: int, at_16: int) -> tuple[str, ...]:
@@ -73,8 +75,13 @@ def improved(epochs: int, diffusion_epochs: int) -> tuple[str, ...]:
 
 def short(options: str = "") -> tuple[str, ...]:
     """The paper's method in little time, with one thing changed."""
-    trainings = "--stage vqsvae --epochs 4", "--stage sdid --diffusion_epochs 1 --temperature 1"
-    return tuple(f"{training} {options}".strip() for training in trainings)
+    sdid = "--stage sdid --denoiser_spike_steps 4 --diffusion_epochs 1 --temperature 1"
+    return tuple(f"{training} {options}".strip() for training in ("--stage vqsvae --epochs 2", sdid))
+
+
+def compared(options: str = "") -> Recipe:
+    """A row of the table of ablations, evaluated in little time as well."""
+    return Recipe("FMNIST", short(options), evaluation="--num_samples 5000 --metrics fad,classifier,mse,energy")
 
 
 RECIPES = {
@@ -83,20 +90,20 @@ RECIPES = {
     "kmnist-faithful": Recipe("KMNIST", faithful(50, 120, 8)),
     "letters-faithful": Recipe("Letters", faithful(12, 40, 4)),
     "cifar10-faithful": Recipe("CIFAR10", faithful(8, 20, 4)),
-    "mnist-improved": Recipe("MNIST", improved(8, 40)),
-    "fmnist-improved": Recipe("FMNIST", improved(8, 40)),
-    "kmnist-improved": Recipe("KMNIST", improved(60, 200)),
-    "letters-improved": Recipe("Letters", improved(15, 60)),
-    "cifar10-improved": Recipe("CIFAR10", improved(8, 100)),
+    "mnist-improved": Recipe("MNIST", improved(10, 24), "residual-svae"),
+    "fmnist-improved": Recipe("FMNIST", improved(10, 24), "residual-svae"),
+    "kmnist-improved": Recipe("KMNIST", improved(60, 200), "residual-svae"),
+    "letters-improved": Recipe("Letters", improved(15, 60), "residual-svae"),
+    "cifar10-improved": Recipe("CIFAR10", improved(8, 100), "residual-svae"),
     **{f"{name.lower()}-vq-vae": Recipe(name, short(), "vq-vae") for name in HELD_OUT},
-    "fmnist-short": Recipe("FMNIST", short()),
-    "fmnist-short-if": Recipe("FMNIST", short("--neuron if")),
-    "fmnist-short-plif": Recipe("FMNIST", short("--neuron plif")),
-    "fmnist-short-fs": Recipe("FMNIST", short("--neuron fs --spike_steps 1")),
-    "fmnist-short-rate": Recipe("FMNIST", short("--readout rate")),
-    "fmnist-short-potential": Recipe("FMNIST", short("--readout potential")),
-    "fmnist-short-repeat": Recipe("FMNIST", short("--spike_generator repeat")),
-    "fmnist-short-poisson": Recipe("FMNIST", short("--spike_generator poisson")),
+    "fmnist-short": compared(),
+    "fmnist-short-if": compared("--neuron if"),
+    "fmnist-short-plif": compared("--neuron plif"),
+    "fmnist-short-fs": compared("--neuron fs --spike_steps 1 --denoiser_spike_steps 1"),
+    "fmnist-short-rate": compared("--readout rate"),
+    "fmnist-short-potential": compared("--readout potential"),
+    "fmnist-short-repeat": compared("--spike_generator repeat"),
+    "fmnist-short-poisson": compared("--spike_generator poisson"),
     "fmnist-short-snn-vae": Recipe("FMNIST", short()[:1], "snn-vae"),
 }
 """The rows, by name. The short ones compare ablations and a baseline with their control, in equal and little time."""
@@ -132,7 +139,7 @@ class Job(NamedTuple):
 
     def evaluation(self, seed: int) -> list[str]:
         """The options of main.py for the evaluation of a set of samples."""
-        what = REHEARSED_EVALUATION if self.rehearsed else EVALUATION
+        what = REHEARSED_EVALUATION if self.rehearsed else self.recipe.evaluation
         return ["--checkpoint", str(self.last_run.path), "--seed", str(seed), *what.split(), *self.passed_on]
 
     def is_evaluated(self, seed: int) -> bool:
