@@ -20,9 +20,9 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 demo: install
 	rm -rf result/demo
 	$(RUN) -u main.py --dataset_name Digits --preset improved --condition label --guidance 0.5 \
-	  --codebook_size 64 --denoiser_channels 96 --denoiser_blocks 3 --epochs 12 --diffusion_epochs 50 \
-	  --sample_steps 20 --metrics recognition,mse,ssim,codebook --result_path result/demo
-	$(RUN) -u main.py --checkpoint result/demo/Digits/snn-vq-vae --stage sample --labels all
+	  --denoiser_channels 96 --denoiser_blocks 3 --epochs 12 --diffusion_epochs 35 \
+	  --metrics recognition,mse,ssim,codebook --result_path result/demo
+	$(RUN) -u main.py --checkpoint result/demo/Digits/residual-svae --stage sample --labels all
 
 # Ten images of each class, drawn by the trained network that comes with the repository.
 sample: install

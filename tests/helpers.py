@@ -38,7 +38,7 @@ LIVELY = ("--revive_codes", "--clipped_error")
 """Options of snn-vq-vae with which even these use many codes, so that no two samples are alike."""
 
 IMPROVED = (
-    *("--preset", "improved", "--hidden_channels", 8, "--denoiser_channels", 16, "--denoiser_blocks", 1),
+    *("--preset", "improved", "--hidden_channels", 8, "--denoiser_channels", 48, "--denoiser_blocks", 1),
     *("--fixed_norm", 0.6, "--condition", "prototype"),
     *("--codebook_size", 8, "--batch_size", 8, "--epochs", 2, "--diffusion_epochs", 2, "--num_samples", 5),
     *("--device", "cpu", "--precision", "float32", "--metrics", "mse,codebook,energy"),
@@ -195,9 +195,14 @@ def layer_by_layer(stack, x, readout=None):
 # ---- run folders ----
 
 
-def run_in(result_path, model="snn-vq-vae"):
-    """The run folder below `--result_path`, for the data set ImageFolder."""
-    return result_path / "ImageFolder" / model
+def run_in(result_path, model=None):
+    """The run folder of a model below `--result_path`, for ImageFolder; by default the one that is there.
+
+    While there is none, that of the default model.
+    """
+    runs = result_path / "ImageFolder"
+    there = [run.name for run in runs.iterdir()] if runs.is_dir() else []
+    return runs / (model or (there or ["snn-vq-vae"])[0])
 
 
 def read_log(run):

@@ -481,8 +481,8 @@ def test_every_value_knows_where_it_came_from(run):
     call = resolve(["--checkpoint", str(run), "--temperature", "0.5"])
     assert call.options.origins["temperature"] == "command line" and call.options.origins["spike_steps"] == str(run)
     assert call.options.origins["mask"] == "default" and call.options.autoencoder.spike_steps == 4
-    options = resolve(["--preset", "improved", "--spike_steps", "3"]).options
-    assert (options.autoencoder.spike_steps, options.autoencoder.downsampling) == (3, 2)
+    options = resolve(["--preset", "improved", "--denoiser_blocks", "3"]).options
+    assert (options.denoiser.denoiser_blocks, options.autoencoder.downsampling) == (3, 2)
     assert options.origins["downsampling"] == "--preset improved"
 
 

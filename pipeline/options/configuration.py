@@ -63,7 +63,8 @@ def _assemble(typed: dict[str, Any]) -> Call:
     """The same from values that have been read."""
     _check_combination(typed)
     started = _started_from(typed.get("start_from"))
-    run = RunFolder(_folder(DEFAULTS | started | typed))
+    in_preset = PRESETS[(DEFAULTS | started | typed)["preset"]]
+    run = RunFolder(_folder(DEFAULTS | in_preset | started | typed))
     made = _made(typed, run)
     if made and made.exists():
         ways = f"resume it with --resume {run.path}, evaluate with --checkpoint {run.model}"
@@ -74,7 +75,7 @@ def _assemble(typed: dict[str, Any]) -> Call:
     read = run.require_config if "resume" in typed else run.read_config
     saved = {} if made == run.model else read()
     lasting = with_role(Role.RESUMED if "resume" in typed else Role.SETTING)
-    kept = {key: as_read(key, saved[key]) for key in lasting if key in saved}
+    kept = {key: as_read(key, saved.get(key, DEFAULTS[key])) for key in lasting} if saved else {}
     preset = (DEFAULTS | started | kept | typed)["preset"]
     layers = {
         "default": DEFAULTS,
@@ -173,9 +174,7 @@ def _check_fixed(options: Options, run: RunFolder, saved: Mapping[str, Any]) -> 
         fixed += [key for key in names(DenoiserOptions) + names(AutoencoderOptions) if key not in fixed]
     if options.run.resume and run.denoiser.exists():
         fixed.append("epochs")  # stage 1 is over
-    if saved:  # a run from before there was a choice of neurons has those of the paper
-        saved = {key: DEFAULTS[key] for key in NEURON} | dict(saved)
-    if changed := _changed(options, saved, fixed):
+    if saved and (changed := _changed(options, DEFAULTS | dict(saved), fixed)):
         raise UserError(f"{run.path} was made with different options: omit {', '.join(changed)}")
 
 

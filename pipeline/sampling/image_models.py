@@ -163,13 +163,15 @@ class CodeDiffusion:
     def inpaint(self, images: Tensor, hidden: Tensor) -> Tensor:
         """Images with the pixels `hidden`, bool `[H,W]`, inpainted; image i with the noise and the label of sample i.
 
-        The codes of cells with a hidden pixel are drawn, given those of the other cells. To encode these, hidden pixels
+        The codes of positions with a hidden pixel are drawn, given those of the others. To encode these, hidden pixels
         are replaced by the nearest visible ones, so nothing leaks from the hidden region. The completed images are then
         encoded and decoded once more: at the border, what is drawn is thus decoded next to the image's own pixels.
         """
         seen = self.encode(images[..., *nearest_visible(hidden)]).long()
-        drawn_cells = F.max_pool2d(hidden[None].float(), self.autoencoder.downsampling)[0] > 0  # [H,W] -> [h,w]
-        tokens = torch.where(drawn_cells, self.diffusion.mask_token, seen)
+        a_side = self.autoencoder.codes_a_side
+        positions = F.max_pool2d(hidden[None].float(), self.autoencoder.downsampling * a_side)[0] > 0
+        drawn_codes = positions.repeat_interleave(a_side, 0).repeat_interleave(a_side, 1)  # [h,w]
+        tokens = torch.where(drawn_codes, self.diffusion.mask_token, seen)
         codes, _ = self._draw_codes(range(len(images)), tokens)
         completed = torch.where(hidden, self._decode(codes), images)
         return torch.where(hidden, self.reconstruct(completed), images)

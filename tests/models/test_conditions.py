@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, write_bars
+from helpers import ROOT, run_in, write_bars
 from PIL import Image
 
 from datasets import load_dataset
@@ -280,7 +280,7 @@ def test_each_condition_is_dropped_by_itself(tmp_path, monkeypatch):
 # ---- in a run ----
 
 SMALL = (
-    *("--preset", "improved", "--hidden_channels", 8, "--denoiser_channels", 16, "--denoiser_blocks", 1),
+    *("--preset", "improved", "--hidden_channels", 8, "--denoiser_channels", 48, "--denoiser_blocks", 1),
     *("--codebook_size", 8, "--batch_size", 8, "--epochs", 1, "--diffusion_epochs", 1, "--num_samples", 5),
     *("--device", "cpu", "--precision", "float32", "--metrics", "energy"),
 )
@@ -295,7 +295,7 @@ def trained(request, cli, classes, tmp_path_factory):
     result = tmp_path_factory.mktemp("conditioned")
     outcome = cli(*classes, *SMALL, *request.param, "--result_path", result)
     assert (outcome.status, outcome.err) == (0, "")
-    return result / "ImageFolder" / "snn-vq-vae"
+    return run_in(result)
 
 
 def samples_of(folder):
@@ -435,7 +435,7 @@ def test_stopped_and_resumed_is_the_same(trained, cli, classes, tmp_path):
     condition = RunFolder(trained).read_config()["condition"]
     options = next(options for options in CONDITIONS if condition in options)
     stopped = cli(*classes, *SMALL, *options, "--result_path", tmp_path, "--max_minutes", 1e-4)
-    run = tmp_path / "ImageFolder" / "snn-vq-vae"
+    run = run_in(tmp_path)
     while "saved" in stopped.out:
         stopped = cli("--resume", run, "--max_minutes", 0.005)
     assert stopped.status == 0
@@ -449,7 +449,7 @@ def test_runs_from_before_there_was_the_option(cli, classes, tmp_path):
     prototypes = ("--condition", "prototype", "--max_minutes")
     for name, minutes in (("whole", 10), ("stopped", 1e-4)):
         assert cli(*classes, *SMALL, *prototypes, minutes, "--result_path", tmp_path / name).status == 0
-    whole, run = (RunFolder(tmp_path / name / "ImageFolder" / "snn-vq-vae") for name in ("whole", "stopped"))
+    whole, run = (RunFolder(run_in(tmp_path / name)) for name in ("whole", "stopped"))
     state = load_checkpoint(run.last)
     del state["run"]["condition"]
     save_weights(run.last, state)
@@ -482,9 +482,9 @@ def test_packed(trained, cli, tmp_path):
 
 def test_added_to_a_run_that_had_none(trained, cli, classes, tmp_path):
     cli(*classes, *SMALL, "--condition", "prototype", "--result_path", tmp_path / "before")
-    before = tmp_path / "before" / "ImageFolder" / "snn-vq-vae"
+    before = run_in(tmp_path / "before")
     more = ("--stage", "sdid", "--condition", "both", "--diffusion_epochs", 1, "--result_path", tmp_path / "after")
     outcome = cli(*classes, "--start_from", before, *more)
     assert (outcome.status, outcome.err) == (0, "")
-    weights = load_weights(RunFolder(tmp_path / "after" / "ImageFolder" / "snn-vq-vae").denoiser)
+    weights = load_weights(RunFolder(run_in(tmp_path / "after")).denoiser)
     assert weights["labels.counts"].shape == (6, 2) and weights["labels.embed.weight"].any(), "learned"

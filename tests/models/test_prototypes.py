@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import IMPROVED
+from helpers import IMPROVED, run_in
 
 from diffusion.absorbing import AbsorbingDiffusion
 from models import ResidualSDID, reference
@@ -150,29 +150,30 @@ def told(cli, grey, tmp_path):
     """A run whose denoiser was trained with prototypes."""
     outcome = cli(*grey, *SMALL, "--images_per_prototype", 10, "--result_path", tmp_path)
     assert (outcome.status, outcome.err) == (0, "")
-    return tmp_path / "ImageFolder" / "snn-vq-vae"
+    return run_in(tmp_path)
 
 
 def test_added_to_a_run_that_had_none(cli, grey, tmp_path):
     outcome = cli(*grey, *SMALL, "--condition", "none", "--result_path", tmp_path / "before")
     assert (outcome.status, outcome.err) == (0, "")
-    before, after = (tmp_path / name / "ImageFolder" / "snn-vq-vae" for name in ("before", "after"))
+    before = run_in(tmp_path / "before")
     config = RunFolder(before).read_config()
     del config["condition"], config["images_per_prototype"]  # as in a run made before there were prototypes
     write_json(RunFolder(before).config, config)
     plain = ("--stage", "sdid", "--diffusion_epochs", 1, "--result_path", tmp_path / "plain")
     assert cli(*grey, "--start_from", before, *plain).status == 0
-    kept = load_weights(RunFolder(tmp_path / "plain" / "ImageFolder" / "snn-vq-vae").denoiser)
+    kept = load_weights(RunFolder(run_in(tmp_path / "plain")).denoiser)
     assert not any(name.startswith("prototypes") for name in kept), "they are not added by the preset"
     more = ("--stage", "sdid", "--condition", "prototype", "--images_per_prototype", 10, "--diffusion_epochs", 1)
     outcome = cli(*grey, "--start_from", before, *more, "--result_path", tmp_path / "after")
     assert (outcome.status, outcome.err) == (0, "")
-    weights = load_weights(RunFolder(after).denoiser)
+    weights = load_weights(RunFolder(run_in(tmp_path / "after")).denoiser)
     assert weights["prototypes.counts"].sum() == 120 and len(weights["prototypes.counts"]) == 12
     assert weights["prototypes.embed.weight"].any(), "learned"
     fewer = ("--stage", "sdid", "--train_images", 60, "--diffusion_lr", 1e-9, "--ema_decay", 0, "--diffusion_epochs", 1)
-    assert cli(*grey, "--start_from", after, *fewer, "--result_path", tmp_path / "again").status == 0
-    again = load_weights(RunFolder(tmp_path / "again" / "ImageFolder" / "snn-vq-vae").denoiser)
+    begin = ("--start_from", run_in(tmp_path / "after"), "--result_path", tmp_path / "again")
+    assert cli(*grey, *begin, *fewer).status == 0
+    again = load_weights(RunFolder(run_in(tmp_path / "again")).denoiser)
     assert again["prototypes.counts"].sum() == 60 and len(again["prototypes.counts"]) == 6, "of the images there are"
     torch.testing.assert_close(again["prototypes.embed.weight"], weights["prototypes.embed.weight"], atol=1e-6, rtol=0)
 

@@ -232,7 +232,7 @@ def test_what_a_neuron_does_not_have_is_refused(options, said, cli, grey, tmp_pa
         (*IMPROVED, "--neuron", "if"),
         (*IMPROVED, "--neuron", "plif"),
         ("--neuron", "fs", "--digits", "3", "--spike_steps", "1"),
-        (*IMPROVED, "--neuron", "fs", "--spike_steps", "1", "--denoiser_spike_steps", "1"),
+        ("--denoiser", "residual", "--denoiser_channels", "16", "--neuron", "plif"),
     ],
     ids=lambda options: " ".join(map(str, options[-4:])),
 )

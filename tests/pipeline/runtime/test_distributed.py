@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from helpers import IMPROVED, ROOT, run_in, without
+from helpers import IMPROVED, LIVELY, ROOT, run_in
 from jobs import perform
 
 from models.kernels import compiled
@@ -83,7 +83,7 @@ def together(small, grey, classes, finished, tmp_path_factory):
     shared = (*small, "--no-revive_codes", "--batch_size", 9)  # codes move to images of the first process
     stage = {name: (*shared, "--stage", name) for name in ("vqsvae", "sdid")}
     limited = (*stage["vqsvae"], "--max_minutes", 30)
-    brief = ("--no-revive_codes", "--batch_size", 9, "--epochs", 1, "--diffusion_epochs", 1)
+    brief = ("--code_noise", 0, "--batch_size", 9, "--epochs", 1, "--diffusion_epochs", 1)  # noise is each one's own
     improved = (*classes, *IMPROVED, "--condition", "both", "--held_out", 6, *brief)
     alone_jobs = {
         "stage 1": ((*stage["vqsvae"], "--result_path", folder / "alone"), None),
@@ -99,13 +99,15 @@ def together(small, grey, classes, finished, tmp_path_factory):
     perform([(("--checkpoint", folder / "drawn alone" / "model.pth", "--num_samples", 5), None)])
     tiny = ("--spike_steps", 4, "--hidden_channels", 4, "--num_samples", 3, "--device", "cpu", "--precision", "float32")
     prior = (*grey, *tiny, "--model", "snn-vae", "--epochs", 1)
-    revived = ("--result_path", folder / "revived")
+    sizes = ("--spike_steps", 4, "--hidden_channels", 8, "--codebook_size", 8, "--embedding_dim", 8)
+    sizes = (*sizes, "--downsampling", 2)
+    revived = (*classes, *LIVELY, *sizes, "--batch_size", 9, "--epochs", 1, "--ema_decay", 0.999, "--stage", "vqsvae")
     jobs = {
         "stopped": ((*limited, "--result_path", folder / "stopped shared"), STOPPED),
         "resumed": (("--resume", run_in(folder / "stopped alone"), "--stage", "vqsvae"), None),
         "stage 2": ((*stage_2, "--result_path", folder / "shared stage 2"), None),
         "improved": ((*improved, "--result_path", folder / "improved shared"), None),
-        "revived": ((*without(improved, "--metrics"), "--revive_codes", "--stage", "vqsvae", *revived), None),
+        "revived": ((*revived, "--result_path", folder / "revived"), None),
         "snn-vae": ((*prior, "--result_path", folder / "prior"), None),
         "drawn": (("--checkpoint", folder / "drawn shared" / "model.pth", "--num_samples", 5), None),
     }
@@ -133,7 +135,7 @@ def test_averaged_weights_are_those_of_one_process(together):
     logs = [RunFolder(run_in(together.folder / f"improved {kind}")).read_log() for kind in ("alone", "shared")]
     alone, shared = ([line["held_out_loss"] for line in log] for log in logs)
     assert len(alone) == 2 and shared == pytest.approx(alone, rel=1e-9)
-    assert len(together.shared["revived"]) == 13
+    assert len(together.shared["revived"]) == 14
     usage = json.loads((run_in(together.folder / "revived") / "log.jsonl").read_text().splitlines()[0])
     assert usage["codebook_usage"] > 0.5
 

@@ -75,12 +75,12 @@ def test_it_is_that_of_the_weights_that_are_kept(watched, classes):
             losses["vqsvae"].append(out.loss.item() * len(which))
             generator = seeded(2, batch)
             known = objectives._dropped_out(told[which], generator)
-            noise = model.diffusion.training_noise(len(which), model.grid, generator, "spread_cross_entropy")
+            noise = model.diffusion.training_noise(len(which), model.grid, generator, "cross_entropy")
             loss = model.diffusion.loss(
                 lambda tokens, t, known=known: denoiser(tokens, t, known),
                 codes[which],
                 TrainingNoise(*noise),
-                "spread_cross_entropy",
+                "cross_entropy",
             )
             losses["sdid"].append(loss.item() * len(which))
     last = {line["stage"]: line["held_out_loss"] for line in read_log(run)}

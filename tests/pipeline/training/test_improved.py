@@ -59,8 +59,8 @@ def improved(cli, grey, tmp_path_factory):
 
 def test_a_run_has_the_options_of_its_preset(improved):
     config = json.loads((improved / "config.json").read_text())
-    own = {"denoiser_channels": 16, "denoiser_blocks": 1, "batch_size": 8, "epochs": 2, "diffusion_epochs": 2}
-    own |= {"fixed_norm": 0.6, "condition": "prototype"}
+    own = {"hidden_channels": 8, "denoiser_channels": 48, "denoiser_blocks": 1, "batch_size": 8, "fixed_norm": 0.6}
+    own |= {"epochs": 2, "diffusion_epochs": 2, "condition": "prototype"}
     assert {key: config[key] for key in PRESETS["improved"]} == PRESETS["improved"] | own
     assert config["preset"] == "improved" and config["codebook_size"] == 8
 
@@ -97,7 +97,7 @@ def test_a_packed_copy(improved, cli, tmp_path, capsys):
         assert all(torch.allclose(half[key].float(), whole[key].float(), rtol=1e-3, atol=1e-6) for key in whole)
     config = json.loads((copy / "config.json").read_text())
     assert (copy / "log.jsonl").read_text() == (improved / "log.jsonl").read_text()
-    assert "data_path" not in config and config["denoiser"] == "residual" and config["image_shape"] == [1, 16, 16]
+    assert "data_path" not in config and config["denoiser"] == "unet" and config["image_shape"] == [1, 16, 16]
     outcome = cli("--checkpoint", copy, "--stage", "sample", "--num_samples", 3)
     assert (outcome.status, outcome.err) == (0, "") and (copy / "samples" / "grid.png").exists()
 
@@ -170,7 +170,7 @@ def test_an_unfinished_run_leaves_no_half_of_a_copy(improved, tmp_path, capsys):
         (("--model", "vq-vae", "--downsampling", 2), "vq-vae has no --downsampling"),
         (("--denoiser", "residual", "--denoiser_channels", 24), "--denoiser_channels must be a multiple of 16, got 24"),
         (("--preset", "improved", "--images_per_prototype", 121), "too few training images (120)"),
-        (("--preset", "improved", "--image_size", 8), "have 16 timesteps: use --sample_steps 16 instead of 28"),
+        (("--preset", "improved", "--sample_steps", 257), "have 256 timesteps: use --sample_steps 256 instead of 257"),
         (("--images_per_prototype", 5), "sdid has no --images_per_prototype"),
         (("--preset", "improved", "--denoiser", "sdid"), "is for residual and unet: sdid has no --condition"),
         (("--model", "snn-vae", "--sort_codes"), "snn-vae has no --sort_codes"),
@@ -183,13 +183,13 @@ def test_mistakes(options, expected, cli, grey, tmp_path):
 
 
 def test_a_switch_of_the_preset_can_be_switched_off(cli, grey, tmp_path):
-    outcome = cli(*grey, *TRAINED, "--no-revive_codes", "--stage", "vqsvae", "--result_path", tmp_path)
+    outcome = cli(*grey, *TRAINED, "--no-clipped_error", "--stage", "vqsvae", "--result_path", tmp_path)
     assert outcome.status == 0
     config = json.loads((run_in(tmp_path) / "config.json").read_text())
-    assert config["revive_codes"] is False and config["clipped_error"] is True
+    assert config["clipped_error"] is False and config["code_noise"] == PRESETS["improved"]["code_noise"]
 
 
-def test_sorted_codes_are_a_renumbering(cli, grey, improved, tmp_path):
+def test_sorted_codes_are_a_renumbering(cli, grey, tmp_path):
     """Stage 1 ends as without it but for the order of the codes; a denoiser that knows another order is refused."""
     runs = []
     for name, options in {"sorted": ("--sort_codes",), "plain": ()}.items():
@@ -199,7 +199,10 @@ def test_sorted_codes_are_a_renumbering(cli, grey, improved, tmp_path):
     after, before = (weights["vq_layer.embeddings.weight"] for weights in runs)
     assert not torch.equal(after, before) and sorted(after.tolist()) == sorted(before.tolist())
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0] if "embeddings" not in key)
-    renumbered = cli(*grey, *IMPROVED, "--start_from", improved, "--sort_codes", "--result_path", tmp_path / "again")
+    stage_2 = ("--stage", "sdid", "--diffusion_epochs", 1, "--result_path", tmp_path / "plain")
+    assert cli(*grey, *SMALL, *stage_2).status == 0
+    begin = ("--start_from", run_in(tmp_path / "plain"), "--sort_codes", "--result_path", tmp_path / "again")
+    renumbered = cli(*grey, *SMALL, *begin)
     assert renumbered.status == 2 and "add --new_denoiser" in renumbered.err
 
 
@@ -241,7 +244,7 @@ def test_denoiser_trained_on_is_resumed(saved, improved, cli, grey, tmp_path, mo
     if saved:
         shutil.move(tmp_path / "moved", start)
     assert cli(*begin, "--result_path", tmp_path / "whole").status == 0
-    whole = tmp_path / "whole" / "ImageFolder" / "snn-vq-vae"
+    whole = run_in(tmp_path / "whole")
     assert read_log(whole) == read_log(run) and [line["stage"] for line in read_log(run)] == ["sdid"]
     for name in ("model.pth", "diff_result/diff_model.pth"):
         one, other = load_weights(whole / name), load_weights(run / name)
@@ -252,7 +255,7 @@ def test_new_denoiser_on_trained_codes(improved, cli, grey, tmp_path):
     """A run of stage 1 alone has none to begin with; to train stage 1 on, what its denoiser is like does not matter."""
     start = tmp_path / "start"
     shutil.copytree(improved, start, ignore=shutil.ignore_patterns("diff_result"))
-    new = (*grey, "--denoiser_channels", 32, "--diffusion_epochs", 1)
+    new = (*grey, "--denoiser_channels", 96, "--diffusion_epochs", 1)
     outcome = cli(*new, "--start_from", start, "--stage", "sdid", "--result_path", tmp_path / "new")
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out.count(f"{start} has no denoiser: the new one is trained from scratch\n") == 1
@@ -263,14 +266,14 @@ def test_new_denoiser_on_trained_codes(improved, cli, grey, tmp_path):
     assert_same_weights(run_in(tmp_path / "new"), run_in(tmp_path / "same"))
     result = ("--result_path", tmp_path / "stage_1")
     assert cli(*new, "--epochs", 1, "--start_from", improved, "--stage", "vqsvae", *result).status == 0
-    outcome = cli(*new, "--stage", "sdid", *result)
+    outcome = cli(*new, "--model", "residual-svae", "--stage", "sdid", *result)
     assert (outcome.status, outcome.err) == (0, "") and "untrained" not in outcome.out
 
 
 def test_new_denoiser_is_resumed_without_the_other_run(improved, cli, grey, tmp_path):
     """Even if it was stopped before anything of stage 2 was saved."""
     start = shutil.copytree(improved, tmp_path / "start")
-    begin = (*grey, "--start_from", start, "--stage", "sdid", "--new_denoiser", "--denoiser_channels", 32)
+    begin = (*grey, "--start_from", start, "--stage", "sdid", "--new_denoiser", "--denoiser_channels", 96)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Interruption, "__enter__", interrupt)
         assert cli(*begin, "--diffusion_epochs", 1, "--result_path", tmp_path).status == 130
@@ -319,13 +322,13 @@ def test_both_networks_trained_on(improved, cli, grey, tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--denoiser_channels", 32), "a different network"),
+        (("--denoiser_channels", 96), "a different network"),
         (("--stage", "sdid", "--codebook_size", 9), "other options: omit --codebook_size (8 in the run)"),
-        (("--stage", "sdid", "--spike_steps", 2), "other options: omit --spike_steps (4 in the run)"),
+        (("--stage", "sdid", "--digits", 3), "other options: omit --digits (4 in the run)"),
         (("--stage", "sdid", "--downsampling", 4), "other options: omit --downsampling (2 in the run)"),
         (("--stage", "sdid", "--spike_generator", "repeat"), "omit --spike_generator (adaptive in the run)"),
-        (("--stage", "sdid", "--neuron", "if"), "other options: omit --neuron (lif in the run)"),
-        (("--stage", "sdid", "--denoiser_channels", 32), "a different network"),
+        (("--stage", "sdid", "--neuron", "if"), "other options: omit --neuron (fs in the run)"),
+        (("--stage", "sdid", "--denoiser_channels", 96), "a different network"),
         (("--resume", "there"), "begins a new run"),
     ],
 )
@@ -524,9 +527,10 @@ def test_what_is_seen_is_given_and_nothing_leaks(improved, grey, monkeypatch):
     completed = model.inpaint(images, hidden)
     tokens, mask = given[0][1], model.diffusion.mask_token
     covered = np.array([[hidden[y : y + 2, x : x + 2].any() for x in range(0, 16, 2)] for y in range(0, 16, 2)])
+    covered = np.kron(covered, np.ones((2, 2), bool))  # a position, of 2x2 pixels, has 2x2 codes
     assert ((tokens == mask).numpy() == covered).all() and 0 < covered.sum() < covered.size
     codes = model.encode(images)
-    assert (tokens == codes)[:, :, [0, 1]].all(), "far from what is hidden they are those of the image"
+    assert (tokens == codes)[:, :, :2].all(), "far from what is hidden they are those of the image"
     assert torch.equal(completed[..., ~hidden], images[..., ~hidden])
     others = torch.where(hidden, 255 - images, images)
     assert torch.equal(model.inpaint(others, hidden), completed)
