@@ -41,18 +41,19 @@ def row_scales(weight: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(most / LARGEST_WEIGHT)  # the mantissa is at least 0.5
     coarse = torch.ldexp(torch.ones_like(most), exponent - (mantissa == 0.5).int())
     fine = (coarse / 2).clamp_min(FINEST_SCALE)
-    errors = [(_multiples(rows, scale) * scale[:, None] - rows).square().sum(1) for scale in (coarse, fine)]
+    errors = [(_nearest(rows, scale) - rows).square().sum(1) for scale in (coarse, fine)]
     return torch.where(errors[1] < errors[0], fine, coarse)
 
 
-def _multiples(rows: Tensor, scales: Tensor) -> Tensor:
-    return (rows / scales[:, None]).round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT)
+def _nearest(rows: Tensor, scales: Tensor) -> Tensor:
+    """The multiples of their scales, by int8, that are nearest to rows `[R,W]`."""
+    scales = scales[:, None]
+    return (rows / scales).round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT) * scales
 
 
 def whole(weight: Tensor) -> Tensor:
     """A weight `[R,...]` with each row rounded to int8 times its scale; of the same type, in which that is exact."""
-    scales = row_scales(weight)
-    return (_multiples(weight.detach().double().flatten(1), scales) * scales[:, None]).view_as(weight).to(weight.dtype)
+    return _nearest(weight.detach().double().flatten(1), row_scales(weight)).view_as(weight).to(weight.dtype)
 
 
 def in_units(values: Tensor) -> Tensor:
@@ -86,28 +87,23 @@ class IntegerConv2d(nn.Conv2d):
 
     def _convolve(self, counts: Tensor) -> Tensor:
         with full_precision(counts):
-            scales, weight = self._in_parts()
-            sums = F.conv2d(counts.double(), weight, None, self.stride, self.padding, self.dilation, self.groups)
-            return sums.round() * (scales * self.unit).view(-1, 1, 1)
+            x, weight = counts.double(), self.weight.double()
+            sums = F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+            return (sums / FINEST_SCALE).round() * (FINEST_SCALE * self.unit)  # the multiples that they are, if exact
 
     def _convolve_int8(self, counts: Tensor) -> Tensor:
         modes = (list(self.stride), list(self.padding), list(self.dilation), self.groups)
         version = (self.weight._version, self.weight.data_ptr())
         if self not in _packed or _packed[self][0] != version:
-            scales, weight = self._in_parts()
-            units = (scales * self.unit).float()
-            made = torch.ops.onednn.qconv_prepack(weight.to(torch.int8), units, 1.0, 0, *modes, list(counts.shape))
+            scales = row_scales(self.weight)
+            units, weight = (scales * self.unit).float(), (self.weight / scales.view(-1, 1, 1, 1)).to(torch.int8)
+            made = torch.ops.onednn.qconv_prepack(weight, units, 1.0, 0, *modes, list(counts.shape))
             _packed[self] = version, made, units, torch.zeros(len(units), dtype=torch.int64)
         _, weight, units, zeros = _packed[self]
         x = counts.to(torch.uint8).contiguous(memory_format=torch.channels_last)
         plain: tuple = (1.0, 0, torch.float32, "none", [], "")  # the output is neither scaled nor shifted
         currents: Tensor = torch.ops.onednn.qconv2d_pointwise(x, 1.0, 0, weight, units, zeros, None, *modes, *plain)
         return currents
-
-    def _in_parts(self) -> tuple[Tensor, Tensor]:
-        """The scale of each row of weights, and the whole numbers that they multiply; float64."""
-        scales = row_scales(self.weight)
-        return scales, _multiples(self.weight.double().flatten(1), scales).view_as(self.weight)
 
 
 _packed: WeakKeyDictionary[IntegerConv2d, tuple] = WeakKeyDictionary()
@@ -153,7 +149,6 @@ class IntegerNeurons(FewSpikes):
     def __init__(self, firing: Firing):
         norm: Any = firing.norm
         super().__init__(cast(FewSpikes, firing.lif).digits)
-        self.last = FEW_SPIKES_RANGE / 2**self.digits
         gain = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
         steps = (self.last / gain).clamp(-LARGEST_STEP, LARGEST_STEP)
         reached = (norm.bias.detach().double() - norm.running_mean.double() * gain) / self.last + 0.5  # without current
@@ -208,7 +203,7 @@ def in_whole_numbers(network: nn.Module) -> nn.Module:
     neurons = [layer.lif for layer in network.modules() if isinstance(layer, Firing)]
     if not neurons or not all(isinstance(neuron, FewSpikes) for neuron in neurons):
         raise ValueError("only networks of residual blocks with --neuron fs can be in whole numbers")
-    last_digit = FEW_SPIKES_RANGE / 2 ** neurons[0].digits
+    last_digit = neurons[0].last
     codebook = getattr(network, "vq_layer", None)
     of_codes = last_digit if codebook is None else FEW_SPIKES_RANGE / len(codebook.embeddings.weight)
     for name, layer in list(network.named_modules()):

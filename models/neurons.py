@@ -116,9 +116,14 @@ class FewSpikes(FromRest, neuron.SimpleBaseNode):
         super().__init__(surrogate_function=SURROGATE, step_mode="m")
         self.digits = digits
 
+    @property
+    def last(self) -> float:
+        """The weight of the last digit, of which the numbers are multiples."""
+        return FEW_SPIKES_RANGE / 2**self.digits
+
     def single_step_forward(self, x: Tensor) -> Tensor:
         """Currents `[...]` of a spike step to the numbers that are sent, `[...]`."""
-        sent: Tensor = _Rounded.apply(x, FEW_SPIKES_RANGE / 2**self.digits)
+        sent: Tensor = _Rounded.apply(x, self.last)
         return sent
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
@@ -127,7 +132,7 @@ class FewSpikes(FromRest, neuron.SimpleBaseNode):
 
     def binary_spikes(self, numbers: Tensor) -> Tensor:
         """The spikes that send `numbers [...]`: 0 or 1, `[digits,...]`, the digit that weighs most first."""
-        whole = (numbers * (2**self.digits / FEW_SPIKES_RANGE)).round().long()
+        whole = (numbers / self.last).round().long()
         places = torch.arange(self.digits - 1, -1, -1, device=numbers.device).view(-1, *numbers.dim() * (1,))
         return (whole >> places & 1).to(numbers.dtype)
 
@@ -146,7 +151,7 @@ def dynamics_of(layer: FromRest) -> Dynamics | Numbers | None:
     and the paper's surrogate gradient. Others run as they are.
     """
     if is_exactly(layer, FewSpikes):
-        last = FEW_SPIKES_RANGE / 2 ** cast(FewSpikes, layer).digits
+        last = cast(FewSpikes, layer).last
         return Numbers(last, FEW_SPIKES_RANGE - last)
     if not is_exactly(layer, LIF, IF, PLIF):
         return None

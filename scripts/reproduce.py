@@ -67,10 +67,11 @@ def faithful(epochs: int, at_2: int, at_16: int) -> tuple[str, ...]:
     )
 
 
-def improved(epochs: int, diffusion_epochs: int) -> tuple[str, ...]:
+def improved(dataset: str, epochs: int, diffusion_epochs: int) -> Recipe:
     """The improved preset, trained for longer."""
-    preset = "--preset improved --stage"
-    return f"{preset} vqsvae --epochs {epochs}", f"{preset} sdid --diffusion_epochs {diffusion_epochs}"
+    stages = f"vqsvae --epochs {epochs}", f"sdid --diffusion_epochs {diffusion_epochs}"
+    trainings = tuple(f"--preset improved --stage {stage}" for stage in stages)
+    return Recipe(dataset, trainings, PRESETS["improved"]["model"])
 
 
 def short(options: str = "") -> tuple[str, ...]:
@@ -90,11 +91,11 @@ RECIPES = {
     "kmnist-faithful": Recipe("KMNIST", faithful(50, 120, 8)),
     "letters-faithful": Recipe("Letters", faithful(12, 40, 4)),
     "cifar10-faithful": Recipe("CIFAR10", faithful(8, 20, 4)),
-    "mnist-improved": Recipe("MNIST", improved(10, 24), "residual-svae"),
-    "fmnist-improved": Recipe("FMNIST", improved(10, 24), "residual-svae"),
-    "kmnist-improved": Recipe("KMNIST", improved(60, 200), "residual-svae"),
-    "letters-improved": Recipe("Letters", improved(15, 60), "residual-svae"),
-    "cifar10-improved": Recipe("CIFAR10", improved(8, 100), "residual-svae"),
+    "mnist-improved": improved("MNIST", 10, 24),
+    "fmnist-improved": improved("FMNIST", 10, 24),
+    "kmnist-improved": improved("KMNIST", 60, 200),
+    "letters-improved": improved("Letters", 15, 60),
+    "cifar10-improved": improved("CIFAR10", 8, 100),
     **{f"{name.lower()}-vq-vae": Recipe(name, short(), "vq-vae") for name in HELD_OUT},
     "fmnist-short": compared(),
     "fmnist-short-if": compared("--neuron if"),

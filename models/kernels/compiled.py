@@ -24,7 +24,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from files import from_cache, to_cache
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("bfloat16.h", "fused_lif.cpp", "event_conv.cpp", "integer.cpp")]
+SOURCES = [FOLDER / name for name in ("bfloat16.h", "tiles.h", "fused_lif.cpp", "event_conv.cpp", "integer.cpp")]
 FLAGS = (
     *("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-std=c++17", "-fopenmp", "-shared", "-fPIC"),

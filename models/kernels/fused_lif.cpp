@@ -10,18 +10,11 @@
 #include <vector>
 
 #include "bfloat16.h"
+#include "tiles.h"
 
 namespace {
 
-constexpr long TILE = 512;  // elements a thread carries through all spike steps while they stay in its L1 cache
 constexpr long SHARES = 64;  // of the work at most; no more threads can take part
-
-// Per-channel values repeated over the rows of a tile, so that inner loops run over one flat index.
-template <class A> std::vector<A> repeat(const A* values, long channels, long rows) {
-    std::vector<A> result(channels * rows);
-    for (long r = 0; r < rows; ++r) std::copy(values, values + channels, result.begin() + r * channels);
-    return result;
-}
 
 // Runs body(first row, row after the last, rows in a tile, number of the share) over all tiles of whole rows. The shares
 // do not depend on the number of threads, and so the sums that each of them makes do not either.

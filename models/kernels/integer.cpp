@@ -1,21 +1,16 @@
 // Neurons in whole numbers: how many of their thresholds currents reach. models/integer.py is its only caller.
 #include <algorithm>
-#include <vector>
+
+#include "tiles.h"
 
 namespace {
-
-constexpr long TILE = 512;  // elements at a time, over which the values of the channels are repeated
 
 // x [P, C] channels-last, offset and step [C]; writes min(max(floor((x + offset) / step), 0), most), [P, C]. Returns
 // whether an x + offset is as large as `limit`, or no number.
 template <class X> bool count_thresholds(const X* x, const X* offset, const X* step, long positions, long channels,
                                          X most, X limit, unsigned char* out, int threads) {
     const long rows = std::max(1L, TILE / channels), size = rows * channels, total = positions * channels;
-    std::vector<X> offsets(size), steps(size);
-    for (long j = 0; j < size; ++j) {
-        offsets[j] = offset[j % channels];
-        steps[j] = step[j % channels];
-    }
+    const auto offsets = repeat(offset, channels, rows), steps = repeat(step, channels, rows);
     long unfit = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : unfit)
     for (long begin = 0; begin < total; begin += size) {

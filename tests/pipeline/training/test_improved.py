@@ -324,6 +324,7 @@ def test_both_networks_trained_on(improved, cli, grey, tmp_path):
     [
         (("--denoiser_channels", 96), "a different network"),
         (("--stage", "sdid", "--codebook_size", 9), "other options: omit --codebook_size (8 in the run)"),
+        (("--stage", "sdid", "--spike_steps", 2), "other options: omit --spike_steps (1 in the run)"),
         (("--stage", "sdid", "--digits", 3), "other options: omit --digits (4 in the run)"),
         (("--stage", "sdid", "--downsampling", 4), "other options: omit --downsampling (2 in the run)"),
         (("--stage", "sdid", "--spike_generator", "repeat"), "omit --spike_generator (adaptive in the run)"),
