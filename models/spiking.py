@@ -10,7 +10,7 @@ called as a module, at every spike step (`literal`).
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from itertools import chain
 from typing import TypeVar, cast
 
@@ -64,6 +64,14 @@ def weighted_sum(weights: Tensor, spikes: Tensor) -> Tensor:
         return torch.tensordot(weights, spikes.to(weights.dtype), 1)
 
 
+def sum_in_order(weights: Tensor, values: Tensor) -> Tensor:
+    """The same, rounded alike on every processor: one after another, or, with equal weights, of exact sums."""
+    values = values.to(weights.dtype)
+    if bool((weights == weights[0]).all()):
+        return weights[0] * values.sum(0)
+    return reduce(torch.add, map(torch.mul, weights, values))
+
+
 def literal(*convolutions: nn.Module) -> bool:
     """Whether to call these layers as modules, at every spike step: if one is a subclass, it may compute anything.
 
@@ -80,7 +88,7 @@ def apply_head(head: Convolution, spikes: Callable[[Tensor | None], Tensor], wei
     """
     if literal(head):
         x = spikes(None)
-        return weighted_sum(weights, head(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
+        return sum_in_order(weights, head(x.flatten(0, 1)).unflatten(0, x.shape[:2]))
     x = spikes(weights)
     with full_precision(x):
         return head(x) + (weights.sum() - 1) * bias_of(head).view(-1, 1, 1)
@@ -224,7 +232,7 @@ class SpikingStack(nn.Sequential):
 
 def is_local(conv: nn.Module) -> bool:
     """Whether `convolve_at` computes a layer from the 3x3 neighbours of each position."""
-    if literal(conv) or not isinstance(conv, nn.Conv2d):
+    if not isinstance(conv, nn.Conv2d) or not is_exactly(conv, type(conv) if hasattr(conv, "at") else nn.Conv2d):
         return False
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
@@ -265,8 +273,11 @@ def convolve_at(conv: Convolution, x: Tensor, rows: Tensor) -> Tensor:
     `rows` has the indices of each position's neighbours among the R features; R stands for zero padding. A few spike
     steps are computed at a time, so that gathered neighbours are still in the cache when they are multiplied. The
     number of positions is rounded up to a multiple of 64, because oneDNN caches a bfloat16 kernel for every size it
-    meets: gigabytes over some thousand images.
+    meets: gigabytes over some thousand images. A layer in whole numbers has a method `at` instead.
     """
+    own: Callable[[Tensor, Tensor], Tensor] | None = getattr(conv, "at", None)
+    if own is not None:
+        return own(x, rows)
     positions = len(rows)
     rows = F.pad(rows, (0, 0, 0, -positions % 64), value=x.shape[1])
     weight = conv.weight.permute(0, 2, 3, 1).flatten(1).to(x.dtype)  # [C',C,3,3] -> [C',9C]

@@ -9,7 +9,7 @@ from torch import nn
 
 from datasets import ImageData
 from models import neuron_options
-from models.integer import IntegerNeurons
+from models.integer_neurons import IntegerFewSpikes, IntegerLIF
 from models.kernels import compiled
 from models.neurons import FromRest, dynamics_of
 from pipeline.options.parser import as_typed
@@ -111,7 +111,8 @@ def describe_network(name: str, network: nn.Module) -> str:
 
 def describe_neurons(session: Session, networks: list[tuple[str, nn.Module]]) -> Rows:
     """The neurons of networks that have some, and what computes them."""
-    if not any(isinstance(layer, FromRest) for _, network in networks for layer in network.modules()):
+    layers = [layer for _, network in networks for layer in network.modules()]
+    if not any(isinstance(layer, FromRest | IntegerLIF) for layer in layers):
         return []
     values, name = vars(session.options.neuron), session.options.neuron.neuron
     words = [f"{key} {as_typed(key, values[key])}" for key in neuron_options(name) if key in values]
@@ -119,7 +120,7 @@ def describe_neurons(session: Session, networks: list[tuple[str, nn.Module]]) ->
     if session.machine.device.type == "cpu":
         fused = dynamics_of(session.networks.neuron()) is not None and compiled.available()
         how = "compiled kernels" if fused else "SpikingJelly, not fused"
-    if any(isinstance(layer, IntegerNeurons) for _, network in networks for layer in network.modules()):
+    if any(isinstance(layer, IntegerFewSpikes | IntegerLIF) for layer in layers):
         how = "in whole numbers"
     return [("neuron", f"{', '.join([name, *words])} ({how})")]
 

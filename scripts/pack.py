@@ -22,12 +22,13 @@ from torch import Tensor
 from datasets import digest
 from errors import UserError, reported
 from files import expand
-from models.integer import in_whole_numbers, row_scales
+from models.integer import in_whole_numbers
+from models.integer_layers import row_scales
 from pipeline.checkpoints import SCALE, load_weights, per_row, save_weights, write_json
 from pipeline.evaluation.temperature import recorded_temperature
 from pipeline.lineage import Lineage, known
 from pipeline.options.declaration import Role
-from pipeline.options.sections import DEFAULTS, with_role
+from pipeline.options.sections import DEFAULTS, is_place, with_role
 from pipeline.run_folder import RunFolder
 from pipeline.runtime.terminal import print_anywhere
 from pipeline.session import open_session
@@ -53,7 +54,7 @@ def pack(run: RunFolder, copy: RunFolder, int8: bool = False, integer: bool = Fa
     for path, weights in zip((copy.model, copy.denoiser), packed, strict=True):
         save_weights(path, weights)
     config["lineage"] = packed_lineage(run, copy)
-    kept = {key for key in with_role(Role.SETTING) if not key.endswith(("_path", "_weights"))}
+    kept = {key for key in with_role(Role.SETTING) if not is_place(key)}
     write_json(copy.config, {key: value for key, value in config.items() if key in kept or key not in DEFAULTS})
     if run.log_file.exists():
         shutil.copy(run.log_file, copy.log_file)
@@ -69,7 +70,7 @@ def packed_lineage(run: RunFolder, copy: RunFolder) -> Lineage:
 
 
 def whole_weights(run: RunFolder) -> list[dict[str, Tensor]]:
-    """The weights of a run's autoencoder and denoiser in whole numbers. Raises UserError for other neurons than fs."""
+    """The weights of a run's autoencoder and denoiser in whole numbers. Raises UserError for neurons that cannot be."""
     session = open_session(checkpoint=run.model, stage="sample", device="cpu")
     autoencoder = session.load_vq_autoencoder()
     try:

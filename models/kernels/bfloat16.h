@@ -18,6 +18,7 @@ inline float load(bfloat16 v) {
 
 inline void store(float& to, float v) { to = v; }
 inline void store(double& to, double v) { to = v; }
+inline void store(int8_t& to, int8_t v) { to = v; }
 inline void store(bfloat16& to, float v) {  // round to nearest even
     uint32_t wide;
     std::memcpy(&wide, &v, 4);

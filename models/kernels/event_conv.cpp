@@ -8,6 +8,7 @@
 // the L2 cache. The order of summation does not depend on the number of threads.
 // event_conv.py is its only caller.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "bfloat16.h"
@@ -27,6 +28,7 @@ constexpr int BYTES = 16;
 typedef float floats __attribute__((vector_size(BYTES)));
 typedef double doubles __attribute__((vector_size(BYTES)));
 typedef uint32_t words __attribute__((vector_size(BYTES)));
+typedef int16_t shorts __attribute__((vector_size(BYTES)));
 
 template <class V> inline V read(const void* from) {
     V result;
@@ -63,6 +65,30 @@ struct PairedSum {
     }
 };
 
+// The same for int8 in int16, of at most MOST rows. Two columns are a word: the lower byte, of an even column, is 128 too
+// large and has no sign.
+struct WholeSum {
+    static constexpr int LANES = BYTES / 2, COUNT = TILE / 2 / LANES, MOST = 32767 / 128;
+    shorts both[COUNT] = {}, odd[COUNT] = {};
+    inline void add(const int8_t* row) {
+        for (int i = 0; i < COUNT; ++i) {
+            const shorts pairs = read<shorts>(row + 2 * i * LANES);
+            both[i] += pairs;
+            odd[i] += pairs >> 8;
+        }
+    }
+    void add_to(float* total, int rows) const {
+        uint16_t sums[TILE / 2];
+        int16_t high[TILE / 2];
+        std::memcpy(sums, both, sizeof(both));
+        std::memcpy(high, odd, sizeof(odd));
+        for (int j = 0; j < TILE / 2; ++j) {
+            total[2 * j] += float(int(uint16_t(sums[j] - 256 * high[j])) - 128 * rows);
+            total[2 * j + 1] += float(high[j]);
+        }
+    }
+};
+
 template <class T> struct SumOf;
 template <> struct SumOf<float> { using type = Sum<float, floats>; };
 template <> struct SumOf<double> { using type = Sum<double, doubles>; };
@@ -75,11 +101,23 @@ template <class T, class A> inline void sum_rows(const int32_t* row, const int32
     sum.write(to);
 }
 
+inline void sum_rows(const int32_t* row, const int32_t* end, const int8_t* table, float* to) {
+    std::fill(to, to + TILE, 0.0f);
+    while (row < end) {
+        const int rows = int(std::min<long>(end - row, WholeSum::MOST));
+        WholeSum sum;
+        for (int i = 0; i < rows; ++i) sum.add(table + long(*row++) * TILE);
+        sum.add_to(to, rows);
+    }
+}
+
 inline bool is_zero(float v) { return v == 0; }
 inline bool is_zero(double v) { return v == 0; }
+inline bool is_zero(uint8_t v) { return v == 0; }
 inline bool is_zero(bfloat16 v) { return (v.bits & 0x7fff) == 0; }
 inline bool is_one(float v) { return v == 1; }
 inline bool is_one(double v) { return v == 1; }
+inline bool is_one(uint8_t v) { return v == 1; }
 inline bool is_one(bfloat16 v) { return v.bits == 0x3f80; }
 
 // Turns the lengths of lists, from starts[1] on, into where they begin and end.
@@ -168,10 +206,10 @@ void pack(const W* w, long sk, long sc, long so, long neighbours, long channels,
             }
 }
 
-// Output [rows, O]: for each row, the sum of the weights of its events.
-template <class T>
-void forward(const int64_t* offsets, const int32_t* events, const T* tiles, long rows, long width, long outputs, T* out,
-             int threads) {
+// Output [rows, O]: for each row, the sum of the weights of its events; of int8, in units [O].
+template <class T, class O>
+void forward(const int64_t* offsets, const int32_t* events, const T* tiles, const O* units, long rows, long width,
+             long outputs, O* out, int threads) {
     constexpr long CHUNK = 64;
     const long count = (outputs + TILE - 1) / TILE, chunks = (rows + CHUNK - 1) / CHUNK;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
@@ -182,8 +220,11 @@ void forward(const int64_t* offsets, const int32_t* events, const T* tiles, long
             for (long r = chunk * CHUNK; r < std::min(rows, (chunk + 1) * CHUNK); ++r) {
                 typename Accumulator<T>::type sum[TILE];
                 sum_rows(events + offsets[r], events + offsets[r + 1], weights, sum);
-                T* to = out + r * outputs + tile * TILE;
-                for (long j = 0; j < n; ++j) store(to[j], sum[j]);
+                O* to = out + r * outputs + tile * TILE;
+                if constexpr (std::is_same<T, int8_t>::value)
+                    for (long j = 0; j < n; ++j) to[j] = sum[j] * units[tile * TILE + j];
+                else
+                    for (long j = 0; j < n; ++j) store(to[j], sum[j]);
             }
         }
 }
@@ -242,18 +283,22 @@ extern "C" void event_gather(const int64_t* starts, const int32_t* channels_of, 
     gather(starts, channels_of, table, grids, rows, positions, neighbours, channels, offsets, events, threads);
 }
 
-#define EVENT_KERNELS(NAME, T)                                                                                        \
+#define SPIKE_KERNELS(NAME, T)                                                                                        \
     extern "C" int event_count_##NAME(const T* x, long rows, long channels, int64_t* starts, int threads) {          \
         return count(x, rows, channels, starts, threads);                                                             \
     }                                                                                                                 \
     extern "C" void event_list_##NAME(const T* x, const int64_t* starts, long rows, long channels,                    \
                                       int32_t* channels_of, int threads) {                                            \
         list(x, starts, rows, channels, channels_of, threads);                                                        \
-    }                                                                                                                 \
-    extern "C" void event_forward_##NAME(const int64_t* offsets, const int32_t* events, const T* tiles, long rows,    \
-                                         long width, long outputs, T* out, int threads) {                             \
-        forward(offsets, events, tiles, rows, width, outputs, out, threads);                                          \
-    }                                                                                                                 \
+    }
+
+#define FORWARD_KERNEL(NAME, T, O)                                                                                    \
+    extern "C" void event_forward_##NAME(const int64_t* offsets, const int32_t* events, const T* tiles,               \
+                                         const O* units, long rows, long width, long outputs, O* out, int threads) {  \
+        forward(offsets, events, tiles, units, rows, width, outputs, out, threads);                                   \
+    }
+
+#define BACKWARD_KERNEL(NAME, T)                                                                                      \
     extern "C" void event_backward_##NAME(const int64_t* offsets, const int32_t* events, const T* grad_out,           \
                                           long rows, long width, long outputs, Accumulator<T>::type* grad,            \
                                           int threads) {                                                              \
@@ -266,9 +311,18 @@ extern "C" void event_gather(const int64_t* starts, const int32_t* channels_of, 
         pack(w, sk, sc, so, neighbours, channels, outputs, tiles, threads);                                           \
     }
 
-EVENT_KERNELS(float32, float)
-EVENT_KERNELS(float64, double)
-EVENT_KERNELS(bfloat16, bfloat16)
+SPIKE_KERNELS(float32, float)
+SPIKE_KERNELS(float64, double)
+SPIKE_KERNELS(bfloat16, bfloat16)
+SPIKE_KERNELS(uint8, uint8_t)
+FORWARD_KERNEL(float32, float, float)
+FORWARD_KERNEL(float64, double, double)
+FORWARD_KERNEL(bfloat16, bfloat16, bfloat16)
+FORWARD_KERNEL(int8, int8_t, float)
+BACKWARD_KERNEL(float32, float)
+BACKWARD_KERNEL(float64, double)
+BACKWARD_KERNEL(bfloat16, bfloat16)
 PACK_KERNEL(float32_float32, float, float)
 PACK_KERNEL(float64_float64, double, double)
 PACK_KERNEL(float32_bfloat16, float, bfloat16)
+PACK_KERNEL(int8_int8, int8_t, int8_t)

@@ -22,6 +22,7 @@ LARGEST_SHARE = {
     torch.bfloat16: 0.06 if torch.cpu._is_amx_tile_supported() else 0.2,  # AMX makes dense products five times faster
     torch.float32: 0.2,
     torch.float64: 0.2,
+    torch.uint8: 0.1,
 }
 """Share of spikes up to which events are faster: constants, so that runs are reproducible; see docs/performance.md."""
 
@@ -44,11 +45,14 @@ class Events:
         self.numbers = fired.new_empty(int(self.offsets[-1]))
         call("event_gather", starts, fired, table, *sizes, self.offsets, self.numbers)
 
-    def convolve(self, tiles: Tensor, channels: int) -> Tensor:
-        """Sum of the rows of weights `tiles` of each output's spikes, see `pack`: `[G*P,C']`."""
-        out = tiles.new_empty(self.outputs, channels)
+    def convolve(self, tiles: Tensor, channels: int, units: Tensor | None = None) -> Tensor:
+        """Sum of the rows of weights `tiles` of each output's spikes, see `pack`: `[G*P,C']`.
+
+        Weights of int8 have `units [C']`, float32, and so does their sum.
+        """
+        out = tiles.new_empty(self.outputs, channels, dtype=tiles.dtype if units is None else units.dtype)
         sizes = (self.outputs, self.width, channels)
-        call(f"event_forward_{name_of(tiles.dtype)}", self.offsets, self.numbers, tiles, *sizes, out)
+        call(f"event_forward_{name_of(tiles.dtype)}", self.offsets, self.numbers, tiles, units, *sizes, out)
         return out
 
     def weight_gradient(self, grad: Tensor) -> Tensor | None:
@@ -78,6 +82,16 @@ def pack(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
     kernel = f"event_pack_{name_of(rows.dtype)}_{name_of(dtype)}"
     strides = (rows.stride(2), rows.stride(1), rows.stride(0))
     call(kernel, rows, *strides, taps, inputs, channels, tiles)
+    return tiles
+
+
+def pack_whole(weight: Tensor) -> Tensor | None:
+    """The same for int8; the weights of even columns are 128 larger, as bytes without sign. None without kernels."""
+    if not has("event_pack_int8_int8"):
+        return None
+    tiles = pack(weight, torch.int8)
+    assert tiles is not None, "whole numbers are finite"
+    tiles[..., ::2] ^= -128
     return tiles
 
 
@@ -162,21 +176,23 @@ def _weight(conv: Convolution) -> Tensor:
 
 
 def _computes(conv: Convolution, x: Tensor, channels: int) -> bool:
-    """Whether events compute this layer, and fast; torch computes others, or says what is wrong with them.
-
-    In one group, with zeros around its input `x` of so many channels.
-    """
-    outputs, inputs = _weight(conv).shape[:2]
-    if min(inputs, outputs) < NARROWEST or inputs != channels or x.numel() == 0 or not readable(x, conv.weight):
+    """Whether events compute this layer, and fast; torch computes others, or says what is wrong with them."""
+    if not _is_simple(conv, x, channels):
         return False
-    simple = conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
     dtype = computed_dtype(x)
     return (
-        simple
-        and is_exactly(conv, nn.Conv2d, nn.ConvTranspose2d)
+        is_exactly(conv, nn.Conv2d, nn.ConvTranspose2d)
         and computed_dtype(conv.weight) == dtype
         and has(f"event_pack_{name_of(conv.weight.dtype)}_{name_of(dtype)}")
     )
+
+
+def _is_simple(conv: Convolution, x: Tensor, channels: int) -> bool:
+    """Whether a layer is wide enough, in one group, with zeros around its input `x` of so many channels."""
+    outputs, inputs = _weight(conv).shape[:2]
+    if min(inputs, outputs) < NARROWEST or inputs != channels or x.numel() == 0 or not readable(x, conv.weight):
+        return False
+    return conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 def computed_dtype(x: Tensor) -> torch.dtype:
@@ -192,15 +208,33 @@ def convolve(conv: Convolution, spikes: Tensor) -> Tensor | None:
     if spikes.dim() != 4 or not _computes(conv, spikes, spikes.shape[1]):
         return None
     spikes = spikes.to(computed_dtype(spikes)).contiguous(memory_format=torch.channels_last)
+    found = _events_of(conv, spikes)
+    tiles = None if found is None else pack(_weight(conv), spikes.dtype)
+    return None if found is None or tiles is None else _EventConv.apply(spikes, conv.weight, tiles, *found)
+
+
+def convolve_whole(conv: nn.Conv2d, spikes: Tensor, tiles: Tensor, units: Tensor) -> Tensor | None:
+    """A convolution without its bias, of spikes uint8 `[G,C,H,W]`, with packed int8 weights: float32 `[G,C',H',W']`.
+
+    None if torch should compute it.
+    """
+    if not _is_simple(conv, spikes, spikes.shape[1]):
+        return None
+    found = _events_of(conv, spikes.contiguous(memory_format=torch.channels_last))
+    if found is None:
+        return None
+    events, _, grid = found
+    return events.convolve(tiles, len(units), units).view(len(spikes), *grid, -1).permute(0, 3, 1, 2)
+
+
+def _events_of(conv: Convolution, spikes: Tensor) -> tuple[Events, Geometry, torch.Size] | None:
+    """The events of channels-last spikes `[G,C,H,W]` for a convolution, and the outputs' grid; else None."""
     padding = cast(tuple[int, int], conv.padding)
     geometry = Geometry(conv.stride, padding, conv.dilation, conv.transposed, conv.output_padding)
     table = _neighbours(*spikes.shape[2:], conv.weight.shape[2:], geometry)
     rows = spikes.detach().permute(0, 2, 3, 1).flatten(1, 2)
     events = None if table is None else find_events(rows, table.flatten(0, 1))
-    tiles = None if events is None else pack(_weight(conv), spikes.dtype)
-    if table is None or tiles is None:
-        return None
-    return _EventConv.apply(spikes, conv.weight, tiles, events, geometry, table.shape[:2])
+    return None if table is None or events is None else (events, geometry, table.shape[:2])
 
 
 @torch.compiler.disable

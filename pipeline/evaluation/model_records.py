@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datasets import ImageData
 from metrics.codebook import perplexity, usage
-from metrics.energy import PICOJOULES_PER_AC, PICOJOULES_PER_MAC
+from metrics.energy import PICOJOULES_PER_AC, PICOJOULES_PER_MAC, of_weights
 from metrics.reconstruction import mse, ssim
 from pipeline.evaluation.image_records import Evaluation
 from pipeline.evaluation.protocols import real_images
@@ -18,6 +18,19 @@ from pipeline.sampling.image_models import CodeDiffusion, ImageModel
 from pixels import to_float
 
 ENERGY_IMAGES = 16
+
+COUNTED = ("macs", "acs", "spikes", "updates")
+ONCE = "without spikes: each layer once, one-hot input looked up"
+ENERGIES = {
+    "": ("energy", f"{PICOJOULES_PER_MAC} pJ a MAC, {PICOJOULES_PER_AC} pJ an AC"),
+    "_without_spikes": ("dense_energy", f"{ONCE}, {PICOJOULES_PER_MAC} pJ a MAC"),
+}
+BESIDE = {
+    "_neurons": ("neuron_energy", f"updates of neurons, {PICOJOULES_PER_MAC} pJ each"),
+    "_memory": ("memory", "reading and writing of weights, potentials and spikes"),
+    "_memory_without_spikes": ("dense_memory", f"{ONCE}, reading and writing of weights and values"),
+}
+"""Endings of the names of records, to fields of `Operations` and protocols; the second are not part of the first."""
 
 
 def reconstructions(model: ImageModel, evaluation: Evaluation, wanted: Collection[str]) -> Tensor | None:
@@ -66,7 +79,8 @@ def _floors(evaluation: Evaluation) -> list[str]:
 def energy_records(model: ImageModel, data: ImageData, seed: int) -> list[dict]:
     """Energy in µJ per image of each part and of a whole sample, with and without spikes, and the mean firing rate.
 
-    Encoding is measured on ENERGY_IMAGES test images, everything that produces a sample on as many samples.
+    Of a whole sample, also what neurons and memory access take. Encoding is measured on ENERGY_IMAGES test images,
+    everything that produces a sample on as many samples.
     """
     images = data.test[:ENERGY_IMAGES]
     cost = model.cost(images)
@@ -76,17 +90,19 @@ def energy_records(model: ImageModel, data: ImageData, seed: int) -> list[dict]:
     records = []
     for part, counted in cost.operations.items():
         record, on = on_test if part == "encode" else on_samples, cost.protocols[part]
-        counts: dict[str, Any] = {"macs": counted.macs, "acs": counted.acs}
+        more: dict[str, dict[str, Any]] = {
+            "": {name: getattr(counted, name) for name in COUNTED},
+            "_without_spikes": {"macs": counted.dense_macs},
+        }
         if part == "sample":
-            counts["passes"] = cost.passes
+            more[""]["passes"] = cost.passes
+            more |= {kind: {} for kind in BESIDE}
         if part in cost.layers:
-            counts["layers"] = {name: own.energy / 1e6 for name, own in cost.layers[part].items()}
-        protocol = f"µJ an image, {PICOJOULES_PER_MAC} pJ a MAC, {PICOJOULES_PER_AC} pJ an AC; {on}"
-        records.append(record(f"energy_{part}", counted.energy / 1e6, protocol, **counts))
-        once = "without spikes: each layer once, one-hot input looked up"
-        protocol = f"µJ an image, {once}, {PICOJOULES_PER_MAC} pJ a MAC; {on}"
-        dense = counted.dense_energy / 1e6
-        records.append(record(f"energy_{part}_without_spikes", dense, protocol, macs=counted.dense_macs))
+            more[""]["layers"] = {name: each.energy / 1e6 for name, each in of_weights(cost.layers[part]).items()}
+        for kind, counts in more.items():
+            quantity, protocol = (ENERGIES | BESIDE)[kind]
+            value, protocol = getattr(counted, quantity) / 1e6, f"µJ an image, {protocol}; {on}"
+            records.append(record(f"energy_{part}{kind}", value, protocol, **counts))
     if cost.firing_rates:
         mean = sum(cost.firing_rates.values()) / len(cost.firing_rates)
         protocol = "spikes per neuron and spike step, mean over layers, of encoding, decoding and drawing"

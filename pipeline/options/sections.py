@@ -599,3 +599,8 @@ KINDS: dict[str, Any] = {name: kind for section in SECTIONS.values() for name, k
 def with_role(last: Role) -> list[str]:
     """Names of the options whose role is `last` or a firmer one."""
     return [name for name, declared in DECLARATIONS.items() if declared.role <= last]
+
+
+def is_place(name: str) -> bool:
+    """Whether an option names a file or a folder, which has another place on another machine."""
+    return name.endswith(("_path", "_weights"))

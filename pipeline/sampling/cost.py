@@ -36,7 +36,7 @@ def count_parts(parts: Parts, images: int) -> tuple[dict[str, dict[str, Operatio
 
 def sums(layers: dict[str, dict[str, Operations]]) -> dict[str, Operations]:
     """Operations of each part."""
-    return {name: sum(own.values(), Operations(0, 0, 0)) for name, own in layers.items()}
+    return {name: sum(own.values(), Operations()) for name, own in layers.items()}
 
 
 def _measure(

@@ -10,7 +10,7 @@ from torch import nn
 
 from datasets import ImageData
 from diffusion.absorbing import AbsorbingDiffusion
-from metrics.energy import Operations, count_layers, firing_rates
+from metrics.energy import Operations, count_layers, firing_rates, of_weights, picojoules_per_access
 from models import SDID, VQSVAE, ResidualSDID, reference
 from models.neurons import LIF, FewSpikes
 from pipeline.evaluation.model_records import energy_records
@@ -23,7 +23,12 @@ STEPS = 4
 
 def count(*arguments, **options):
     """The sum over layers."""
-    return sum(count_layers(*arguments, **options).values(), Operations(0, 0, 0))
+    return sum(count_layers(*arguments, **options).values(), Operations())
+
+
+def synaptic(operations):
+    """What is counted of synapses, without neurons and memory."""
+    return operations.macs, operations.acs, operations.dense_macs
 
 
 def two_layers(second, neuron=LIF):
@@ -96,10 +101,36 @@ def test_two_layers_by_hand(second, acs, dense):
 
     operations = count(network, call, images=1, spike_steps=2)
     first = 1 * 2 * 10 * 10
-    assert operations == Operations(macs=2 * first, acs=acs, dense_macs=first + dense)
+    assert synaptic(operations) == (2 * first, acs, first + dense)
     assert operations.energy == pytest.approx(4.6 * 2 * first + 0.9 * acs)
     assert operations.dense_energy == pytest.approx(4.6 * (first + dense))
     assert firing_rates(network, call) == {"2": 1 / 32}
+
+
+def test_neurons_and_memory_by_hand():
+    """All memories are small, so that an access is 10 pJ; the image and its spikes are those of the test above."""
+    network = two_layers([nn.Conv2d(2, 3, 3, padding=1)])
+    image = torch.full((1, 1, 4, 4), 0.25)
+    image[0, 0, 0, 0] = 5.0
+    first, neurons, second = count_layers(network, lambda: network(image.repeat(2, 1, 1, 1)), 1, 2).values()
+    assert (first.updates, neurons.updates, second.updates) == (0, 2 * 32, 0)
+    assert (first.spikes, neurons.spikes, second.spikes) == (0, 0, 2)
+    assert neurons.neuron_energy == pytest.approx(4.6 * 2 * 32)
+    assert first.memory == 10 * (2 * 16 + 3 * 2 * 200), "each pixel; of each operation a weight, and its sum twice"
+    assert neurons.memory == 10 * (2 * 2 * 32 + 2), "each potential twice; two spikes"
+    assert second.memory == 10 * (2 + 3 * 24), "two spikes"
+    assert (first.dense_memory, neurons.dense_memory) == (10 * (2 * 200 + 32), 0), "once, not at both steps"
+    assert second.dense_memory == 10 * (2 * 600 + 48)
+
+
+def test_an_access_costs_more_in_a_larger_memory():
+    sizes = {1: 10, 2**11: 10, 5 * 2**10: 15, 2**13: 20, 2**18: 100, 2**24: 100}  # words of 4 bytes
+    assert {words: picojoules_per_access(words) for words in sizes} == pytest.approx(sizes)
+    layer = nn.Conv2d(128, 64, 1).eval()  # 8,192 weights
+    spikes = torch.zeros(1, 128, 2, 2)
+    spikes[0, 5, 1, 1] = 1
+    assert count(layer, lambda: layer(spikes), 1).memory == 10 + 64 * (20 + 2 * 10)
+    assert count(layer, lambda: layer(spikes), 1).dense_memory == 4 * 128 * 64 * (10 + 20) + 4 * 64 * 10
 
 
 def test_each_digit_of_a_number_that_is_1_is_an_accumulate():
@@ -111,6 +142,7 @@ def test_each_digit_of_a_number_that_is_1_is_an_accumulate():
     operations = count(network, lambda: network(image), images=2)
     assert operations.acs * 2 == 3 * ((2 + 1) * 4 + 4 * 9), "0101, 0010 and 1111"
     assert (operations.macs, operations.dense_macs) == (first, first + 2 * 3 * 10 * 10)
+    assert operations.updates == 4 * 32, "one at each digit"
     assert firing_rates(network, lambda: network(image)) == {"2": 7 / (4 * 2 * 2 * 16)}
     assert count(network, lambda: network(image - 0.1), images=2).acs > 0
 
@@ -125,7 +157,7 @@ def test_layers_with_other_digits_are_counted_by_their_own():
         nn.init.constant_(layer.bias, bias)
     image = torch.full((1, 1, 1, 1), 0.3)
     layers = count_layers(network, lambda: network(image), images=1)
-    assert [(each.macs, each.acs) for each in layers.values()] == [(1, 0), (0, 1), (0, 1)]
+    assert [(each.macs, each.acs) for each in list(layers.values())[::2]] == [(1, 0), (0, 1), (0, 1)]
     assert firing_rates(network, lambda: network(image)) == {"1": 1 / 2, "3": 1 / 4, "5": 1.0}
 
 
@@ -134,7 +166,7 @@ def test_transposed_convolution_by_hand():
     layer = nn.ConvTranspose2d(1, 4, 3, stride=2, padding=1, output_padding=1)
     spikes = torch.zeros(1, 1, 3, 3)
     spikes[0, 0, 0, 0] = spikes[0, 0, 1, 0] = spikes[0, 0, 2, 2] = 1
-    assert count(layer.eval(), lambda: layer(spikes), 1) == Operations(0, 4 * (2 * 2 + 3 * 2 + 3 * 3), 4 * 8 * 8)
+    assert synaptic(count(layer.eval(), lambda: layer(spikes), 1)) == (0, 4 * (2 * 2 + 3 * 2 + 3 * 3), 4 * 8 * 8)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["convolution", "transposed"])
@@ -153,14 +185,14 @@ def test_borders_by_brute_force(transposed, stride, kernel, padding):
         uses[i, j] += out[0] in range(height) and out[1] in range(width)
     acs = 5 * (spikes * uses).sum().item() / 2
     dense = 3 * 5 * uses.sum().item()
-    assert count(layer, lambda: layer(spikes), 2) == Operations(0, acs, dense)
-    assert count(layer, lambda: layer(spikes + 0.5), 2) == Operations(dense, 0, dense)
+    assert synaptic(count(layer, lambda: layer(spikes), 2)) == (0, acs, dense)
+    assert synaptic(count(layer, lambda: layer(spikes + 0.5), 2)) == (dense, 0, dense)
 
 
 def test_a_network_without_spikes_is_all_macs():
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(18, 4)).eval()
     nn.init.constant_(network[0].bias, 2.0)
-    assert count(network, lambda: network(torch.rand(5, 1, 3, 3)), 5) == Operations(18 + 72, 0, 18 + 72)
+    assert synaptic(count(network, lambda: network(torch.rand(5, 1, 3, 3)), 5)) == (18 + 72, 0, 18 + 72)
     assert firing_rates(network, lambda: network(torch.rand(5, 1, 3, 3))) == {}
 
 
@@ -249,13 +281,15 @@ def test_without_spikes_one_hot_input_is_looked_up(denoiser, tokens, autoencoder
     layers = count_layers(network, lambda: network(numbers, t, told), 3, network.spike_steps)
     embedded = {"embed", "prototypes.embed", "labels.embed"}
     assert embedded <= layers.keys()
-    assert {name for name, counted in layers.items() if counted.dense_macs == 0} == embedded
+    assert {name for name, counted in of_weights(layers).items() if not counted.dense_macs} == embedded
     assert all(layers[name].acs > 0 for name in embedded)
     block, head = 16 * 9 * 9, 16 * 10 * 9  # mixing; the other layers
     total = sum(counted.dense_macs for counted in layers.values())
     assert total == block + 2 * (16 * 32 * 9) + head
     plain = count_layers(denoiser, lambda: denoiser(*tokens), 3, STEPS)
-    assert all(counted.dense_macs > 0 for counted in plain.values()), "tokens as plain numbers are multiplied"
+    assert all(counted.dense_macs > 0 for counted in plain.values() if not counted.updates), (
+        "tokens as plain numbers are multiplied"
+    )
 
 
 def residual_denoiser():
@@ -293,7 +327,7 @@ def test_a_sample_is_counted_along_its_trajectory(kind, settings, timesteps, aut
     condition = network.conditions.of_samples(7, range(3))
     temperatures = {"final_temperature": settings.get("final_temperature"), "condition": condition}
     codes = diffusion.sample(network.logits_at, noise, settings.get("temperature", 1.0), **temperatures)
-    expected, passes = Operations(0, 0, 0), 0
+    expected, passes = Operations(), 0
     for i, t in itertools.product(range(3), timesteps):
         before = torch.where(noise.reveal_times[i : i + 1] > t, codes[i : i + 1], 10)
         told = () if condition is None else (condition[i : i + 1],)
@@ -351,6 +385,10 @@ def test_energy_metrics_say_what_was_counted(autoencoder, denoiser, images):
     assert (encoding["num_generated"], encoding["num_real"]) == (0, 3)
     parts = 4 * records["energy_denoiser_pass"]["value"] + records["energy_decode"]["value"]
     assert sample["value"] == pytest.approx(parts)
+    neurons, memory, dense_memory = (
+        records[f"energy_sample_{of}"]["value"] for of in ("neurons", "memory", "memory_without_spikes")
+    )
+    assert neurons == pytest.approx(4.6 * sample["updates"] / 1e6) and memory > sample["value"] and dense_memory > 0
     dense = {name: records[f"energy_{name}_without_spikes"]["value"] for name in ("sample", "denoiser_pass", "decode")}
     assert dense["sample"] == pytest.approx(4 * dense["denoiser_pass"] + dense["decode"])
     changed = generator.asked(final_temperature=0.3, sample_steps=None, reveal_order="spread")
@@ -376,7 +414,7 @@ def test_modes_of_the_caller_do_not_change_the_count(context):
     spikes = torch.ones(2, 300, 3, 3)  # 2,700 operations for an output: no bfloat16 is exactly that
     layer = nn.Conv2d(300, 7, 3, padding=1).eval()
     with context:
-        assert count(layer, lambda: layer(spikes), 2) == Operations(0, 300 * 7 * 49, 300 * 7 * 49)
+        assert synaptic(count(layer, lambda: layer(spikes), 2)) == (0, 300 * 7 * 49, 300 * 7 * 49)
 
 
 def test_misuse_is_refused(autoencoder, denoiser, images, tokens):

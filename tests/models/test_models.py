@@ -10,7 +10,7 @@ from helpers import as_modules, with_steady_current
 from torch import nn
 
 from diffusion.absorbing import AbsorbingDiffusion
-from metrics.energy import count_layers
+from metrics.energy import count_layers, of_weights
 from models import (
     FSVAE,
     SDID,
@@ -159,7 +159,7 @@ def test_every_weight_of_a_residual_denoiser_meets_spikes(kind):
     """Operations are accumulates alone; a width that its heads cannot share is refused."""
     model = kind(codebook_size=10, spike_steps=3, denoiser_channels=48, denoiser_blocks=2, grid=(4, 4)).eval()
     tokens = torch.randint(0, 11, (6, 4, 4))
-    layers = count_layers(model, lambda: model(tokens, torch.ones(6).long()), 6, 3)
+    layers = of_weights(count_layers(model, lambda: model(tokens, torch.ones(6).long()), 6, 3))
     assert all(each.macs == 0 < each.acs for each in layers.values())
     assert all(each.acs < 3 * each.dense_macs for name, each in layers.items() if name != "embed"), "that is looked up"
     with pytest.raises(ValueError, match=r"^denoiser_channels must be a multiple of"):

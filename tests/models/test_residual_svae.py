@@ -6,7 +6,7 @@ import torch
 from helpers import as_modules, read_metrics, run_in
 from torch import nn
 
-from metrics.energy import count_layers
+from metrics.energy import count_layers, of_weights
 from models import ResidualSVAE, choose_neuron
 from models.neurons import FewSpikes
 from models.residual_svae import SentNumbers
@@ -76,7 +76,7 @@ def test_layers_called_as_modules_at_each_step_agree(spike_steps):
 @torch.no_grad()
 def test_every_layer_but_the_first_receives_spikes():
     model = made(neuron=FS, downsampling=4)
-    layers = count_layers(model, lambda: model(some_images()), images=3)
+    layers = of_weights(count_layers(model, lambda: model(some_images()), images=3))
     multiplied = [name for name, counted in layers.items() if counted.macs]
     assert multiplied == ["encoder.embed"] and len(layers) == 14
     assert all(counted.acs for name, counted in layers.items() if name != "encoder.embed")

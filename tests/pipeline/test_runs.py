@@ -80,6 +80,7 @@ def test_weights_are_plain_state_dicts(finished):
 def test_metrics_say_what_they_are(finished):
     records = read_metrics(finished.path)
     parts = [f"energy_{part}{kind}" for part in ("encode", "decode", "denoiser_pass", "sample") for kind in KINDS]
+    parts += [f"energy_sample{kind}" for kind in ("_neurons", "_memory", "_memory_without_spikes")]
     assert records.keys() == {"mse", "ssim", "codebook_usage", "codebook_perplexity", "firing_rate", *parts}
     for record in records.values():
         assert record.keys() >= {"name", "value", "protocol", "split", "num_generated", "num_real", "seed"}

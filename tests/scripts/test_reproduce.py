@@ -77,6 +77,13 @@ def test_a_training_with_other_options_is_named_and_not_gone_on_with(job):
         job._replace(recipe=Recipe("MNIST", ("--stage vqsvae --epochs 3 --lr 0.1",))).next_call()
 
 
+def test_the_feature_networks_may_be_named_after_the_training(job):
+    for training, epochs in enumerate((3, 4)):
+        leave(job.training(training), epochs, of=epochs)
+    places = ("--fid_weights", "weights.pth", "--data_path", "elsewhere")
+    assert job._replace(passed_on=places).next_call()[-4:] == [*places]
+
+
 def test_a_row_that_fails_does_not_stop_the_others(calls, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reproduce, "RECIPES", {"broken": RECIPES["mnist-faithful"], "whole": RECIPES["mnist-vq-vae"]})
     monkeypatch.setattr(Job, "next_call", lambda job: job.training(0) if job.folder not in done else None)
