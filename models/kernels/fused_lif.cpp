@@ -7,6 +7,7 @@
 // same at every step. With `readout` weights [S] only sum_s readout[s] * spikes[s] is written, [P, C].
 // fused_lif.py is its only caller.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "bfloat16.h"
@@ -37,6 +38,13 @@ template <class Body> void for_tiles(long positions, long channels, int threads,
         for (long c = 0; c < width; ++c) totals[c] += sums[share * width + c];
 }
 
+// Adds rows of C values to the sums of each channel.
+template <class A> void add_rows(const std::vector<A>& values, long count, long channels, double* sums) {
+    for (long row = 0; row < count; row += channels)
+#pragma omp simd
+        for (long c = 0; c < channels; ++c) sums[c] += values[row + c];
+}
+
 // Sums of x and of its square, less the values of the first row: far from zero, little would be left of a variance.
 template <class X> struct Moments {
     using A = typename Accumulator<X>::type;
@@ -62,10 +70,8 @@ template <class X> struct Moments {
                 }
                 row += rows;
             }
-            for (long j = 0, c = 0; j < rows * channels; ++j, c = c + 1 == channels ? 0 : c + 1) {
-                total[c] += sum[j];
-                total[channels + c] += square[j];
-            }
+            add_rows(sum, rows * channels, channels, total);
+            add_rows(square, rows * channels, channels, total + channels);
         }
     }
 };
@@ -89,9 +95,8 @@ template <class A> struct Sending {
     A last, most, gain = 1, leak = 1;  // it keeps nothing from one step to the next
     explicit Sending(const A* values) : last(values[0]), most(values[1]) {}
     A charged(A y, A) const { return y; }
-    A sent(A h) const {
-        const A whole = A(int(std::min(std::max(h, A(0)), most) / last + A(0.5)));
-        return h == h ? whole * last : h;  // what is no number stays none
+    A sent(A h) const {  // what is no number stays none
+        return std::floor(std::min(std::max(h, A(0)), most) / last + A(0.5)) * last;
     }
     A reset(A) const { return A(0); }
     A gradient(A h, A ds, A) const { return h >= A(0) && h <= most ? ds : A(0); }
@@ -197,11 +202,9 @@ template <class X, class Y, template <class> class Neuron> struct Backward {
             if (constant)
 #pragma omp simd
                 for (long j = 0; j < n; ++j) store(grad[at + j], total[j]);
-            for (long j = 0, c = 0; j < n; ++j, c = c + 1 == channels ? 0 : c + 1) {
-                out_sums[c] += total[j];
-                out_sums[channels + c] += product[j];
-            }
-            for (long j = 0; learns && j < n; ++j) out_sums[2 * channels + j % channels] += slope[j];
+            add_rows(total, n, channels, out_sums);
+            add_rows(product, n, channels, out_sums + channels);
+            if (learns) add_rows(slope, n, channels, out_sums + 2 * channels);
         }
     }
 };

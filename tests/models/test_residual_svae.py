@@ -113,9 +113,10 @@ RUN = ("--model", "residual-svae", "--neuron", "fs", "--spike_steps", 1, "--code
 OF_DENOISER = ("--denoiser", "residual", "--denoiser_channels", 16, "--sample_steps", 5, "--condition", "prototype")
 
 
-def test_both_stages_of_a_run(cli, grey, tmp_path):
-    epochs = ("--epochs", 1, "--diffusion_epochs", 1, "--metrics", "mse,codebook,energy", "--result_path", tmp_path)
-    trained = cli(*grey, *RUN, *OF_DENOISER, *epochs)
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_both_stages_of_a_run(precision, cli, grey, tmp_path):
+    computing = ("--precision", precision, "--metrics", "mse,codebook,energy", "--result_path", tmp_path)
+    trained = cli(*grey, *RUN, *OF_DENOISER, "--code_noise", 0.5, "--epochs", 1, "--diffusion_epochs", 1, *computing)
     assert trained.status == 0, trained.err
     run = run_in(tmp_path, "residual-svae")
     metrics = read_metrics(run)
