@@ -123,14 +123,15 @@ def are_whole(weights: dict[str, Tensor]) -> bool:
 def in_whole_numbers(network: nn.Module) -> nn.Module:
     """A trained spiking network, changed to whole numbers. Raises ValueError for one that cannot be."""
     layers, unit, codebook = dict(network.named_modules()), _unit_of_spikes(network), getattr(network, "vq_layer", None)
-    heads = {getattr(layer, "head", None) for layer in layers.values()}
+    heads, steps = {getattr(layer, "head", None) for layer in layers.values()}, getattr(network, "spike_steps", 1)
     units = dict.fromkeys(REAL_INPUTS, REAL_UNIT)
     if isinstance(codebook, SentNumbers):
         units["decoder.embed"] = FEW_SPIKES_RANGE / len(codebook.embeddings.weight)
     for name, layer in layers.items():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             wide = layer in heads or name in REAL_INPUTS
-            _replace(network, name, _integer_layer(name, layer.double() if wide else layer, units.get(name, unit)))
+            layer = layer.double() if wide else layer
+            _replace(network, name, _integer_layer(name, layer, units.get(name, unit), steps))
         elif isinstance(layer, Firing):
             _replace(network, name, IntegerFiring(layer, numbers=name.endswith("fire_codes")))
     for name, layer in layers.items():
@@ -153,14 +154,14 @@ def _unit_of_spikes(network: nn.Module) -> float:
     return first.last if isinstance(first, FewSpikes) else 1.0
 
 
-def _integer_layer(name: str, layer: Convolution, unit: float) -> Convolution:
-    """The layer of this name in whole numbers, which reads multiples of the unit."""
+def _integer_layer(name: str, layer: Convolution, unit: float, steps: int) -> Convolution:
+    """The layer of this name in whole numbers, which reads multiples of the unit, or means of these over the steps."""
     if isinstance(layer, nn.ConvTranspose2d):
         result: Convolution = IntegerConvTranspose2d(layer, unit)
     elif name in PIXEL_INPUTS:
         result = IntegerPixelConv2d(layer)
     else:
-        result = IntegerConv2d(layer, unit)
+        result = IntegerConv2d(layer, unit, steps)
     return one_hot(result) if getattr(layer, "one_hot", False) else result
 
 

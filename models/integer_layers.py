@@ -1,7 +1,8 @@
 """Layers of weights in whole numbers: int8 times powers of two, sums without rounding."""
 
 import platform
-from typing import Any, NamedTuple, cast
+from functools import cached_property, partial
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from models.kernels import event_conv
 from models.kernels.event_conv import Convolution
-from models.spiking import full_precision
+from models.spiking import full_precision, of_neighbours
 from parts import FEW_SPIKES_RANGE
 
 UNIT = 2.0**-13
@@ -68,32 +69,40 @@ class IntegerConv2d(nn.Conv2d):
     """A convolution with whole weights, of inputs that are multiples of `unit`; it computes in int8 where torch can.
 
     Elsewhere it computes in float64 and rounds, because some algorithms for convolutions are not exact. The output has
-    the type of the weights.
+    the type of the weights. `steps` is a power of 2, see `at`.
     """
 
-    def __init__(self, conv: nn.Conv2d, unit: float):
+    def __init__(self, conv: nn.Conv2d, unit: float, steps: int = 1):
         super().__init__(**_shape_of(conv))
-        self.unit = unit
+        self.unit, self.steps = unit, steps
         _take_weights(self, conv)
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs `[N,C,H,W]`, or counts of their unit, uint8, to currents `[N,C',H',W']`."""
         counts = x if x.dtype == torch.uint8 else x / self.unit
-        small = FEW_SPIKES_RANGE / self.unit <= LARGEST_INPUT
+        small = _largest_count(self.unit) <= LARGEST_INPUT
         currents = self._convolve_int8(counts.to(torch.uint8)) if small and _has_int8(x) else self._convolve(counts)
         currents = (in_units(currents) if self.unit * FINEST_SCALE < UNIT else currents).to(self.weight.dtype)
         return currents if self.bias is None else currents + self.bias.view(-1, 1, 1)
 
     def at(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Without its bias at chosen positions, see `convolve_at`; inputs `[S,R,C]` may be counts, uint8."""
-        packed = self._pack() if x.dtype == torch.uint8 and self.unit == 1 and _has_int8(x) else None
-        if packed is not None and packed.tiles is not None:
-            events = event_conv.find_events(x.contiguous(), rows.long())
-            if events is not None:
-                return events.convolve(packed.tiles, self.out_channels, packed.units).unflatten(0, (len(x), len(rows)))
-        numbers = F.pad(x.double() * (self.unit if x.dtype == torch.uint8 else 1), (0, 0, 0, 1))
-        weight = self.weight.double().permute(0, 2, 3, 1).flatten(1)  # [C',C,3,3] -> [C',9C]
-        return F.linear(numbers[:, rows].flatten(2), weight).to(self.weight.dtype)
+        """Without its bias at chosen positions, see `convolve_at`; inputs `[S,R,C]` are counts, uint8, or their means.
+
+        Means are over `steps`, in floating point.
+        """
+        counted = x.dtype == torch.uint8
+        steps = 1 if counted else self.steps
+        largest = steps * _largest_count(self.unit)
+        packed = _pack(self) if largest <= LARGEST_INPUT and _has_int8(x) else None
+        if packed is None or packed.largest_sum * largest >= 2**24:  # float32 would round what int8 sums up to
+            weight = self.weight.double().permute(0, 2, 3, 1).flatten(1)  # [C',C,3,3] -> [C',9C]
+            currents = of_neighbours(lambda near: F.linear(near.double() * self.unit, weight), x, rows)
+        else:
+            counts = x if counted else (x * steps).to(torch.uint8)
+            events = packed.convolve_events(counts, rows) if counted and self.unit == 1 else None
+            multiply = partial(packed.multiply, self.unit / steps)
+            currents = of_neighbours(multiply, counts, rows) if events is None else events
+        return currents.to(self.weight.dtype)
 
     def _convolve(self, counts: Tensor) -> Tensor:
         with full_precision(counts):
@@ -102,42 +111,76 @@ class IntegerConv2d(nn.Conv2d):
             return (sums / FINEST_SCALE).round() * (FINEST_SCALE * self.unit)  # the multiples that they are, if exact
 
     def _convolve_int8(self, counts: Tensor) -> Tensor:
-        packed, counts = self._pack(), counts.contiguous(memory_format=torch.channels_last)
+        packed, counts = _pack(self), counts.contiguous(memory_format=torch.channels_last)
         if self.unit == 1 and packed.tiles is not None:  # spikes: few, perhaps
-            currents = event_conv.convolve_whole(self, counts, packed.tiles, packed.units)
+            currents = event_conv.convolve_whole(self, counts, packed.tiles, packed.scales)
             if currents is not None:
                 return currents
-        plain: tuple = (1.0, 0, torch.float32, "none", [], "")  # the output is neither scaled nor shifted
-        weight = (packed.weight, packed.units, packed.zeros)
-        return cast(Tensor, torch.ops.onednn.qconv2d_pointwise(counts, 1.0, 0, *weight, None, *self._modes, *plain))
-
-    @property
-    def _modes(self) -> tuple:
-        return list(self.stride), list(self.padding), list(self.dilation), self.groups
-
-    def _pack(self) -> "Packed":
-        """The weights as the kernels read them; made once for each version of them."""
-        version = (self.weight._version, self.weight.data_ptr())
-        if self not in _packed or _packed[self].version != version:
-            scales = row_scales(self.weight)
-            units, weight = (scales * self.unit).float(), (self.weight / scales.view(-1, 1, 1, 1)).to(torch.int8)
-            made = torch.ops.onednn.qconv_prepack(weight, units, 1.0, 0, *self._modes, None)
-            zeros, tiles = torch.zeros(len(units), dtype=torch.int64), event_conv.pack_whole(weight)
-            _packed[self] = Packed(version, made, units, zeros, tiles)
-        return _packed[self]
+        return packed.convolve(self.unit, counts)
 
 
-class Packed(NamedTuple):
-    """Weights of a `version`: as oneDNN keeps them, with the units of their sums and zeros; and as tiles of events."""
-
-    version: tuple[int, int]
-    weight: Tensor
-    units: Tensor
-    zeros: Tensor
-    tiles: Tensor | None
+PLAIN: tuple = (1.0, 0, torch.float32, "none", [], "")
+"""How oneDNN returns sums: neither scaled nor shifted."""
 
 
-_packed: WeakKeyDictionary[IntegerConv2d, Packed] = WeakKeyDictionary()
+class Packed:
+    """The weights of a layer, int8 with `scales [C']`, as the kernels read them; each form is made when needed.
+
+    Inputs are counts, uint8, of a unit.
+    """
+
+    def __init__(self, layer: IntegerConv2d):
+        self.scales = row_scales(layer.weight).float()
+        self.weight = (layer.weight / self.scales.view(-1, 1, 1, 1)).to(torch.int8)
+        self.zeros = torch.zeros(len(self.scales), dtype=torch.int64)
+        self.modes = [list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups]
+        self.largest_sum = int(self.weight.int().abs().sum((1, 2, 3)).max())  # of as many ones
+
+    @cached_property
+    def tiles(self) -> Tensor | None:
+        """For the sums of events; None without kernels."""
+        return event_conv.pack_whole(self.weight)
+
+    @cached_property
+    def _of_convolution(self) -> Tensor:
+        return cast(Tensor, torch.ops.onednn.qconv_prepack(self.weight, self.scales, 1.0, 0, *self.modes, None))
+
+    @cached_property
+    def _of_product(self) -> Tensor:
+        rows = self.weight.permute(0, 2, 3, 1).flatten(1)  # [C',C,3,3] -> [C',9C]
+        return cast(Tensor, torch.ops.onednn.qlinear_prepack(rows, None))
+
+    def convolve(self, unit: float, counts: Tensor) -> Tensor:
+        """The convolution, `[N,C,H,W]` to `[N,C',H',W']`, float32."""
+        weight = self._of_convolution, self.scales * unit, self.zeros, None
+        return cast(Tensor, torch.ops.onednn.qconv2d_pointwise(counts, 1.0, 0, *weight, *self.modes, *PLAIN))
+
+    def convolve_events(self, spikes: Tensor, rows: Tensor) -> Tensor | None:
+        """The convolution of spikes, of unit 1, at chosen positions, see `convolve_at`; None if there are too many."""
+        if self.tiles is None:
+            return None
+        events = event_conv.find_events(spikes.contiguous(), rows.long())
+        sizes = len(spikes), len(rows)
+        return (
+            None if events is None else events.convolve(self.tiles, len(self.scales), self.scales).unflatten(0, sizes)
+        )
+
+    def multiply(self, unit: float, near: Tensor) -> Tensor:
+        """The product with gathered neighbours, `[...,9C]` to `[...,C']`, float32."""
+        weight = self._of_product, self.scales * unit, self.zeros, None
+        products = torch.ops.onednn.qlinear_pointwise(near.flatten(0, -2), 1.0, 0, *weight, *PLAIN)
+        return cast(Tensor, products).unflatten(0, near.shape[:-1])
+
+
+_packed: WeakKeyDictionary[IntegerConv2d, tuple[tuple[int, int], Packed]] = WeakKeyDictionary()
+
+
+def _pack(layer: IntegerConv2d) -> Packed:
+    """The weights of a layer as the kernels read them; made once for each version of them."""
+    version = layer.weight._version, layer.weight.data_ptr()
+    if layer not in _packed or _packed[layer][0] != version:
+        _packed[layer] = version, Packed(layer)
+    return _packed[layer][1]
 
 
 class IntegerPixelConv2d(IntegerConv2d):
@@ -153,9 +196,9 @@ class IntegerPixelConv2d(IntegerConv2d):
 
 
 class IntegerConvTranspose2d(nn.ConvTranspose2d):
-    """A transposed convolution with whole weights; it computes in float64, where its sums are exact.
+    """A transposed convolution with whole weights, of numbers, or of counts of `unit`, uint8.
 
-    Inputs are numbers, or counts of `unit`, uint8.
+    It computes in float32 where its sums are exact in that, and otherwise in float64.
     """
 
     def __init__(self, conv: nn.ConvTranspose2d, unit: float):
@@ -166,11 +209,19 @@ class IntegerConvTranspose2d(nn.ConvTranspose2d):
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """See torch."""
         modes = (self.stride, cast(tuple[int, int], self.padding), self.output_padding, self.groups, self.dilation)
+        most = FEW_SPIKES_RANGE * float(self.weight.abs().sum((0, 2, 3)).max())  # no sum can surpass it
+        exact = _has_int8(x) and most < 2**24 * FINEST_SCALE * self.unit
         with full_precision(x):
-            numbers = x.double() * self.unit if x.dtype == torch.uint8 else x.double()
-            currents = in_units(F.conv_transpose2d(numbers, self.weight.double(), None, *modes))
-        currents = currents.to(self.weight.dtype)
+            numbers = x.to(torch.float32 if exact else torch.float64)
+            numbers = numbers * self.unit if x.dtype == torch.uint8 and self.unit != 1 else numbers
+            currents = F.conv_transpose2d(numbers, self.weight.to(numbers.dtype), None, *modes)
+        currents = (currents if exact and self.unit == 1 else in_units(currents)).to(self.weight.dtype)
         return currents if self.bias is None else currents + self.bias.view(-1, 1, 1)
+
+
+def _largest_count(unit: float) -> int:
+    """The most that neurons can send, in units."""
+    return max(1, round(FEW_SPIKES_RANGE / unit))
 
 
 def _has_int8(x: Tensor) -> bool:

@@ -77,8 +77,8 @@ class Codebook(nn.Module):
     def nearest_codes(self, encoded: Tensor) -> Tensor:
         """Index of the nearest embedding by squared distance: `[N,D,h,w]` to int64 `[N,h,w]`."""
         with torch.no_grad(), full_precision(encoded):
-            vectors = encoded.permute(0, 2, 3, 1)  # [N,D,h,w] -> [N,h,w,D]
-            return nearest_rows(vectors, self.embeddings.weight)
+            table = self.embeddings.weight
+            return nearest_rows(encoded.to(table.dtype).permute(0, 2, 3, 1), table)  # [N,D,h,w] -> [N,h,w,D]
 
     def embed(self, codes: Tensor) -> Tensor:
         """Codes `[N,h,w]` to their embeddings `[N,D,h,w]`."""

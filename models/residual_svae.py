@@ -90,7 +90,7 @@ class ResidualEncoder(nn.Module):
             x = self.coarse(over_steps(self.down, self.fire_down(x)))
         mean = mean_weights(self.spike_steps, like=self.head.weight)
         currents = apply_head(self.head, partial(self.fire, x), mean)
-        return F.pixel_shuffle(self.fire_codes(currents)[0].to(currents.dtype), SIDE)
+        return F.pixel_shuffle(self.fire_codes(currents)[0], SIDE)
 
 
 class ResidualDecoder(nn.Module):

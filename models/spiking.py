@@ -270,20 +270,28 @@ def convolve_spikes(conv: Convolution, x: Tensor) -> Tensor:
 def convolve_at(conv: Convolution, x: Tensor, rows: Tensor) -> Tensor:
     """A 3x3 convolution without its bias at chosen positions: features `[S,R,C]`, `rows [P,9]` to `[S,P,C']`.
 
-    `rows` has the indices of each position's neighbours among the R features; R stands for zero padding. A few spike
-    steps are computed at a time, so that gathered neighbours are still in the cache when they are multiplied. The
-    number of positions is rounded up to a multiple of 64, because oneDNN caches a bfloat16 kernel for every size it
-    meets: gigabytes over some thousand images. A layer in whole numbers has a method `at` instead.
+    `rows` has the indices of each position's neighbours among the R features; R stands for zero padding. A layer in
+    whole numbers has a method `at` instead.
     """
     own: Callable[[Tensor, Tensor], Tensor] | None = getattr(conv, "at", None)
     if own is not None:
         return own(x, rows)
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1).to(x.dtype)  # [C',C,3,3] -> [C',9C]
+    return of_neighbours(partial(F.linear, weight=weight), x, rows)
+
+
+def of_neighbours(multiply: Callable[[Tensor], Tensor], x: Tensor, rows: Tensor) -> Tensor:
+    """The product `multiply`, `[s,P,9C]` to `[s,P,C']`, of gathered neighbours: `[S,P,C']`; see `convolve_at`.
+
+    A few spike steps are computed at a time, so that gathered neighbours are still in the cache when they are
+    multiplied. The number of positions is rounded up to a multiple of 64, because oneDNN caches a kernel for every size
+    it meets: gigabytes over some thousand images.
+    """
     positions = len(rows)
     rows = F.pad(rows, (0, 0, 0, -positions % 64), value=x.shape[1])
-    weight = conv.weight.permute(0, 2, 3, 1).flatten(1).to(x.dtype)  # [C',C,3,3] -> [C',9C]
     parts = F.pad(x, (0, 0, 0, 1)).split(4)
     gathered = (part.index_select(1, rows.flatten()).view(len(part), len(rows), -1) for part in parts)
-    return torch.cat([F.linear(neighbours, weight)[:, :positions] for neighbours in gathered])
+    return torch.cat([multiply(neighbours)[:, :positions] for neighbours in gathered])
 
 
 def _spike_dtype(x: Tensor, readout: Tensor | None) -> torch.dtype:

@@ -65,8 +65,8 @@ struct PairedSum {
     }
 };
 
-// The same for int8 in int16, of at most MOST rows. Two columns are a word: the lower byte, of an even column, is 128 too
-// large and has no sign.
+// The same for int8 in int16, of at most MOST rows. A column and the one half a tile further are a word, whose lower byte,
+// of the former, is 128 too large and has no sign.
 struct WholeSum {
     static constexpr int LANES = BYTES / 2, COUNT = TILE / 2 / LANES, MOST = 32767 / 128;
     shorts both[COUNT] = {}, odd[COUNT] = {};
@@ -83,8 +83,8 @@ struct WholeSum {
         std::memcpy(sums, both, sizeof(both));
         std::memcpy(high, odd, sizeof(odd));
         for (int j = 0; j < TILE / 2; ++j) {
-            total[2 * j] += float(int(uint16_t(sums[j] - 256 * high[j])) - 128 * rows);
-            total[2 * j + 1] += float(high[j]);
+            total[j] += float(int(uint16_t(sums[j] - 256 * high[j])) - 128 * rows);
+            total[TILE / 2 + j] += float(high[j]);
         }
     }
 };
@@ -145,25 +145,31 @@ template <class T> bool count(const T* x, long rows, long channels, int64_t* sta
     return strange == 0;
 }
 
+// Which of at most 64 values are ones, as bits.
+template <class T> uint64_t ones(const T* in, int n) {
+    uint8_t flags[64] = {};
+#pragma omp simd
+    for (int j = 0; j < n; ++j) flags[j] = is_one(in[j]);
+    uint64_t bits = 0;
+    for (int j = 0; j < 64; j += 8) {
+        uint64_t eight;
+        std::memcpy(&eight, flags + j, 8);
+        bits |= (eight * 0x0102040810204080u >> 56) << j;  // the lowest bit of each byte
+    }
+    return bits;
+}
+
 // The channels of the ones of each row, row r from channels_of[starts[r]] on.
 template <class T>
 void list(const T* x, const int64_t* starts, long rows, long channels, int32_t* channels_of, int threads) {
-    constexpr int BLOCK = 64;
+    constexpr long BLOCK = 64;
 #pragma omp parallel for num_threads(threads)
     for (long r = 0; r < rows; ++r) {
         const T* in = x + r * channels;
         int32_t* out = channels_of + starts[r];
-        for (long first = 0; first < channels && out < channels_of + starts[r + 1]; first += BLOCK) {
-            uint8_t flags[BLOCK] = {};
-            const int n = int(std::min<long>(BLOCK, channels - first));
-#pragma omp simd
-            for (int j = 0; j < n; ++j) flags[j] = is_one(in[first + j]);
-            for (int j = 0; j < BLOCK; j += 8) {
-                uint64_t eight;
-                std::memcpy(&eight, flags + j, 8);
-                for (; eight; eight &= eight - 1) *out++ = int32_t(first + j + (__builtin_ctzll(eight) >> 3));
-            }
-        }
+        for (long first = 0; first < channels && out < channels_of + starts[r + 1]; first += BLOCK)
+            for (uint64_t bits = ones(in + first, int(std::min(BLOCK, channels - first))); bits; bits &= bits - 1)
+                *out++ = int32_t(first + __builtin_ctzll(bits));
     }
 }
 

@@ -86,13 +86,17 @@ def pack(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def pack_whole(weight: Tensor) -> Tensor | None:
-    """The same for int8; the weights of even columns are 128 larger, as bytes without sign. None without kernels."""
+    """The same for int8; None without kernels.
+
+    Of each tile, the first half of the columns are the even bytes, which are 128 larger and have no sign.
+    """
     if not has("event_pack_int8_int8"):
         return None
     tiles = pack(weight, torch.int8)
     assert tiles is not None, "whole numbers are finite"
-    tiles[..., ::2] ^= -128
-    return tiles
+    halves = tiles.unflatten(-1, (2, TILE // 2))
+    halves[..., 0, :] ^= -128
+    return halves.mT.flatten(-2)
 
 
 def _finite(values: Tensor) -> bool:

@@ -195,11 +195,18 @@ def test_events_of_whole_weights(stride, most, monkeypatch):
     assert found[0] is not None or not compiled.available()
 
 
-@pytest.mark.parametrize("channels", [4, 64], ids=["dense", "events"])
+@pytest.mark.parametrize(
+    ("steps", "channels", "neuron"),
+    [(4, 4, LIF), (4, 64, LIF), (1, 4, FewSpikes), (128, 4, LIF), (256, 4, LIF)],
+    ids=["dense", "events", "fs", "many sums", "beyond int8"],
+)
+@pytest.mark.parametrize("int8", [True, False])
 @torch.no_grad()
-def test_logits_at_some_positions_are_those_of_all(channels, monkeypatch):
+def test_logits_at_some_positions_are_those_of_all(int8, steps, channels, neuron, monkeypatch):
     """SDID computes only what they depend on, where the mean over the spike steps is exact."""
-    network = integer.in_whole_numbers(without_rounding(SDID(8, 4, channels)))
+    network = integer.in_whole_numbers(without_rounding(SDID(8, steps, channels, neuron)))
+    if not int8:
+        monkeypatch.setattr(layers, "_has_int8", lambda x: False)
     (tokens, t), where = inputs_of(network), torch.zeros(4, *GRID, dtype=torch.bool)
     where[0, 0, 0] = where[1, 3, 5] = where[3] = True
     expected = network(tokens, t).permute(0, 2, 3, 1)[where]
