@@ -44,7 +44,7 @@ class Packed(NamedTuple):
         """Their run folder."""
         return RunFolder(ROOT / "pretrained" / self.folder)
 
-    def value(self, name: str, digits: int | None = None, scale: float = 1.0) -> str:
+    def value(self, name: str, digits: int | None = None, scale: float = 1) -> str:
         """A metric, the mean over the sets of samples that were evaluated, with its half-width if there are several."""
         return number([scale * record["value"] for record in self.run.read_records() if record["name"] == name], digits)
 
@@ -90,6 +90,17 @@ def _training(stage: int) -> Show:
     return cost
 
 
+def _fad(packed: Packed) -> str:
+    """With the number of samples."""
+    counts = {record["num_generated"] for record in packed.run.read_records() if record["name"] == "fad"}
+    return f"{packed.value('fad')}{''.join(f', of {count:,}' for count in counts)}"
+
+
+def _codes(packed: Packed) -> str:
+    size = packed.run.read_config()["codebook_size"]
+    return f"{packed.value('codebook_usage', 0, scale=size)} of {size}, {packed.value('codebook_perplexity', 1)}"
+
+
 def _recognised(packed: Packed) -> str:
     """Empty for a denoiser that knows no classes."""
     drawn = packed.value("label_accuracy")
@@ -99,15 +110,13 @@ def _recognised(packed: Packed) -> str:
 ROWS: dict[str, Show] = {
     "FID, 10,000 samples": lambda packed: packed.value("fid"),
     "FID of reconstructions": lambda packed: packed.value("reconstruction_fid"),
-    "FAD, 5,000 samples": lambda packed: packed.value("fad"),
+    "FAD, and of how many samples": _fad,
     "FAD of reconstructions": lambda packed: packed.value("reconstruction_fad"),
     "Fréchet distance, classifier features": lambda packed: packed.value("classifier_frechet"),
     "precision, recall, classifier features": _pair("classifier_precision", "classifier_recall", 2),
     "samples recognised as their class; real test images": _recognised,
     "reconstruction MSE, SSIM": lambda packed: f"{packed.value('mse', 4)}, {packed.value('ssim', 3)}",
-    "codes in use (of 128), perplexity": lambda packed: (
-        f"{packed.value('codebook_usage', 0, scale=128)}, {packed.value('codebook_perplexity', 1)}"
-    ),
+    "codes in use, perplexity": _codes,
     "energy per sample; of the same networks without spikes, µJ": _pair(
         "energy_sample", "energy_sample_without_spikes", 0, "; "
     ),
@@ -120,7 +129,7 @@ LEFT_OUT_OF_THE_README = (
     "FAD of reconstructions",
     "Fréchet distance, classifier features",
     "reconstruction MSE, SSIM",
-    "codes in use (of 128), perplexity",
+    "codes in use, perplexity",
 )
 
 

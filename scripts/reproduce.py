@@ -67,10 +67,10 @@ def faithful(epochs: int, at_2: int, at_16: int) -> tuple[str, ...]:
     )
 
 
-def improved(dataset: str, epochs: int, first: int, further: int) -> Recipe:
-    """The improved preset, trained for longer: stage 2 in two rounds, of which the further begins at a smaller rate."""
-    sdid = f"sdid --diffusion_epochs {first}", f"sdid --diffusion_epochs {further} --diffusion_lr 4e-3"
-    trainings = tuple(f"--preset improved --stage {stage}" for stage in (f"vqsvae --epochs {epochs}", *sdid))
+def improved(dataset: str, epochs: int, sdid: int) -> Recipe:
+    """The improved preset with other numbers of epochs."""
+    stages = f"vqsvae --epochs {epochs}", f"sdid --diffusion_epochs {sdid}"
+    trainings = tuple(f"--preset improved --stage {stage}" for stage in stages)
     return Recipe(dataset, trainings, PRESETS["improved"]["model"])
 
 
@@ -91,11 +91,11 @@ RECIPES = {
     "kmnist-faithful": Recipe("KMNIST", faithful(50, 120, 8)),
     "letters-faithful": Recipe("Letters", faithful(12, 40, 4)),
     "cifar10-faithful": Recipe("CIFAR10", faithful(8, 20, 4)),
-    "mnist-improved": improved("MNIST", 10, 24, 24),
-    "fmnist-improved": improved("FMNIST", 10, 24, 24),
-    "kmnist-improved": improved("KMNIST", 60, 200, 100),
-    "letters-improved": improved("Letters", 15, 60, 40),
-    "cifar10-improved": improved("CIFAR10", 8, 100, 60),
+    "mnist-improved": improved("MNIST", 10, 24),
+    "fmnist-improved": improved("FMNIST", 10, 24),
+    "kmnist-improved": improved("KMNIST", 60, 240),
+    "letters-improved": improved("Letters", 20, 60),
+    "cifar10-improved": improved("CIFAR10", 10, 120),
     **{f"{name.lower()}-vq-vae": Recipe(name, short(), "vq-vae") for name in HELD_OUT},
     "fmnist-short": compared(),
     "fmnist-short-if": compared("--neuron if"),

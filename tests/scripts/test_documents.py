@@ -29,10 +29,9 @@ def test_a_number_that_was_changed_by_hand_is_noticed():
 def test_each_value_is_that_of_its_record():
     """Of the packed weights' own metrics.json, with the settings that their config.json has."""
     for packed in PACKED:
-        records = [record for record in packed.run.read_records() if record["name"] == "fad"]
-        (record,) = records
+        (record,) = (record for record in packed.run.read_records() if record["name"] == "fad")
         for table in ("summary", packed.preset):
-            assert f"| {number([record['value']])} |" in TABLES[table]()
+            assert f"| {number([record['value']])}, of {record['num_generated']:,} |" in TABLES[table]()
         assert record["weights"] and record["sampling"]["seed"] == packed.run.read_config()["seed"]
 
 
