@@ -42,7 +42,7 @@ def test_the_readme_example_runs(monkeypatch):
     exec(example, names)
     images, codes = names["images"], names["codes"]
     assert images.shape == names["restored"].shape == names["completed"].shape == (16, 1, 28, 28)
-    assert codes.shape == (16, 14, 14) and codes.dtype == np.int64 and images.dtype == np.uint8
+    assert codes.shape == (16, 28, 28) and codes.dtype == np.int64 and images.dtype == np.uint8
     assert np.array_equal(names["completed"][..., :14], images[..., :14])
 
 

@@ -29,6 +29,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reveal_order": "spread",
         "sample_steps": 8,
         "temperature": 1.0,
-        "final_temperature": 0.8,
+        "final_temperature": 0.5,
     },
 }

@@ -25,7 +25,7 @@ from pipeline.sampling.settings import Settings, check_sample_steps
 from pixels import to_float, to_uint8
 from progress import progress_bar
 
-TRAJECTORY_MOMENTS = 12
+MOST_MOMENTS = 12  # of a trajectory
 TEST_IMAGES = "test images"
 
 
@@ -154,9 +154,14 @@ class CodeDiffusion:
         return self.settings.in_words(self.name_of, *evenly)
 
     def trajectory(self) -> Tensor:
-        """Trajectory of sample 0, uint8 `[2,L,3,H,W]`: its codes, and the image determined so far, at L moments."""
+        """Trajectory of sample 0, uint8 `[2,L,3,H,W]`: its codes, and the image determined so far, at L moments.
+
+        The first is before the first pass, the last after the last, and no pass is shown twice.
+        """
         diffusion, (codes, noise) = self.diffusion, self._draw_codes(range(1))
-        moments = torch.linspace(diffusion.num_timesteps + 1, 1, TRAJECTORY_MOMENTS).round().int().tolist()
+        passes = [diffusion.num_timesteps + 1, *noise.reveal_times.unique().flip(0).tolist()]
+        chosen = torch.linspace(0, len(passes) - 1, min(MOST_MOMENTS, len(passes))).round().int().tolist()
+        moments = [passes[number] for number in chosen]
         tokens = torch.cat([diffusion.trajectory(codes, noise, t) for t in moments])
         return trajectory_images(tokens, decode_codes(self.autoencoder, codes, self.machine)[0], diffusion.mask_token)
 
