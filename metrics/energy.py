@@ -179,12 +179,11 @@ def _as_spikes(x: Tensor, sends_numbers: Any) -> list[Tensor]:
     These are x itself, or what a layer with the method `binary_spikes` sends one after another, as numbers or, in a
     network in whole numbers, as counts, uint8.
     """
-    if x.dtype == torch.uint8 and sends_numbers is not None:
-        return list(sends_numbers.binary_spikes(x))
-    if is_binary_tensor(x):
+    counts = x.dtype == torch.uint8 and sends_numbers is not None
+    if not counts and is_binary_tensor(x):
         return [x]
-    if sends_numbers is None or not torch.equal(sends_numbers.single_step_forward(x), x):  # numbers pass as they are
-        return []
+    if sends_numbers is None or not (counts or torch.equal(sends_numbers.single_step_forward(x), x)):
+        return []  # numbers would pass as they are
     return list(sends_numbers.binary_spikes(x))
 
 
