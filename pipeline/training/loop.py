@@ -161,7 +161,7 @@ class Trainer(Generic[Network]):
         weights = self.kept.state_dict()
         save_weights(self.checkpoint, weights)
         images, seconds = self.cost
-        self.record(images=images, minutes=round(seconds / 60, 2), weights_after=digest(weights))
+        self.record(images=images, minutes=round(seconds / 60, 4), weights_after=digest(weights))
 
     @property
     def cost(self) -> tuple[int, float]:
