@@ -1,6 +1,8 @@
 """Layers of weights in whole numbers: int8 times powers of two, sums without rounding."""
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -27,7 +29,7 @@ PIXEL_LEVELS, PIXEL_RANGE = 510, 512  # a pixel less 0.5 is a multiple of 1/510,
 
 def row_scales(weight: Tensor) -> Tensor:
     """Of each row of a weight `[R,...]`, the power of two `[R]` whose multiples by int8 come nearest to it."""
-    rows = weight.detach().double().flatten(1)
+    rows = weight.detach().flatten(1)
     most = rows.abs().amax(1).clamp_min(LARGEST_WEIGHT * FINEST_SCALE)
     mantissa, exponent = torch.frexp(most / LARGEST_WEIGHT)  # the mantissa is at least 0.5
     coarse = torch.ldexp(torch.ones_like(most), exponent - (mantissa == 0.5).int())
@@ -44,7 +46,33 @@ def _nearest(rows: Tensor, scales: Tensor) -> Tensor:
 
 def whole(weight: Tensor) -> Tensor:
     """A weight `[R,...]` with each row rounded to int8 times its scale; of the same type, in which that is exact."""
-    return _nearest(weight.detach().double().flatten(1), row_scales(weight)).view_as(weight).to(weight.dtype)
+    return _nearest(weight.detach().flatten(1), row_scales(weight)).view_as(weight)
+
+
+@contextmanager
+def rounded(network: nn.Module) -> Iterator[None]:
+    """Context in which a network has whole weights; afterwards it has its own again.
+
+    Gradients are those of whole weights, for its own (straight-through estimator, arXiv 1308.3432).
+    """
+    own = [(parameter, parameter.data) for parameter in trained_weights(network)]
+    round_weights(network)
+    try:
+        yield
+    finally:
+        for parameter, data in own:
+            parameter.data = data
+
+
+def round_weights(network: nn.Module) -> None:
+    """Make all trained weights of a network whole."""
+    for parameter in trained_weights(network):
+        parameter.data = whole(parameter)
+
+
+def trained_weights(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a network that have rows, which are what inference in whole numbers rounds to int8."""
+    return [parameter for parameter in network.parameters() if parameter.dim() > 1 and parameter.requires_grad]
 
 
 def in_units(values: Tensor) -> Tensor:

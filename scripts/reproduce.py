@@ -67,10 +67,13 @@ def faithful(epochs: int, at_2: int, at_16: int) -> tuple[str, ...]:
     )
 
 
-def improved(dataset: str, epochs: int, sdid: int) -> Recipe:
-    """The improved preset with other numbers of epochs."""
+STROKES = " --downsampling 4 --codebook_size 16"  # a position of each 4x4 pixels is enough for what was written
+
+
+def improved(dataset: str, epochs: int, sdid: int, codes: str = "") -> Recipe:
+    """The improved preset with other numbers of epochs, and perhaps other codes."""
     stages = f"vqsvae --epochs {epochs}", f"sdid --diffusion_epochs {sdid}"
-    trainings = tuple(f"--preset improved --stage {stage}" for stage in stages)
+    trainings = tuple(f"--preset improved --stage {stage}{codes}" for stage in stages)
     return Recipe(dataset, trainings, PRESETS["improved"]["model"])
 
 
@@ -91,7 +94,7 @@ RECIPES = {
     "kmnist-faithful": Recipe("KMNIST", faithful(50, 120, 8)),
     "letters-faithful": Recipe("Letters", faithful(12, 40, 4)),
     "cifar10-faithful": Recipe("CIFAR10", faithful(8, 20, 4)),
-    "mnist-improved": improved("MNIST", 10, 24),
+    "mnist-improved": improved("MNIST", 10, 24, STROKES),
     "fmnist-improved": improved("FMNIST", 10, 24),
     "kmnist-improved": improved("KMNIST", 60, 240),
     "letters-improved": improved("Letters", 20, 60),

@@ -25,6 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "diffusion_lr": 6e-3,
         "loss": "cross_entropy",
         "fixed_norm": 0.4,
+        "int8_weights": 0.4,
         "diffusion_epochs": 16,
         "reveal_order": "spread",
         "sample_steps": 8,

@@ -405,6 +405,16 @@ class TrainingOptions:
         of=CODES,
         stages=TRAINING_STAGES,
     )
+    int8_weights: float = option(
+        0.0,
+        "train with weights rounded to int8, as they are in whole numbers, for this last fraction of each stage",
+        Role.TRAINING,
+        low=0,
+        high=1,
+        metavar="X",
+        of=CODES,
+        stages=TRAINING_STAGES,
+    )
     sort_codes: bool = option(
         False,
         "after stage 1, give similar codes similar numbers: sdid, which reads the numbers, learns faster",

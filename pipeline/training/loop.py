@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from datasets import digest
 from errors import UserError
+from models.integer_layers import round_weights, rounded
 from pipeline.checkpoints import save_weights
 from pipeline.resuming import write_last
 from pipeline.run_folder import RunFolder
@@ -88,6 +90,9 @@ class Trainer(Generic[Network]):
 
     With `fixed_norm`, batch norm is recalibrated once and then frozen, in training as in evaluation: a neuron fires or
     not, so the network learns with the very statistics that it is used with. Averaged weights share them.
+
+    With `int8_weights`, the last steps are made with rounded weights (quantization-aware training, arXiv 1712.05877),
+    and what is kept in the end is rounded: the network in whole numbers then has the very weights of this one.
     """
 
     def __init__(
@@ -252,6 +257,8 @@ class Trainer(Generic[Network]):
         self._check_finite(progress.sums, self.model.state_dict())
         means = {name: value.item() / count for name, value in progress.sums.items()}
         rate = count / progress.seconds
+        if self.schedule.rounds_weights(1) and progress.epoch + 1 == self.schedule.epochs:
+            round_weights(self.kept)
         if self.average:
             self._calibrate_average()
         self.kept.eval()
@@ -316,12 +323,18 @@ class Trainer(Generic[Network]):
         """Whether batch norm's statistics do not change in this step of the current epoch; the first is number 0."""
         return self.schedule.freezes_norms(self._done(step))
 
+    def _as_used(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Context in which a network has the weights that it is trained with in this step."""
+        rounds = self.schedule.rounds_weights(self._done(self.progress.step))
+        return rounded(network) if rounds else nullcontext()
+
     def _fix_norms(self) -> None:
         """Freeze the batch-norm statistics from the scheduled step on."""
         step = self.progress.step
         if self._norms_fixed(step):
             if not self._norms_fixed(step - 1):
-                self._calibrate(self.model)
+                with self._as_used(self.model):
+                    self._calibrate(self.model)
                 self.model.train()
             for norm in batch_norms(self.model):
                 norm.eval()
@@ -346,9 +359,10 @@ class Trainer(Generic[Network]):
 
     def _step(self, batch: Batch, generator: torch.Generator) -> Losses:
         """One step on a batch; returns its losses in float64."""
-        losses, weight = self._share_of_losses(self.network, batch, generator)
-        self.optimizer.zero_grad()
-        (losses["loss"] * weight * processes.size()).backward()  # of which the processes take the mean
+        with self._as_used(self.model):
+            losses, weight = self._share_of_losses(self.network, batch, generator)
+            self.optimizer.zero_grad()
+            (losses["loss"] * weight * processes.size()).backward()  # of which the processes take the mean
         self.optimizer.step()
         if self.average:
             self.average.update_parameters(self.model)

@@ -18,6 +18,7 @@ class Schedule:
     lr_schedule: str = "constant"  # one of LR_SCHEDULES
     ema_decay: float = 0.0  # of the averaged weights that are kept and evaluated; 0: the last weights are
     fixed_norm: float = 0.0  # fraction of the steps, the last ones, in which batch norm's statistics do not change
+    int8_weights: float = 0.0  # fraction of the steps, the last ones, which are made with weights rounded to int8
 
     def lr_at(self, done: float) -> float:
         """The learning rate when the fraction `done` of all steps is done."""
@@ -26,3 +27,7 @@ class Schedule:
     def freezes_norms(self, done: float) -> bool:
         """Whether the batch-norm statistics are frozen at that point."""
         return self.fixed_norm > 0 and done >= 1 - self.fixed_norm
+
+    def rounds_weights(self, done: float) -> bool:
+        """Whether weights are rounded at that point."""
+        return self.int8_weights > 0 and done >= 1 - self.int8_weights

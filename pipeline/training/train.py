@@ -164,6 +164,7 @@ def _schedule(session: Session, epochs: int, lr: float, fixed_norm: float = 0.0)
         lr_schedule=o.lr_schedule,
         ema_decay=o.ema_decay,
         fixed_norm=fixed_norm,
+        int8_weights=o.int8_weights,
     )
 
 

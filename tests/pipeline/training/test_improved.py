@@ -25,6 +25,7 @@ from torch import nn
 
 from datasets import digest, load_dataset
 from errors import UserError
+from models.integer_layers import whole
 from models.neurons import LIF
 from models.spiking import fire
 from parts import LR_SCHEDULES, MASKS
@@ -475,6 +476,23 @@ def test_fixed_statistics(tmp_path, ema_decay):
     torch.testing.assert_close(mean, layer(trainer.examples[:][0].flatten(1)).mean(0))
     assert not torch.equal(layer.weight, seen[-1][1].weight), "the weights are trained on"
     assert torch.equal(trainer.kept[2].running_mean, seen[30][2])
+
+
+@pytest.mark.parametrize("ema_decay", [0, 0.9])
+def test_whole_weights(tmp_path, ema_decay):
+    """The last half of the steps is made with rounded weights, but by way of the network's own; the result is whole."""
+    seen = []
+
+    def see(model):
+        seen.append(model[1].weight.detach().clone())
+
+    trainer = trained_layer(tmp_path, see, epochs=2, ema_decay=ema_decay, int8_weights=0.5)
+    assert [torch.equal(whole(weight), weight) for weight in seen] == [False] * 20 + [True] * 20
+    kept = load_weights(tmp_path / "kept.pth")["1.weight"]
+    assert torch.equal(kept, trainer.kept[1].weight) and torch.equal(whole(kept), kept)
+    if ema_decay:
+        own = trainer.model[1].weight
+        assert not torch.equal(whole(own), own), "small steps add up"
 
 
 @pytest.mark.parametrize("constant", [True, False])
