@@ -5,17 +5,19 @@ python scripts/export_nir.py RUN_FOLDER --output DIR --raster FILE
 
 Needs the packages nir and nirtorch. A graph receives its input, [C,H,W], at every spike step, which is 0.1 ms in the
 file; weights are float64, and batch norm is folded into the convolutions. A learned time constant (plif) is that of a
-nir.LIF; a soft reset and neurons of your own have no node and are refused. NIR has no node for transposed convolutions
-or the mixing of positions: they are replaced, exactly, by convolutions with many zeros (scripts/nir_graphs.py; zeros
-are counted among the parameters). Each file is read back and run on test images in float64, and must reproduce every
-spike of the trained network; the plot shows the spikes of some neurons.
+nir.LIF; few-spikes neurons are a nir.IF for each digit; a soft reset and neurons of your own have no node and are
+refused. NIR has no node for transposed convolutions, pixel shuffle or the mixing of positions: they are replaced,
+exactly, by convolutions with many zeros (scripts/nir_graphs.py; zeros are counted among the parameters). Each file is
+read back and run on test images in float64, and must reproduce every spike of the trained network; the plot shows the
+spikes of some neurons.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository root: scripts are not a package
 
@@ -28,14 +30,19 @@ from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 try:
+    import nir
     from spikingjelly.activation_based import nir_exchange
 except ImportError:  # of nir or nirtorch
     nir_exchange = None
 
 from errors import UserError, reported
 from files import expand
-from models import SDID, VQSVAE, ResidualSDID, VQAutoencoder
+from models import SDID, VQSVAE, ResidualSDID, ResidualSVAE, UNetSDID, VQAutoencoder
+from models.integer import are_whole
+from models.integer_neurons import IntegerLIF
 from models.kernels.compiled import is_exactly
+from models.neurons import FewSpikes
+from models.residual_svae import SIDE, ResidualDecoder, ResidualEncoder
 from models.spiking import SpikingStack, membrane_weights, weighted_sum
 from pipeline.checkpoints import check_place
 from pipeline.options.declaration import autoencoder_weights
@@ -43,11 +50,24 @@ from pipeline.runtime.terminal import print_anywhere
 from pipeline.sampling.grids import check_figure_place, save_figure
 from pipeline.session import open_session
 from pixels import to_float
-from scripts.nir_graphs import ResidualGraph, SDIDGraph, spiking_layers
+from scripts.nir_graphs import (
+    ResidualGraph,
+    SDIDGraph,
+    StackGraph,
+    codes_graph,
+    decoder_graph,
+    encoder_graph,
+    given,
+    values_of,
+)
 
 IMAGES = 8  # on which spikes are compared
 ROUNDING = 1e-9  # allowed difference of outputs that are not spikes
 NEURONS = 12  # plotted of each layer
+
+
+same = nn.Identity()
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Export(NamedTuple):
@@ -94,14 +114,20 @@ def of_autoencoder(model: VQSVAE, images: Tensor) -> Iterator[Export | str]:
     quantizer, decoder, embedded = model.vq_layer, model.decoder, model.vq_layer.embed(model.encode(images))
 
     def export(name: str, what: str, stack: SpikingStack, x: Tensor, wanted: Callable, outside: Callable) -> Export:
-        steps = x if x.dim() == 5 else x.expand(model.spike_steps, *x.shape)
-        return Export(name, what, spiking_layers(stack), steps, stack, lambda: wanted(x), outside)
+        x_given, sent = given(stack.blocks[0][0], x), values_of(stack.blocks[-1][2])[-1]
+        steps = x_given if x_given.dim() == 5 else x_given.expand(model.spike_steps, *x_given.shape)
+
+        def run() -> Tensor:
+            output = wanted(x)
+            return output * sent if output.dtype == torch.uint8 else output  # counts
+
+        return Export(name, what, StackGraph(stack), steps, stack, run, outside)
 
     def pixels(currents: Tensor) -> Tensor:
         weights = membrane_weights(model.spike_steps, like=currents)
         return torch.tanh(weighted_sum(weights, F.pixel_shuffle(currents, model.downsampling)))
 
-    stack, same = model.encoder.snn_convs, nn.Identity()
+    stack = model.encoder.snn_convs
     yield export("encoder", "pixels - 0.5 to spikes", stack, images - 0.5, stack, same)
     if quantizer.spike_generator == "adaptive":
         yield export("spike_generator", "embeddings to spikes", quantizer.poisson, embedded, quantizer.poisson, same)
@@ -109,6 +135,33 @@ def of_autoencoder(model: VQSVAE, images: Tensor) -> Iterator[Export | str]:
         yield f"spike_generator: not exported, {quantizer.spike_generator!r} has no neurons"
     what = "spikes to currents; outside: sum over the steps with weights 0.8^(S-1-i), tanh, pixel shuffle"
     yield export("decoder", what, decoder.snn_convs, quantizer.generate_spikes(embedded), decoder, pixels)
+
+
+def of_residual(model: ResidualSVAE, images: Tensor) -> Iterator[Export]:
+    """Encoder, the neurons that send codes, and decoder of a residual autoencoder; `images [N,C,H,W]` in [0,1]."""
+    encoder, decoder = cast(ResidualEncoder, model.encoder), cast(ResidualDecoder, model.decoder)
+    numbers = model.vq_layer.decode(model.encode(images))
+    others = nn.ModuleList(layer for name, layer in encoder.named_children() if name != "fire_codes")
+
+    def mean_currents() -> Tensor:
+        return what_enters(encoder.fire_codes, lambda: encoder(images - 0.5))
+
+    def pixels(currents: Tensor) -> Tensor:
+        weights = membrane_weights(model.spike_steps, like=currents)
+        return torch.tanh(F.pixel_shuffle(F.pixel_shuffle(weighted_sum(weights, currents), decoder.levels), 2))
+
+    def at_each_step(first: nn.Conv2d, x: Tensor) -> Tensor:
+        x_given = given(first, x)
+        return x_given.expand(model.spike_steps, *x_given.shape)
+
+    what, steps = "pixels - 0.5 to currents; outside: mean over the steps", at_each_step(encoder.embed, images - 0.5)
+    yield Export("encoder", what, encoder_graph(encoder), steps, others, mean_currents, lambda x: x.mean(0))
+    what, currents, firing = "mean currents to numbers", mean_currents(), encoder.fire_codes
+    graph = codes_graph(firing)
+    yield Export("codes", what, graph, currents.double()[None], firing, lambda: firing(currents), same)
+    what = "numbers to currents; outside: sum over the steps with weights 0.8^(S-1-i), pixel shuffle, tanh"
+    steps = at_each_step(decoder.embed, F.pixel_unshuffle(numbers, SIDE))
+    yield Export("decoder", what, decoder_graph(decoder), steps, decoder, lambda: decoder(numbers), pixels)
 
 
 def of_denoiser(model: SDID | ResidualSDID, codes: Tensor) -> Export:
@@ -128,21 +181,38 @@ def networks(run_folder: Path, data_path: Path | None) -> Iterator[Export | str]
     """The networks of a run; for one that is not exported, a line that says why. Raises UserError."""
     place: dict[str, Any] = {} if data_path is None else {"data_path": data_path}
     session = open_session(checkpoint=autoencoder_weights(str(run_folder)), device="cpu", precision="float32", **place)
-    autoencoder = session.load_autoencoder().double().eval()
+    autoencoder = exact(session.load_autoencoder())
     images = to_float(session.data.test[:IMAGES], torch.float64)
     if isinstance(autoencoder, VQSVAE):
         yield from of_autoencoder(autoencoder, images)
+    elif isinstance(autoencoder, ResidualSVAE):
+        yield from of_residual(autoencoder, images)
     else:
         model = session.options.autoencoder.model
-        yield f"autoencoder: not exported, this is {model} and only that of snn-vq-vae is"
+        yield f"autoencoder: not exported, this is {model} and only those of snn-vq-vae and residual-svae are"
     if not (isinstance(autoencoder, VQAutoencoder) and session.run.denoiser.is_file()):
         yield "denoiser: not exported, the run has none"
         return
-    denoiser = session.networks.load_denoiser(autoencoder).double().eval()
-    if not is_exactly(denoiser, SDID, ResidualSDID):
-        yield f"denoiser: not exported, this is {session.options.denoiser.denoiser} and only sdid and residual are"
+    denoiser = exact(session.networks.load_denoiser(autoencoder))
+    if not is_exactly(denoiser, SDID, ResidualSDID, UNetSDID):
+        name = session.options.denoiser.denoiser
+        yield f"denoiser: not exported, this is {name} and only sdid, residual and unet are"
     else:
         yield of_denoiser(cast(SDID | ResidualSDID, denoiser), autoencoder.encode(images))
+
+
+def exact(network: Network) -> Network:
+    """A network in evaluation mode that computes in float64, or in whole numbers."""
+    return (network if are_whole(network.state_dict()) else network.double()).eval()
+
+
+def what_enters(layer: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """What a layer is called with in `run()`."""
+    caught: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    run()
+    hook.remove()
+    return caught[0]
 
 
 def observe(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -153,7 +223,9 @@ def observe(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, list
     spikes: list[Tensor] = []
 
     def record(module: nn.Module, _: tuple, output: Any) -> None:
-        if isinstance(module, neuron.BaseNode):
+        if isinstance(module, FewSpikes):
+            spikes.extend(module.binary_spikes(output))
+        elif isinstance(module, neuron.BaseNode | IntegerLIF):
             spikes.append(output)
         elif isinstance(getattr(module, "module", None), neuron.BaseNode):  # wrapped by the importer
             spikes.append(output[0])
@@ -173,11 +245,20 @@ def compare(export: Export, graph: nn.Module) -> Comparison:
     return Comparison(theirs, ours, float((output - wanted).abs().max()))
 
 
+def read_back(export: Export, path: Path) -> nn.Module:
+    """Write a network's file and read it back."""
+    nir_exchange.export_to_nir(export.graph, export.inputs[0], path)
+    graph = nir.read(path)
+    before = {name: [source for source, target in graph.edges if target == name] for name in graph.nodes}
+    graph.nodes = {name: graph.nodes[name] for name in TopologicalSorter(before).static_order()}  # read much faster
+    network: nn.Module = nir_exchange.import_from_nir(graph, dtype=torch.float64, step_mode="m")
+    return network
+
+
 def write(export: Export, folder: Path) -> Comparison:
     """Write the file, read it back, and print what it contains and whether it agrees."""
     path = folder / f"{export.name}.nir"
-    nir_exchange.export_to_nir(export.graph, export.inputs[0], path)
-    compared = compare(export, nir_exchange.import_from_nir(path, dtype=torch.float64, step_mode="m"))
+    compared = compare(export, read_back(export, path))
     parameters = sum(parameter.numel() for parameter in export.graph.parameters())
     verdict = f"{compared.differing:,} DIFFER" if compared.differing else "identical"
     verdict += "" if compared.error <= ROUNDING else f", OUTPUT OFF BY {compared.error:.1e}"

@@ -7,14 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from models import SDID, VQSVAE, VQVAE, ResidualSDID
-from models.neurons import IF, LIF, PLIF, FromRest
+from models import SDID, VQSVAE, VQVAE, ResidualSDID, ResidualSVAE, UNetSDID
+from models.integer import in_whole_numbers
+from models.neurons import IF, LIF, PLIF, FewSpikes, FromRest
+from pipeline.sampling.batches import float_type
+from pixels import to_float
 from scripts import export_nir
 
 nir = pytest.importorskip("nir")
 pytest.importorskip("nirtorch")
 
-AUTOENCODER = ("encoder", "spike_generator", "decoder")
+AUTOENCODER, RESIDUAL = ("encoder", "spike_generator", "decoder"), ("encoder", "codes", "decoder")
 
 
 def export(capsys, *arguments):
@@ -54,10 +57,26 @@ def conditioned(denoiser):
     return denoiser
 
 
-def read_back(exported, path):
-    """The network's file, imported."""
-    export_nir.nir_exchange.export_to_nir(exported.graph, exported.inputs[0], path)
-    return export_nir.nir_exchange.import_from_nir(path, dtype=torch.float64, step_mode="m")
+def pixels(*shape):
+    """Random images."""
+    return to_float(torch.randint(256, shape, dtype=torch.uint8), torch.float64)
+
+
+def improved(channels=1, downsampling=4, **shape):
+    """Autoencoder and denoiser of the improved preset, for images of 16x16 pixels."""
+    shape = {"spike_steps": 1, "neuron": partial(FewSpikes, 3)} | shape
+    model = ResidualSVAE(channels, 8, hidden_channels=8, downsampling=downsampling, **shape)
+    conditions = dict(prototypes=2, classes=3, grid=(32 // downsampling, 32 // downsampling))
+    return trained(model), conditioned(
+        trained(UNetSDID(8, denoiser_channels=48, denoiser_blocks=1, **conditions, **shape))
+    )
+
+
+def assert_alike(exports, path):
+    """Every network gives the trained one's spikes, of which there are some, when it is read back from its file."""
+    for each in exports:
+        compared = export_nir.compare(each, export_nir.read_back(each, path))
+        assert compared.spikes > 50 and compared.differing == 0 and compared.error < 1e-9, each.name
 
 
 @torch.no_grad()
@@ -79,7 +98,7 @@ def test_decoder_on_the_grid_of_codes_draws_the_same_pixels(options, tmp_path):
     exports = list(export_nir.of_autoencoder(model, images))
     assert [each.name for each in exports] == list(AUTOENCODER)
     for each in exports:
-        graph = read_back(each, tmp_path / "network.nir")
+        graph = export_nir.read_back(each, tmp_path / "network.nir")
         compared = export_nir.compare(each, graph)
         assert compared.spikes > 50 and compared.differing == 0 and compared.error < 1e-12
     pixels = each.outside(graph(each.inputs)[0])
@@ -90,10 +109,10 @@ def test_decoder_on_the_grid_of_codes_draws_the_same_pixels(options, tmp_path):
 def test_denoiser_with_its_head(tmp_path):
     model = trained(SDID(codebook_size=8, spike_steps=4, denoiser_channels=4))
     exported = export_nir.of_denoiser(model, torch.randint(8, (3, 4, 5)))
-    graph = read_back(exported, tmp_path / "network.nir")
+    graph = export_nir.read_back(exported, tmp_path / "network.nir")
     compared = export_nir.compare(exported, graph)
     assert compared.spikes > 50 and compared.differing == 0 and compared.error < 1e-12
-    graph.get_submodule("add_1").bias[0] += 1e-3  # no spike depends on it
+    graph.get_submodule("out").bias[0] += 1e-3  # no spike depends on it
     compared = export_nir.compare(exported, graph)
     assert compared.differing == 0 and compared.error == pytest.approx(1e-3)
 
@@ -114,7 +133,7 @@ def test_every_neuron_with_a_node(neuron, tmp_path):
     exports += [export_nir.of_denoiser(denoiser, torch.randint(8, (3, 4, 4))) for denoiser in (sdid, residual)]
     found = []
     for each in exports:
-        compared = export_nir.compare(each, read_back(each, tmp_path / "network.nir"))
+        compared = export_nir.compare(each, export_nir.read_back(each, tmp_path / "network.nir"))
         assert compared.spikes > 50 and compared.differing == 0 and compared.error < 1e-12, each.name
         nodes = nir.read(tmp_path / "network.nir").nodes.values()
         found += [node for node in nodes if isinstance(node, nir.IF | nir.LIF)]
@@ -144,23 +163,22 @@ def test_a_neuron_without_a_node_is_refused(neuron, said):
 def test_snntorch_gives_every_spike(preset, tmp_path):
     """Another implementation of NIR reads each file and does what SpikingJelly does with it.
 
-    Both compute in float64, with weights that float32 holds: snnTorch takes no others.
+    Both compute in float64, with weights that float32 holds: snnTorch takes no others. It refuses SpikingJelly's IF
+    nodes.
     """
     pytest.importorskip("snntorch", reason="needs snnTorch: pip install snntorch", exc_type=ImportError)
+    images = torch.rand(3, 1, 16, 16, dtype=torch.float64)
     if preset == "faithful":
         model, denoiser = autoencoder(), SDID(codebook_size=8, spike_steps=4, denoiser_channels=4)
+        exports = [*export_nir.of_autoencoder(model, images)]
     else:
-        model, denoiser = (
-            autoencoder(downsampling=2),
-            conditioned(ResidualSDID(8, 2, 32, denoiser_blocks=2, grid=(8, 8), prototypes=2, classes=3)),
-        )
-    images = torch.rand(3, 1, 16, 16, dtype=torch.float64)
-    exports = *export_nir.of_autoencoder(model, images), export_nir.of_denoiser(trained(denoiser), model.encode(images))
-    assert [each.name for each in exports] == [*AUTOENCODER, "denoiser"]
+        model, denoiser = improved(neuron=LIF, spike_steps=2)
+        exports = [each for each in export_nir.of_residual(model, images) if each.name != "codes"]
+    exports.append(export_nir.of_denoiser(trained(denoiser), model.encode(images)))
     for each in exports:
         each.graph.float().double()
         path = tmp_path / f"{each.name}.nir"
-        graph = read_back(each, path)
+        graph = export_nir.read_back(each, path)
         (wanted, _), spikes = export_nir.observe(graph, partial(graph, each.inputs))
         outputs, others = run_by_snntorch(path, each.inputs)
         assert sum(map(torch.sum, spikes)) > 50, each.name
@@ -188,15 +206,15 @@ def run_by_snntorch(path, inputs):
 
 
 def test_another_weight_is_noticed(run, capsys, monkeypatch):
-    read = export_nir.nir_exchange.import_from_nir
+    read_back = export_nir.read_back
 
-    def with_another_weight(path, **options):
-        graph = read(path, **options)
+    def with_another_weight(exported, path):
+        graph = read_back(exported, path)
         if path.name == "encoder.nir":
-            graph.get_submodule("_0").weight *= 1.05
+            graph.get_submodule("blocks_0_enter_digits_0").weight *= 1.05
         return graph
 
-    monkeypatch.setattr(export_nir.nir_exchange, "import_from_nir", with_another_weight)
+    monkeypatch.setattr(export_nir, "read_back", with_another_weight)
     status, (encoder, *others), _ = export(capsys, run)
     assert status == 1 and " DIFFER" in encoder
     assert all(line.endswith("identical") for line in others)
@@ -238,13 +256,58 @@ def test_residual_denoiser(options, tmp_path):
     model = conditioned(trained(ResidualSDID(8, 2, denoiser_channels=32, denoiser_blocks=2, **options)))
     assert model.patch == (1 if options["grid"] == (3, 3) else 2)
     exported = export_nir.of_denoiser(model, torch.randint(8, (5, *options["grid"])))
-    graph = read_back(exported, tmp_path / "network.nir")
+    graph = export_nir.read_back(exported, tmp_path / "network.nir")
     compared = export_nir.compare(exported, graph)
     assert compared.spikes > 50 and compared.differing == 0 and compared.error < 1e-12
     for condition in filter(None, (model.prototypes, model.labels)):
         condition.embed.weight.mul_(2)
         assert export_nir.compare(exported, graph).differing > 0  # what is told has influence
         condition.embed.weight.div_(2)
+
+
+@pytest.mark.parametrize(
+    ("downsampling", "neuron", "steps", "whole"),
+    [
+        (2, partial(FewSpikes, 3), 1, False),
+        (4, partial(FewSpikes, 4), 1, True),
+        (4, LIF, 2, False),
+        (2, IF, 3, True),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_residual_autoencoder_and_unet(downsampling, neuron, steps, whole, tmp_path):
+    networks = improved(2, downsampling, neuron=neuron, spike_steps=steps)
+    model, denoiser = (in_whole_numbers(each.float()) for each in networks) if whole else networks
+    images, codes = pixels(3, 2, 16, 16).to(float_type(model)), torch.randint(8, (3, *denoiser.position.shape[1:]))
+    codes = codes.repeat_interleave(denoiser.patch, 1).repeat_interleave(denoiser.patch, 2)
+    exports = [*export_nir.of_residual(model, images), export_nir.of_denoiser(denoiser, codes)]
+    assert [each.name for each in exports] == [*RESIDUAL, "denoiser"]
+    assert_alike(exports, tmp_path / "network.nir")
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["", "in whole numbers"])
+@torch.no_grad()
+def test_few_spikes_neurons_in_the_papers_networks(whole, tmp_path):
+    shape = dict(spike_steps=1, neuron=partial(FewSpikes, 4))
+    model, sdid = autoencoder(**shape), trained(SDID(8, denoiser_channels=4, **shape))
+    residual = conditioned(trained(ResidualSDID(8, denoiser_channels=32, denoiser_blocks=1, grid=(4, 4), **shape)))
+    networks = (model, sdid, residual)
+    model, *denoisers = (in_whole_numbers(each.float()) for each in networks) if whole else networks
+    exports = [*export_nir.of_autoencoder(model, pixels(3, 1, 16, 16).to(float_type(model)))]
+    exports += [export_nir.of_denoiser(each, torch.randint(8, (3, 4, 4))) for each in denoisers]
+    assert_alike(exports, tmp_path / "network.nir")
+
+
+@pytest.mark.parametrize(
+    ("neuron", "said"),
+    [(LIF, "LIF neurons in whole numbers"), (partial(FewSpikes, 5), "rounds, as .* 4 --digits")],
+    ids=str,
+)
+def test_whole_numbers_that_nir_cannot_say_are_refused(neuron, said):
+    model = in_whole_numbers(trained(ResidualSDID(8, 1, 32, denoiser_blocks=1, grid=(4, 4), neuron=neuron)).float())
+    with pytest.raises(export_nir.UserError, match=said):
+        export_nir.of_denoiser(model, torch.randint(8, (3, 4, 4)))
 
 
 def test_run_with_a_residual_denoiser(run, capsys):
@@ -274,7 +337,7 @@ def test_spike_generator_without_neurons_is_not_exported(spike_generator, tmp_pa
         export_nir.of_autoencoder(autoencoder(spike_generator=spike_generator), torch.rand(2, 1, 8, 8).double())
     )
     assert exports[1] == f"spike_generator: not exported, {spike_generator!r} has no neurons"
-    assert export_nir.compare(exports[2], read_back(exports[2], tmp_path / "network.nir")).differing == 0
+    assert_alike(exports[2:], tmp_path / "network.nir")
 
 
 def test_a_run_of_one_stage(run, capsys):
