@@ -1,8 +1,8 @@
 """The networks in a form that NIR can represent: convolutions and SpikingJelly's neurons, for one spike step.
 
 A graph has a single grid: what is finer has more channels instead, in the order of `pixel_unshuffle`. NIR sums what
-enters a node. So a sum that leaves a graph, or that is used several times, passes through an identity; otherwise each of
-its terms would enter each of the nodes that use it.
+enters a node. So a sum that leaves a graph, or that is used several times, passes through an identity; otherwise each
+of its terms would enter each of the nodes that use it.
 """
 
 from functools import partial, reduce

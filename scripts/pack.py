@@ -1,4 +1,4 @@
-"""Make a small copy of a run to share: weights in half precision, options and log; no optimizer, no images.
+"""Make a small copy of a run to share: weights in 16 bits, or in 8 that lose nothing; options, log; no images.
 
 python scripts/pack.py RUN_FOLDER pretrained/fmnist
 python scripts/pack.py RUN_FOLDER pretrained/kmnist-faithful --int8   # half the size
@@ -23,7 +23,7 @@ from datasets import digest
 from errors import UserError, reported
 from files import expand
 from models.integer import in_whole_numbers
-from models.integer_layers import row_scales
+from models.integer_layers import row_scales, whole
 from pipeline.checkpoints import SCALE, load_weights, per_row, save_weights, write_json
 from pipeline.evaluation.temperature import recorded_temperature
 from pipeline.lineage import Lineage, known
@@ -48,9 +48,8 @@ def pack(run: RunFolder, copy: RunFolder, int8: bool = False, integer: bool = Fa
         config["temperature"] = recorded_temperature(run, digest(autoencoder, denoiser))
         config["final_temperature"] = None
     if integer:
-        packed = [compact(weights, row_scales) for weights in whole_weights(run)]
-    else:
-        packed = [compact(autoencoder), compact(denoiser, nearest_scales if int8 else None)]
+        autoencoder, denoiser = whole_weights(run)
+    packed = [compact(autoencoder), compact(denoiser, nearest_scales if int8 else None)]
     for path, weights in zip((copy.model, copy.denoiser), packed, strict=True):
         save_weights(path, weights)
     config["lineage"] = packed_lineage(run, copy)
@@ -89,8 +88,8 @@ def compact(weights: dict[str, Tensor], scales: Callable[[Tensor], Tensor] | Non
     """The weights as they are packed; `load_weights` and the network restore the types.
 
     Weights are kept in half precision, or, with `scales` of their rows, in int8, except per-channel values such as
-    batch norm's, which are few and sensitive. Integers, such as the codes of prototypes, are kept as bytes where these
-    hold them.
+    batch norm's, which are few and sensitive. Whole weights, which were trained with `--int8_weights`, are always kept
+    in int8, and as they are. Integers, such as the codes of prototypes, are kept as bytes where these hold them.
     """
     packed = {}
     for name, value in weights.items():
@@ -98,8 +97,8 @@ def compact(weights: dict[str, Tensor], scales: Callable[[Tensor], Tensor] | Non
             packed[name] = value.byte() if value.numel() and value.min() >= 0 and value.max() <= 255 else value
         elif value.dim() <= 1:
             packed[name] = value
-        elif scales:
-            scale = scales(value)
+        elif scales or torch.equal(whole(value), value):
+            scale = row_scales(value) if scales is None else scales(value)
             packed[name] = (value / per_row(scale, value)).round().to(torch.int8)
             packed[name + SCALE] = scale.float()
         else:
