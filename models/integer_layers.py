@@ -55,19 +55,22 @@ def rounded(network: nn.Module) -> Iterator[None]:
 
     Gradients are those of whole weights, for its own (straight-through estimator, arXiv 1308.3432).
     """
-    own = [(parameter, parameter.data) for parameter in trained_weights(network)]
+    weights = trained_weights(network)
+    own = [weight.detach().clone() for weight in weights]
     round_weights(network)
     try:
         yield
     finally:
-        for parameter, data in own:
-            parameter.data = data
+        with torch.no_grad():
+            for weight, before in zip(weights, own, strict=True):
+                weight.copy_(before)
 
 
+@torch.no_grad()
 def round_weights(network: nn.Module) -> None:
     """Make all trained weights of a network whole."""
-    for parameter in trained_weights(network):
-        parameter.data = whole(parameter)
+    for weight in trained_weights(network):
+        weight.copy_(whole(weight))
 
 
 def trained_weights(network: nn.Module) -> list[nn.Parameter]:
