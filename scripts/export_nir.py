@@ -15,6 +15,7 @@ spikes of some neurons.
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial, reduce
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -43,7 +44,7 @@ from models.integer_neurons import IntegerLIF
 from models.kernels.compiled import is_exactly
 from models.neurons import FewSpikes
 from models.residual_svae import SIDE, ResidualDecoder, ResidualEncoder
-from models.spiking import SpikingStack, membrane_weights, weighted_sum
+from models.spiking import Convolution, SpikingStack, membrane_weights, weighted_sum
 from pipeline.checkpoints import check_place
 from pipeline.options.declaration import autoencoder_weights
 from pipeline.runtime.terminal import print_anywhere
@@ -63,6 +64,7 @@ from scripts.nir_graphs import (
 
 IMAGES = 8  # on which spikes are compared
 ROUNDING = 1e-9  # allowed difference of outputs that are not spikes
+MEMBRANE = "outside: sum over the steps with weights 0.8^(S-1-i), tanh, pixel shuffle"
 NEURONS = 12  # plotted of each layer
 
 
@@ -114,8 +116,7 @@ def of_autoencoder(model: VQSVAE, images: Tensor) -> Iterator[Export | str]:
     quantizer, decoder, embedded = model.vq_layer, model.decoder, model.vq_layer.embed(model.encode(images))
 
     def export(name: str, what: str, stack: SpikingStack, x: Tensor, wanted: Callable, outside: Callable) -> Export:
-        x_given, sent = given(stack.blocks[0][0], x), values_of(stack.blocks[-1][2])[-1]
-        steps = x_given if x_given.dim() == 5 else x_given.expand(model.spike_steps, *x_given.shape)
+        steps, sent = at_each_step(model, stack.blocks[0][0], x), values_of(stack.blocks[-1][2])[-1]
 
         def run() -> Tensor:
             output = wanted(x)
@@ -123,18 +124,14 @@ def of_autoencoder(model: VQSVAE, images: Tensor) -> Iterator[Export | str]:
 
         return Export(name, what, StackGraph(stack), steps, stack, run, outside)
 
-    def pixels(currents: Tensor) -> Tensor:
-        weights = membrane_weights(model.spike_steps, like=currents)
-        return torch.tanh(weighted_sum(weights, F.pixel_shuffle(currents, model.downsampling)))
-
     stack = model.encoder.snn_convs
     yield export("encoder", "pixels - 0.5 to spikes", stack, images - 0.5, stack, same)
     if quantizer.spike_generator == "adaptive":
         yield export("spike_generator", "embeddings to spikes", quantizer.poisson, embedded, quantizer.poisson, same)
     else:
         yield f"spike_generator: not exported, {quantizer.spike_generator!r} has no neurons"
-    what = "spikes to currents; outside: sum over the steps with weights 0.8^(S-1-i), tanh, pixel shuffle"
-    yield export("decoder", what, decoder.snn_convs, quantizer.generate_spikes(embedded), decoder, pixels)
+    pixels, spikes = partial(pixels_of, model, (model.downsampling,)), quantizer.generate_spikes(embedded)
+    yield export("decoder", f"spikes to currents; {MEMBRANE}", decoder.snn_convs, spikes, decoder, pixels)
 
 
 def of_residual(model: ResidualSVAE, images: Tensor) -> Iterator[Export]:
@@ -146,22 +143,30 @@ def of_residual(model: ResidualSVAE, images: Tensor) -> Iterator[Export]:
     def mean_currents() -> Tensor:
         return what_enters(encoder.fire_codes, lambda: encoder(images - 0.5))
 
-    def pixels(currents: Tensor) -> Tensor:
-        weights = membrane_weights(model.spike_steps, like=currents)
-        return torch.tanh(F.pixel_shuffle(F.pixel_shuffle(weighted_sum(weights, currents), decoder.levels), 2))
-
-    def at_each_step(first: nn.Conv2d, x: Tensor) -> Tensor:
-        x_given = given(first, x)
-        return x_given.expand(model.spike_steps, *x_given.shape)
-
-    what, steps = "pixels - 0.5 to currents; outside: mean over the steps", at_each_step(encoder.embed, images - 0.5)
+    what = "pixels - 0.5 to currents; outside: mean over the steps"
+    steps = at_each_step(model, encoder.embed, images - 0.5)
     yield Export("encoder", what, encoder_graph(encoder), steps, others, mean_currents, lambda x: x.mean(0))
     what, currents, firing = "mean currents to numbers", mean_currents(), encoder.fire_codes
     graph = codes_graph(firing)
     yield Export("codes", what, graph, currents.double()[None], firing, lambda: firing(currents), same)
-    what = "numbers to currents; outside: sum over the steps with weights 0.8^(S-1-i), pixel shuffle, tanh"
-    steps = at_each_step(decoder.embed, F.pixel_unshuffle(numbers, SIDE))
+    what, steps = (
+        f"numbers to currents; {MEMBRANE}",
+        at_each_step(model, decoder.embed, F.pixel_unshuffle(numbers, SIDE)),
+    )
+    pixels = partial(pixels_of, model, (decoder.levels, 2))
     yield Export("decoder", what, decoder_graph(decoder), steps, decoder, lambda: decoder(numbers), pixels)
+
+
+def at_each_step(model: VQSVAE | ResidualSVAE, first: Convolution, x: Tensor) -> Tensor:
+    """The input `[S,...]` of a graph that begins with a layer, for that layer's input, `[N,C,H,W]` or `[S,N,C,H,W]`."""
+    x = given(first, x)
+    return x if x.dim() == 5 else x.expand(model.spike_steps, *x.shape)
+
+
+def pixels_of(model: VQSVAE | ResidualSVAE, sides: tuple[int, ...], currents: Tensor) -> Tensor:
+    """Pixels of a decoder's currents `[S,N,C,h,w]`, shuffled by these sides, one after another."""
+    x = weighted_sum(membrane_weights(model.spike_steps, like=currents), currents)
+    return torch.tanh(reduce(F.pixel_shuffle, sides, x))
 
 
 def of_denoiser(model: SDID | ResidualSDID, codes: Tensor) -> Export:

@@ -97,8 +97,8 @@ def compact(weights: dict[str, Tensor], scales: Callable[[Tensor], Tensor] | Non
             packed[name] = value.byte() if value.numel() and value.min() >= 0 and value.max() <= 255 else value
         elif value.dim() <= 1:
             packed[name] = value
-        elif scales or torch.equal(whole(value), value):
-            scale = row_scales(value) if scales is None else scales(value)
+        elif scales_of := row_scales if torch.equal(whole(value), value) else scales:
+            scale = scales_of(value)
             packed[name] = (value / per_row(scale, value)).round().to(torch.int8)
             packed[name + SCALE] = scale.float()
         else:

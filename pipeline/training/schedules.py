@@ -26,8 +26,13 @@ class Schedule:
 
     def freezes_norms(self, done: float) -> bool:
         """Whether the batch-norm statistics are frozen at that point."""
-        return self.fixed_norm > 0 and done >= 1 - self.fixed_norm
+        return is_in_last(self.fixed_norm, done)
 
     def rounds_weights(self, done: float) -> bool:
         """Whether weights are rounded at that point."""
-        return self.int8_weights > 0 and done >= 1 - self.int8_weights
+        return is_in_last(self.int8_weights, done)
+
+
+def is_in_last(fraction: float, done: float) -> bool:
+    """Whether only the last `fraction` of all steps is left when the fraction `done` is done; never if that is 0."""
+    return fraction > 0 and done >= 1 - fraction

@@ -93,6 +93,8 @@ def test_a_packed_copy(improved, cli, tmp_path, capsys):
         large = {key for key, value in before.items() if value.is_floating_point() and value.dim() > 1}
         assert all(stored[key].dtype == torch.int8 for key in large)
         assert "prototypes.grids" not in stored or stored["prototypes.grids"].dtype == torch.uint8
+        pack.main([str(improved), str(tmp_path / "again" / name), "--int8"])
+        assert (tmp_path / "again" / name / name).read_bytes() == (copy / name).read_bytes()
     config = json.loads((copy / "config.json").read_text())
     assert (copy / "log.jsonl").read_text() == (improved / "log.jsonl").read_text()
     assert "data_path" not in config and config["denoiser"] == "unet" and config["image_shape"] == [1, 16, 16]
